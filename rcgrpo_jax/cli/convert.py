@@ -1,0 +1,48 @@
+"""`rcgrpo convert SRC DST`."""
+
+from __future__ import annotations
+
+import jax
+from absl import flags
+
+from rcgrpo_jax.cli.arguments import dtype_of, parse
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.weights.convert import convert
+from rcgrpo_jax.weights.load import on_default_device
+
+ABOUT = """Converts a diffusers folder, a hub id (owner/name) or a single-file BFL transformer into Orbax parameters.
+
+Every tensor must be there, of the right shape and finite; otherwise each one that is not is named, the exit code is 1 and
+nothing is written."""
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("base", None, "diffusers folder that gives the other networks to a single file", values)
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "dtype to store; the files' by default", values)
+
+
+def run(argv: list[str]) -> None:
+    values, (source, destination) = parse("convert", ABOUT, argv, _flags, ("src", "dst"))
+    sharding_of = on_default_device
+    if jax.device_count() > 1:
+        sharding_of = parameter_sharding(make_mesh({"fsdp": -1}))
+    bars: dict[str, Progress] = {}
+
+    def progress(name: str, done: int, total: int) -> None:
+        bars.setdefault(name, Progress(total, description=name)).update()
+        if done == total:
+            bars[name].close()
+
+    counts = convert(
+        source,
+        destination,
+        base=values.base,
+        dtype=dtype_of(values.dtype) if values.dtype else None,
+        sharding_of=sharding_of,
+        progress=progress,
+    )
+    for name, count in counts.items():
+        print(f"{name:<16} {count:>14,} parameters")
+    print(f"converted to {destination}")

@@ -1,0 +1,83 @@
+"""`rcgrpo edit`: one image, one instruction, as FluxKontextPipeline would edit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
+from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.weights.export import load_lora
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+ABOUT = "Edits one image by an instruction. Target and reference share one size, so nothing is shifted or cropped."
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
+    flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
+    flags.DEFINE_string("image", None, "image to edit", values)
+    flags.DEFINE_string("instruction", None, "what to change", values)
+    flags.DEFINE_string("out", None, "file to write, PNG", values)
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise", values)
+    flags.DEFINE_integer("steps", 28, "solver steps", values, lower_bound=1)
+    flags.DEFINE_float("guidance", 2.5, "guidance scale", values)
+    flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
+    flags.DEFINE_string(
+        "noise", None, ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values
+    )
+    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", values, 1, 512)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
+
+
+def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
+    """Packed initial noise of the given shape, float32.
+
+    Raises:
+        UserError: If the file is missing, is no such array, or holds a NaN or infinity.
+    """
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--noise: {path} cannot be read as .npy ({error}).", "Save it with numpy.save.") from None
+    if noise.shape != shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
+        raise UserError(
+            f"--noise: {path} is {noise.dtype} {list(noise.shape)}; finite float32 {list(shape)} was wanted.",
+            "Save packed latents [N_img, C] of this image size.",
+        )
+    return noise
+
+
+def run(argv: list[str]) -> None:
+    required = ("model", "image", "instruction", "out")
+    values, _ = parse("edit", ABOUT, argv, _flags, required=required)
+    if not values.instruction.strip():
+        raise UsageError("--instruction: blank; a sentence was wanted.", "Say what to change.")
+    folder = ModelFolder(values.model)
+    image = read_image(values.image)
+    height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
+    side = 2 * folder.config("vae").downscale
+    if height % side or width % side:
+        raise UsageError(
+            f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
+            f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
+        )
+    lora = None
+    if values.lora:
+        adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
+        lora = scale_adapter(adapter, config.scale)
+    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens)
+    shape = (height * width // side**2, editor.transformer.config.in_channels)
+    noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
+    pixels = resize_image(image, (height, width))
+    edited = editor.edit(pixels[None], [values.instruction], noise[None], values.steps, values.guidance, lora)[0]
+    Path(values.out).parent.mkdir(parents=True, exist_ok=True)
+    save_image(values.out, edited)
+    print(f"edited image: {values.out} ({width} x {height})")

@@ -1,0 +1,41 @@
+"""`rcgrpo export --workdir W [--step N] --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.models.lora import LoRAConfig
+from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.weights.export import save_lora
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+ABOUT = "Writes a trained LoRA as diffusers loads it (pytorch_lora_weights.safetensors); the average, if one was kept."
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run", values)
+    flags.DEFINE_string("out", None, "folder to write", values)
+    flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", values)
+
+
+def export(workdir: str | Path, out: str | Path, step: int | None = None) -> Path:
+    """Writes the LoRA of a run's checkpoint and returns the file."""
+    checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
+    config = default_config()
+    config.update(ConfigDict(checkpointer.saved_config(step)))
+    params = abstract_params("transformer", ModelFolder(config.model.path).config("transformer"))
+    state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
+    return save_lora(Path(out), state.lora if state.ema is None else state.ema, LoRAConfig(**config.lora))
+
+
+def run(argv: list[str]) -> None:
+    values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
+    print(f"LoRA: {export(values.workdir, values.out, values.step)}")

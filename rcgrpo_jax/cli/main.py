@@ -1,0 +1,75 @@
+"""The `rcgrpo` command: picks the command, turns errors into two lines and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+from rcgrpo_jax.errors import UsageError, UserError
+
+COMMANDS = {
+    "convert": "released weights -> a directory of Orbax checkpoints",
+    "edit": "edit one image",
+    "train": "post-train a LoRA with RC-GRPO",
+    "export": "a trained LoRA -> diffusers format",
+    "demo": "the whole way on photographs and a small random editor",
+}
+USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
+    f"  {name:<8} {about}" for name, about in COMMANDS.items()
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 1 for a failure, 2 for a usage error."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE + "\n\n`rcgrpo COMMAND --help` lists the flags of a command.")
+        return 0 if argv else 2
+    debug = "--debug" in argv
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="rcgrpo: %(message)s")
+    quiet()
+    try:
+        if argv[0] not in COMMANDS:
+            raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
+        command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")
+        command.run([arg for arg in argv[1:] if arg != "--debug"])
+        return 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"rcgrpo {argv[0]}: error: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"rcgrpo {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())[:500]
+        print(
+            f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n"
+            "  This was not foreseen; run again with --debug for the traceback, and please report it.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"unknown command {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def quiet() -> None:
+    """Keeps libraries from talking over the program: their own levels stay settable by their variables."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

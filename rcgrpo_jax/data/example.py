@@ -1,0 +1,60 @@
+"""One image to edit, where, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from rcgrpo_jax.errors import UserError
+
+MIN_SIDE = 16  # pixels of one image token: 8 of the VAE x 2 of packing
+
+
+@dataclass(frozen=True, eq=False)
+class EditExample:
+    """One edit as every source yields it."""
+
+    name: str  # names the example in messages and output files
+    image: UInt8[np.ndarray, "H W 3"]  # the source
+    mask: Float[np.ndarray, "H W"]  # float32 in [0, 1], 1 where the edit belongs
+    instruction: str  # any Unicode text, passed on as it is
+    caption: str | None = None  # describes the edited image
+    target: UInt8[np.ndarray, "H W 3"] | None = None  # a reference edit, for evaluation only
+
+
+def check_example(example: EditExample) -> EditExample:
+    """Returns the example as it came, if an editor can be run and scored on it.
+
+    Raises:
+        UserError: The image is smaller than a token (16 x 16 pixels), the mask or target is of another size, the mask
+            is empty, not finite or outside [0, 1], or the instruction is blank.
+    """
+    name, mask = example.name, example.mask
+    height, width = example.image.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise UserError(
+            f"{name}: the image is {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} were wanted.",
+            "Use a larger image.",
+        )
+    for field, array in (("mask", mask), ("target", example.target)):
+        if array is not None and array.shape[:2] != (height, width):
+            raise UserError(
+                f"{name}: the {field} is {array.shape[1]} x {array.shape[0]} pixels; the image's {width} x {height} "
+                "were wanted.",
+                f"Make the {field} for this image at the image's size, and check that neither was rotated or cropped.",
+            )
+    if not np.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
+        raise UserError(
+            f"{name}: mask values from {mask.min()} to {mask.max()} found; finite ones in [0, 1] were wanted.",
+            "Divide 8-bit masks by 255, and look for NaN.",
+        )
+    if not mask.any():
+        raise UserError(
+            f"{name}: the mask is empty; at least one pixel of edit region was wanted.",
+            "Draw the region, or set the mask polarity to the colour that marks it.",
+        )
+    if not example.instruction.strip():
+        raise UserError(f"{name}: the instruction is blank; a sentence was wanted.", "Say what to change.")
+    return example

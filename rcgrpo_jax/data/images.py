@@ -1,0 +1,190 @@
+"""Pixels in and out of files, and the sizes an editor works at; numpy and Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from rcgrpo_jax.errors import UsageError, UserError
+
+Polarity = Literal["white", "black"]
+
+# The 17 (width, height) pairs that FLUX.1-Kontext was trained at: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers.
+_PORTRAIT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+KONTEXT_SIZES = (*_PORTRAIT, (1024, 1024), *((height, width) for width, height in reversed(_PORTRAIT)))
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """Reads a picture as 8-bit RGB, upright.
+
+    The EXIF rotation is applied; transparency is flattened over white; 16-bit samples are scaled by 255 / 65535 and
+    rounded (16-bit colour PNGs keep their high byte, as Pillow decodes them); palette, grey and CMYK become RGB; an
+    animation gives its first frame. Colour profiles are ignored: samples are taken as sRGB.
+
+    Args:
+        path: A file in any format that Pillow reads.
+
+    Returns:
+        `[H, W, 3]` uint8.
+
+    Raises:
+        UserError: The file is missing, not an image, damaged, unreasonably large, or of a sample type not listed above.
+    """
+    image = _open(Path(path))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def read_mask(path: str | Path, polarity: Polarity = "white") -> Float[np.ndarray, "H W"]:
+    """Reads an edit region from a picture's luminance (ITU-R 601: 0.299 R + 0.587 G + 0.114 B).
+
+    Greys make a soft mask and are not binarised. The file is treated as by `read_image`, but for one thing: tools
+    disagree on whether the transparent part of a mask is the region or its outside, so transparency is refused.
+
+    Args:
+        path: A file in any format that Pillow reads, opaque.
+        polarity: The colour of the edit region, `"white"` or `"black"`.
+
+    Returns:
+        `[H, W]` float32 in [0, 1], 1 inside the edit region.
+
+    Raises:
+        UserError: As `read_image`, or the mask has transparent pixels.
+        UsageError: The polarity is neither of the two.
+    """
+    check_polarity(polarity)
+    image = _open(Path(path))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise UserError(
+                f"{path}: the mask has transparent pixels; an opaque black and white image was wanted.",
+                "Flatten the mask, with the edit region in one of black and white and everything else in the other.",
+            )
+    white = np.asarray(image.convert("RGB").convert("L"), np.float32) / np.float32(255)
+    return white if polarity == "white" else 1 - white
+
+
+def check_polarity(polarity: str, field: str = "mask polarity") -> None:
+    """Raises a UsageError that names the field unless the polarity is 'white' or 'black'."""
+    if polarity not in get_args(Polarity):
+        raise UsageError(
+            f"{field}: {polarity!r} found; 'white' or 'black' was wanted.",
+            "Name the colour that marks the edit region in the mask.",
+        )
+
+
+def _open(path: Path) -> Image.Image:
+    """Decodes a file into an upright image of 8 bits a sample, in whatever colour mode it came."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; an image was wanted.", "Correct the path.") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(
+            f"{path}: the file is not an image that Pillow can read; PNG, JPEG, WebP or TIFF was wanted.",
+            "Save it as a PNG, or correct the path.",
+        ) from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path}: the header claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; a smaller image was wanted.",
+            "Scale the image down before use; editors work at about one million pixels.",
+        ) from None
+    except Exception as error:  # Pillow's decoders raise many types on damaged bytes, and no list of them is complete
+        raise UserError(
+            f"{path}: the file cannot be read to its end ({error}); a whole image was wanted.",
+            "Check the permissions, and copy or download the file again.",
+        ) from error
+    if image.mode.startswith("I"):
+        return _to_8_bits(path, image)
+    if image.mode in ("F", "LAB"):
+        raise UserError(
+            f"{path}: samples of Pillow mode {image.mode!r}; 8 or 16 bits of grey, RGB or CMYK were wanted.",
+            "Save the image as an 8-bit PNG.",
+        )
+    return image
+
+
+def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
+    """Scales the integer modes, in which Pillow keeps 16-bit grey, to 8 bits with rounding."""
+    grey = np.asarray(image).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise UserError(
+            f"{path}: grey values from {grey.min()} to {grey.max()}; 16 bits (0 to 65535) were wanted.",
+            "Save the image as an 8-bit PNG.",
+        )
+    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+
+
+def save_image(path: str | Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Writes 8-bit RGB as a PNG, which is lossless; the folder is made if need be.
+
+    Raises:
+        UserError: The name ends otherwise than in `.png`, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: the suffix is {path.suffix!r}; '.png' was wanted.", "Name the output NAME.png.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: the image cannot be written ({error}).", "Choose a folder you can write to."
+        ) from error
+
+
+def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Resamples a picture to `size = (height, width)` with Pillow's Lanczos filter, without cropping."""
+    height, width = size
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def resize_mask(mask: Float[np.ndarray, "H W"], size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
+    """Resamples a mask to `size = (height, width)` by the nearest pixel, so that no new values appear at its edge."""
+    height, width = size
+    return np.array(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
+
+
+def kontext_size(height: int, width: int, preferred: Sequence[tuple[int, int]] = KONTEXT_SIZES) -> tuple[int, int]:
+    """Finds the resolution of FLUX.1-Kontext whose aspect ratio, width / height, is nearest to a picture's.
+
+    Args:
+        height: Of the picture, pixels.
+        width: Of the picture, pixels.
+        preferred: The `(width, height)` pairs to choose from.
+
+    Returns:
+        `(height, width)` of the chosen resolution.
+    """
+    best = min(preferred, key=lambda pair: abs(width / height - pair[0] / pair[1]))
+    return best[1], best[0]
+
+
+def fit_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """Finds the size of a given area that keeps a picture's aspect ratio `a = width / height`.
+
+    `round(sqrt(area / a)) x round(sqrt(area a))`, each side then rounded down to a multiple, as diffusers does, but
+    never below one multiple.
+
+    Args:
+        height: Of the picture, pixels.
+        width: Of the picture, pixels.
+        area: Pixels wanted.
+        multiple: Pixels a side that the result must divide by: 16 for FLUX (8 of the VAE, 2 of packing).
+
+    Returns:
+        `(height, width)`.
+    """
+    aspect = width / height
+    sides = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+    fitted_height, fitted_width = (max(side // multiple, 1) * multiple for side in sides)
+    return fitted_height, fitted_width

@@ -1,0 +1,157 @@
+"""From examples to batches: encoders run once, their results lie on disk under the hash of what went in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.images import resize_image, resize_mask
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UserError
+
+
+class Source(Protocol):
+    """Random access to examples; `data.folder.EditFolder` is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> EditExample: ...
+
+
+class EditBatch(NamedTuple):
+    """What a training step reads: one row a prompt, on the host."""
+
+    reference: Float[np.ndarray, "P N C"]  # packed latents of the source
+    text: Float[np.ndarray, "P N_txt D"]  # T5 sequence
+    pooled: Float[np.ndarray, "P D_pool"]  # CLIP vector
+    text_weights: Float[np.ndarray, "P N_txt"]  # 1 for the instruction's own tokens, 0 for padding
+    pixels: UInt8[np.ndarray, "P H W 3"]  # source, resized
+    mask: Float[np.ndarray, "P H W"]  # edit region, resized
+    instructions: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+class EncodedSource:
+    """Examples with their encodings, each computed once and kept in a folder.
+
+    The file of an example is named by a hash of its pixels, mask and instruction, of the encoders' weights, and of the
+    size and dtype, so that changed inputs never meet old results.
+
+    Args:
+        source: The examples.
+        editor: Encoders; not touched if everything is in the cache.
+        size: (height, width) that images and masks are resized to.
+        folder: The cache; created if missing.
+        validate: Called with each instruction before anything is encoded; raises if it cannot be used.
+        progress: Called after each example with (done, all).
+
+    Raises:
+        UserError: If an example cannot be read, or the cache cannot be written.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        editor: Editor,
+        size: tuple[int, int],
+        folder: str | Path,
+        validate: Callable[[str], None] = lambda _: None,
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ):
+        self.folder = Path(folder)
+        self._files: list[Path] = []
+        networks = ("vae", "text_encoder", "text_encoder_2")
+        settings = [editor.folder.fingerprint(name) for name in networks]
+        settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
+        for index in range(len(source)):
+            example = source[index]
+            validate(example.instruction)
+            file = self.folder / f"{_content_hash(example, settings)}.safetensors"
+            if not file.is_file():
+                self._write(file, example, editor, size)
+            self._files.append(file)
+            progress(index + 1, len(source))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._files[index]
+        try:
+            with safe_open(file, framework="np") as stored:
+                return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 | stored.metadata()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
+
+    def _write(self, file: Path, example: EditExample, editor: Editor, size: tuple[int, int]) -> None:
+        from safetensors.numpy import save_file
+
+        pixels = resize_image(example.image, size)
+        mask = resize_mask(example.mask, size)
+        if not mask.any():
+            raise UserError(
+                f"{example.name}: the mask is empty after resizing to {size[1]} x {size[0]} pixels.",
+                "Draw a larger region, or train at a larger data.size.",
+            )
+        encoding = editor.encode_text([example.instruction])
+        tensors = {
+            "reference": np.asarray(editor.encode_image(pixels[None]))[0],
+            "text": np.asarray(encoding.text)[0],
+            "pooled": np.asarray(encoding.pooled)[0],
+            "text_weights": (np.arange(encoding.text.shape[1]) < encoding.lengths[0]).astype(np.float32),
+            "pixels": pixels,
+            "mask": mask.astype(np.float32),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            save_file(tensors, partial, metadata={"instruction": example.instruction, "name": example.name})
+            partial.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
+            ) from None
+
+
+def _content_hash(example: EditExample, settings: Sequence) -> str:
+    digest = hashlib.sha256(json.dumps([example.instruction, example.name, *settings]).encode())
+    for array in (example.image, example.mask):
+        digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:32]
+
+
+class Batches:
+    """Batches of P prompts as a function of the step alone, so that a resumed run needs no iterator state.
+
+    Args:
+        source: Encoded examples.
+        prompts: P.
+        seed: Of the order, which is drawn anew each epoch.
+    """
+
+    def __init__(self, source: EncodedSource, prompts: int, seed: int):
+        import grain
+
+        self._prompts = prompts
+        self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, step: int) -> EditBatch:
+        rows = [self._dataset[step * self._prompts + i] for i in range(self._prompts)]
+
+        def stack(name: str) -> np.ndarray:
+            return np.stack([row[name] for row in rows])
+
+        arrays = [stack(name) for name in EditBatch._fields[:6]]
+        return EditBatch(*arrays, tuple(row["instruction"] for row in rows), tuple(row["name"] for row in rows))
+
+
+assert ml_dtypes  # registers bfloat16 with numpy, which safetensors needs to return it

@@ -1,0 +1,26 @@
+"""The errors a user can cause, each with what was found, what was wanted and the way out."""
+
+
+class UserError(Exception):
+    """A failure that the user can mend; the command line prints it in two lines and exits with 1.
+
+    Args:
+        problem: One line that names the field or file, what was found and what was wanted.
+        remedy: One line that says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str):
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n{self.remedy}"
+
+
+class UsageError(UserError):
+    """A command line or configuration that cannot be run as written; exit code 2."""
+
+    exit_code = 2

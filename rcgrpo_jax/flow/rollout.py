@@ -1,0 +1,45 @@
+"""Deterministic rollouts of the flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rcgrpo_jax.flow.solver import Velocity, euler_step
+
+
+def integrate(velocity: Velocity, x: Float[Array, "*b N C"], sigmas: Float[Array, "K+1"]) -> Float[Array, "K+1 *b N C"]:
+    """All states `x_{s_0}, ..., x_{s_K}` of the rollout `Phi_{1->s}(x; theta, c)` (Eq. 3, 12).
+
+    Args:
+        velocity: `v_theta(., ., c)`.
+        x: Initial noise at `sigmas[0]`, float32; states keep its dtype.
+        sigmas: Decreasing times, `flow.schedule.sigmas`.
+
+    Returns:
+        The K + 1 states; index 0 is `x` itself and index K the sample.
+    """
+    return integrate_with_aux(lambda x, sigma: (velocity(x, sigma), None), x, sigmas)[0]
+
+
+def integrate_with_aux(velocity: Any, x: Array, sigmas: Array) -> tuple[Array, Any]:
+    """`integrate` for a velocity that returns `(v, aux)`; `aux` comes back stacked over the K steps."""
+
+    def step(x, times):
+        sigma, sigma_next = times
+        aux = None
+
+        def only_velocity(x, sigma):
+            nonlocal aux
+            v, aux = velocity(x, sigma)
+            return v
+
+        x = euler_step(only_velocity, x, sigma, sigma_next)
+        return x, (x, aux)
+
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    _, (states, aux) = jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))
+    return jnp.concatenate([x[None], states]), aux

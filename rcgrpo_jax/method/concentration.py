@@ -1,0 +1,130 @@
+"""Attention concentration density (ACD): how much of the text's attention falls into the edit region (Eq. 16-18).
+
+Equation 17 needs only two numbers for each text token: its attention mass inside the mask and over all image tokens.
+They are computed beside the model's own attention, one head at a time. No more than an [N_txt, N_img] tile ever exists,
+and the model keeps its fused kernel, which never shows its map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+T = TypeVar("T")
+
+
+def _head_mean(
+    reduce: Callable[[Float[Array, "N_txt N_img"]], T],
+    q_txt: Float[Array, "N_txt H D"],
+    k_img: Float[Array, "N_img H D"],
+    scale: float,
+) -> T:
+    """The mean over heads of `reduce(A_h)`, A_h(v, u) = softmax_u(scale q_v k_u), for a linear `reduce`."""
+
+    def one_head(qk):
+        scores = jnp.einsum("vd,ud->vu", *qk, preferred_element_type=jnp.float32)
+        return reduce(jax.nn.softmax(scale * scores, axis=-1))
+
+    heads_first = jax.lax.stop_gradient((jnp.swapaxes(q_txt, 0, 1), jnp.swapaxes(k_img, 0, 1)))
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(one_head, heads_first))
+
+
+def masses(
+    q_txt: Float[Array, "N_txt H D"],
+    k_img: Float[Array, "N_img H D"],
+    mask: Float[Array, "N_img"],
+    scale: float,
+) -> tuple[Float[Array, "N_txt"], Float[Array, "N_txt"]]:
+    """Each text token's attention inside the mask and in all, sum_u A(v, u) M(u) and sum_u A(v, u) (Eq. 16, fused).
+
+    A(v, u) is the mean over heads of the softmax over the image keys alone: the model's joint softmax, renormalised.
+
+    Args:
+        q_txt: Text queries as they enter the model's attention (after norm and rotary embedding), [N_txt, H, D].
+        k_img: Image keys, likewise, [N_img, H, D].
+        mask: M, [N_img] in [0, 1].
+        scale: Factor of the scores, 1 / sqrt(D) in FLUX.
+
+    Returns:
+        inside [N_txt] and total [N_txt], float32 in [0, 1]; total is 1 up to rounding. No gradient runs through them.
+    """
+    mask = jax.lax.stop_gradient(mask.astype(jnp.float32))
+    return _head_mean(lambda A: (jnp.sum(A * mask[None], axis=-1), jnp.sum(A, axis=-1)), q_txt, k_img, scale)
+
+
+def attention_map(
+    q_txt: Float[Array, "N_txt H D"], k_img: Float[Array, "N_img H D"], scale: float
+) -> Float[Array, "N_img"]:
+    """The attention that each image token receives, a(u) = sum_v A(v, u) (Eq. 16).
+
+    Args:
+        q_txt: Text queries, [N_txt, H, D], as in `masses`.
+        k_img: Image keys, [N_img, H, D].
+        scale: Factor of the scores.
+
+    Returns:
+        a, [N_img] float32, summing to N_txt. No gradient runs through it.
+    """
+    return _head_mean(lambda A: jnp.sum(A, axis=0), q_txt, k_img, scale)
+
+
+def _ratio_of_means(
+    inside: Float[Array, "..."], total: Float[Array, "..."], mask: Float[Array, "N_img"], eps: float
+) -> Float[Array, "..."]:
+    return (inside / (jnp.sum(mask) + eps)) / (total / (mask.shape[0] + eps))
+
+
+def density(a: Float[Array, "... N_img"], mask: Float[Array, "N_img"], eps: float = 1e-6) -> Float[Array, "..."]:
+    """ACD = [sum_u a(u) M(u) / (|M| + eps)] / [sum_u a(u) / (N_img + eps)] (Eq. 17).
+
+    Args:
+        a: Attention received by each image token, [..., N_img].
+        mask: M, [N_img] in [0, 1]; |M| is its sum.
+        eps: Keeps an empty mask finite: its density is 0.
+
+    Returns:
+        [...]: 1 if attention is spread evenly, N_img / |M| if all of it lies inside.
+    """
+    return _ratio_of_means(jnp.sum(a * jnp.broadcast_to(mask, a.shape), axis=-1), jnp.sum(a, axis=-1), mask, eps)
+
+
+def density_from_masses(
+    inside: Float[Array, "... N_txt"],
+    total: Float[Array, "... N_txt"],
+    mask: Float[Array, "N_img"],
+    text_weights: Float[Array, "N_txt"] | None = None,
+    eps: float = 1e-6,
+) -> Float[Array, "..."]:
+    """The same density (Eq. 17) from the output of `masses`, without the map.
+
+    Args:
+        inside: [..., N_txt] mass of each text token inside the mask.
+        total: [..., N_txt] mass of each text token over all image tokens.
+        mask: M, [N_img]: the mask that `masses` was given; only its sum and length count here.
+        text_weights: [N_txt] >= 0, not all zero: 1 for the tokens that count (say, the instruction's real ones) and 0
+            for padding. None counts all.
+        eps: As in `density`.
+
+    Returns:
+        [...], equal to `density(attention_map(...), mask)` if every token counts.
+    """
+    if text_weights is not None:
+        weights = jnp.broadcast_to(text_weights, inside.shape)
+        inside, total = weights * inside, weights * total
+    return _ratio_of_means(jnp.sum(inside, axis=-1), jnp.sum(total, axis=-1), mask, eps)
+
+
+def reward(densities: Float[Array, "... K L_sel"]) -> Float[Array, "..."]:
+    """R_acd, the mean of the densities over the solver steps and the selected layers (Eq. 18).
+
+    Args:
+        densities: [..., K, L_sel].
+
+    Returns:
+        [...]: a scalar for one rollout.
+    """
+    return jnp.mean(densities, axis=(-2, -1))

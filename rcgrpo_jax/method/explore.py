@@ -1,0 +1,91 @@
+"""Neighbourhoods of the initial noise: what makes the candidates of a group differ (Eq. 6, 10, 11)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+def _mix(
+    reference: Float[Array, "N C"], delta: Float[Array, "g N C"], alpha: float | Float[Array, "1 N 1"]
+) -> Float[Array, "g N C"]:
+    """sqrt(1 - alpha^2) eps* + alpha delta: N(0, I) again if both are, at any alpha in [0, 1]."""
+    return jnp.sqrt(1.0 - jnp.square(alpha)) * reference[None] + alpha * delta
+
+
+def neighbour_noise(
+    key: PRNGKeyArray, reference: Float[Array, "N C"], group_size: int, sigma: float
+) -> Float[Array, "G N C"]:
+    """Perturbs the whole noise, eps_i = sqrt(1 - sigma^2) eps* + sigma delta_i (Eq. 6, Neighbor GRPO).
+
+    Args:
+        key: Typed key (`jax.random.key`).
+        reference: eps*, [N, C] float32 from N(0, I).
+        group_size: G; all candidates are perturbed, the first one too.
+        sigma: Strength in (0, 1).
+
+    Returns:
+        [G, N, C] float32, each candidate marginally N(0, I).
+    """
+    delta = jax.random.normal(key, (group_size, *reference.shape), reference.dtype)
+    return _mix(reference, delta, sigma)
+
+
+def perturbation_map(mask: Float[Array, "N"], alpha_edit: float, alpha_base: float) -> Float[Array, "N"]:
+    """The strength of the perturbation at each token, alpha = alpha_edit M + alpha_base (1 - M) (Eq. 10).
+
+    Args:
+        mask: M, [N] in [0, 1].
+        alpha_edit: Strength inside the edit region, in [0, 1].
+        alpha_base: Strength in the background, in [0, 1]; small, so that the background is nearly shared by a group.
+
+    Returns:
+        [N] float32 in [0, 1].
+    """
+    return alpha_edit * mask + alpha_base * (1.0 - mask)
+
+
+def region_decoupled_noise(
+    key: PRNGKeyArray,
+    reference: Float[Array, "N C"],
+    mask: Float[Array, "N"],
+    group_size: int,
+    alpha_edit: float,
+    alpha_base: float,
+) -> Float[Array, "G N C"]:
+    """Perturbs mainly the edit region, eps_i = sqrt(1 - alpha^2) eps* + alpha delta_i, eps_0 = eps* (Eq. 11, RDP).
+
+    Args:
+        key: Typed key (`jax.random.key`).
+        reference: eps*, [N, C] float32 from N(0, I).
+        mask: M, [N] in [0, 1], from `region.token_mask`.
+        group_size: G, the reference candidate included.
+        alpha_edit: Strength inside the edit region, in [0, 1].
+        alpha_base: Strength in the background, in [0, 1].
+
+    Returns:
+        [G, N, C] float32. Index 0 is the paper's i_0, bit for bit the reference; each candidate is marginally N(0, I).
+    """
+    alpha = perturbation_map(mask, alpha_edit, alpha_base)
+    delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
+    return jnp.concatenate([reference[None], _mix(reference, delta, alpha[None, :, None])])
+
+
+def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, "B"]:
+    """Draws B anchors uniformly without replacement from the perturbed candidates 1..G-1 (Section 4.1).
+
+    Args:
+        key: Typed key (`jax.random.key`).
+        group_size: G.
+        num_anchors: B, from 1 to G - 1.
+
+    Returns:
+        [B] int32, distinct, in 1..G-1: never the reference candidate.
+
+    Raises:
+        ValueError: There are not that many perturbed candidates.
+    """
+    if not 1 <= num_anchors <= group_size - 1:
+        raise ValueError(f"{num_anchors} anchors of a group of {group_size}: from 1 to {group_size - 1} can be drawn")
+    return jax.random.choice(key, jnp.arange(1, group_size, dtype=jnp.int32), (num_anchors,), replace=False)

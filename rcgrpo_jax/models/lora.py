@@ -1,0 +1,120 @@
+"""Low-rank adaptation: a linear layer that reads an optional `lora` collection, and the trees that fill it.
+
+The base parameters stay in the `params` collection exactly as without an adapter. An adapter is a second collection
+with two leaves, `A [..., in, r]` and `B [..., r, out]`, beside each adapted kernel; a layer adapts itself where it
+finds them. The leading axis is the layer, for blocks stacked by `nn.scan`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from rcgrpo_jax.errors import UsageError
+
+_ATTENTION = r"attn/(to_q|to_k|to_v|to_out_0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_MLP = r"(ff|ff_context)/(net_0/proj|net_2)|proj_mlp"
+TARGETS = {
+    "attention": rf".*_blocks/{_ATTENTION}",  # the paper's set
+    "attention+mlp": rf".*_blocks/({_ATTENTION}|{_MLP})",
+    "all-linear": rf".*_blocks/({_ATTENTION}|{_MLP}|proj_out)",
+}
+
+
+class Linear(nn.Module):
+    """`x W + b`, plus `(x A) B` where the `lora` collection holds `A` and `B` for this layer (Hu et al. 2021).
+
+    `B` comes multiplied by alpha / r (`scale_adapter`), so that the network knows nothing of ranks and scales.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.has_variable("lora", "A"):
+            a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("A", "B"))
+            y = y + (x @ a) @ b
+        return y
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Rank, scale and target set of an adapter."""
+
+    rank: int = 64  # r, columns of A
+    alpha: float = 128.0  # the update is alpha / r times A B
+    targets: str = "attention"  # a name of `TARGETS`, or a regular expression over kernel paths such as ".*/attn/to_q"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def target_kernels(params: Mapping, targets: str) -> dict[tuple[str, ...], Any]:
+    """The kernels `path -> leaf` that a target set adapts, in the order of the tree.
+
+    Raises:
+        UsageError: If nothing matches, or the regular expression does not compile.
+    """
+    try:
+        pattern = re.compile(TARGETS.get(targets, targets))
+    except re.error as error:
+        raise UsageError(
+            f"lora.targets: {targets!r} is not a regular expression ({error}).",
+            f"Use one of {sorted(TARGETS)}, or an expression over paths such as '.*/attn/to_q'.",
+        ) from None
+    found = {
+        path[:-1]: leaf
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" and pattern.fullmatch("/".join(path[:-1]))
+    }
+    if not found:
+        raise UsageError(
+            f"lora.targets: {targets!r} matches no linear layer of the transformer.",
+            f"Use one of {sorted(TARGETS)}, or an expression over paths such as '.*/attn/to_q'.",
+        )
+    return found
+
+
+def init_adapter(key: Array, params: Mapping, config: LoRAConfig) -> dict:
+    """A fresh adapter for base `params`: `A ~ U(-1/sqrt(in), 1/sqrt(in))` as PEFT draws it, `B = 0`.
+
+    With `B = 0` the adapted network equals the base bit for bit.
+
+    Args:
+        key: Random key.
+        params: Parameters of the transformer (arrays or shapes), blocks stacked on a leading axis.
+        config: Rank and targets.
+
+    Returns:
+        The tree of the `lora` collection, fp32.
+    """
+    adapter = {}
+    for i, (path, kernel) in enumerate(target_kernels(params, config.targets).items()):
+        *stack, fan_in, fan_out = kernel.shape
+        bound = fan_in**-0.5
+        adapter[(*path, "A")] = jax.random.uniform(
+            jax.random.fold_in(key, i), (*stack, fan_in, config.rank), jnp.float32, -bound, bound
+        )
+        adapter[(*path, "B")] = jnp.zeros((*stack, config.rank, fan_out), jnp.float32)
+    return unflatten_dict(adapter)
+
+
+def scale_adapter(adapter: Mapping, scale: float) -> dict:
+    """The adapter with every `B` multiplied by `scale` = alpha / r, as `Linear` expects it."""
+    return unflatten_dict({p: x * scale if p[-1] == "B" else x for p, x in flatten_dict(adapter).items()})

@@ -1,0 +1,41 @@
+"""A function of one sample over many: vmapped within a micro-batch that is spread over the mesh, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
+
+
+def split(tree: Any, micro_batch: int, mesh: Mesh) -> Any:
+    """`[S, ...]` leaves as `[S / m, m, ...]`, each micro-batch spread over `data` and `fsdp`; m = 0 means S."""
+    spread = NamedSharding(mesh, P(None, SAMPLE_AXES))
+
+    def one(x: jax.Array) -> jax.Array:
+        m = micro_batch or x.shape[0]
+        return jax.lax.with_sharding_constraint(x.reshape(x.shape[0] // m, m, *x.shape[1:]), spread)
+
+    return jax.tree.map(one, tree)
+
+
+def map_samples(function: Callable[..., Any], samples: tuple, micro_batch: int, mesh: Mesh) -> Any:
+    """`function` of every sample, as `jax.vmap` would give it, with at most `micro_batch` samples in memory.
+
+    Args:
+        function: Pure function of one sample's trees; what it closes over is shared.
+        samples: Its arguments, every leaf with a leading axis S.
+        micro_batch: Samples at a time over the whole mesh, a divisor of S and a multiple of data x fsdp; 0: all.
+        mesh: The mesh; inner sharding constraints keep the mapped axis spread.
+
+    Returns:
+        The results, stacked along a leading axis S.
+    """
+    mapped = jax.vmap(function, spmd_axis_name=SAMPLE_AXES)
+    chunks = split(samples, micro_batch, mesh)
+    results = jax.lax.map(lambda chunk: mapped(*chunk), chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)

@@ -1,0 +1,7 @@
+"""Rewards: a batch of edits in, a score for each candidate out. Importing this package registers the ones below."""
+
+from rcgrpo_jax.rewards.base import Reward, RewardInputs, make, register, score_all
+from rcgrpo_jax.rewards.colour import Colour
+from rcgrpo_jax.rewards.preservation import Preservation
+
+__all__ = ["Colour", "Preservation", "Reward", "RewardInputs", "make", "register", "score_all"]

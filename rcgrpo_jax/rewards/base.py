@@ -1,0 +1,112 @@
+"""What a reward is, how one is found by name, and how several score one batch."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from rcgrpo_jax.errors import UsageError, UserError
+
+
+class RewardInputs(NamedTuple):
+    """A batch of `P` prompts with `G` candidate edits each; pictures are sRGB in [0, 1], float32."""
+
+    source: Float[Array, "P H W 3"]
+    edited: Float[Array, "P G H W 3"]
+    mask: Float[Array, "P H W"]  # in [0, 1], 1 where the edit belongs
+    instructions: tuple[str, ...]  # one a prompt
+    captions: tuple[str | None, ...] | None = None  # of the edited picture
+    targets: Float[Array, "P H W 3"] | None = None  # reference edits
+
+
+class Reward(Protocol):
+    """Scores candidates; higher is better. A candidate that cannot be scored gets NaN, never a made-up number."""
+
+    def validate(self, instruction: str) -> None:
+        """Raises a UserError if no edit for this instruction could be scored; called before training starts."""
+
+    def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
+        """Scores every candidate, float32."""
+
+
+_FACTORIES: dict[str, Callable[..., Reward]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
+    """Makes a factory, usually the reward's class, known to `make` under a name."""
+
+    def add(factory: Callable[..., Reward]) -> Callable[..., Reward]:
+        if name in _FACTORIES:
+            raise ValueError(f"The reward {name!r} is registered twice.")
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+def make(name: str, **options: Any) -> Reward:
+    """Builds a registered reward.
+
+    Args:
+        name: The name it was registered under.
+        **options: Passed to its factory.
+
+    Raises:
+        UsageError: No reward has the name, or its factory does not take the options.
+    """
+    if name not in _FACTORIES:
+        near = difflib.get_close_matches(name, _FACTORIES, n=1)
+        raise UsageError(
+            f"reward: {name!r} found; one of {', '.join(sorted(_FACTORIES))} was wanted.",
+            f"Did you mean {near[0]!r}?" if near else "Name one of these, or import the module that registers yours.",
+        )
+    signature = inspect.signature(_FACTORIES[name])
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise UsageError(
+            f"reward {name!r}: {error}; the options {', '.join(signature.parameters) or '(none)'} were wanted.",
+            "Correct the options.",
+        ) from None
+    return _FACTORIES[name](**options)
+
+
+def score_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> dict[str, Float[np.ndarray, "P G"]]:
+    """Scores a batch by every reward.
+
+    NaN passes through as it is: what combines the scores decides what becomes of the group.
+
+    Args:
+        rewards: The rewards under the names that the scores shall have.
+        inputs: The batch.
+
+    Returns:
+        `{name: [P, G]}` float32 on the host.
+
+    Raises:
+        UserError: A reward failed or returned another shape; the message names it.
+    """
+    wanted = inputs.edited.shape[:2]
+    scores = {}
+    for name, reward in rewards.items():
+        try:
+            # Copied to the host inside the `try`: an error in asynchronously dispatched work surfaces here.
+            scores[name] = np.asarray(reward(inputs), np.float32)
+        except UserError as error:
+            raise UserError(f"reward {name!r}: {error.problem}", error.remedy) from error
+        except Exception as error:
+            raise UserError(
+                f"reward {name!r} failed: {type(error).__name__}: {error}",
+                "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
+            ) from error
+        if scores[name].shape != wanted:
+            raise UserError(
+                f"reward {name!r}: scores of shape {scores[name].shape}; (prompts, candidates) = {wanted} was wanted.",
+                "Return one score for each candidate.",
+            )
+    return scores

@@ -1,0 +1,205 @@
+"""The configuration of a training run: every field with its default and unit, and the check of the whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.models.attention import IMPLEMENTATIONS
+from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
+
+# Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
+MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
+              "rollout.decode_micro_batch", "surrogate.micro_batch")  # fmt: skip
+
+
+def default_config() -> ConfigDict:
+    """Every field of a run. `configs/*.py` start from it and change what they need."""
+
+    def group(**fields: Any) -> ConfigDict:
+        return ConfigDict(fields)
+
+    return group(
+        seed=0,  # of the LoRA, the order of the data, the noise and the anchors
+        model=group(
+            path="",  # diffusers folder or converted directory
+            dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
+            max_text_tokens=512,  # length the T5 sequence is padded to; 512 in FLUX.1-Kontext-dev
+            guidance=2.5,  # scale given to the distilled model
+            attention="xla",  # implementation, a name of models.attention.IMPLEMENTATIONS
+            remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
+        ),
+        data=group(
+            path="",  # folder with metadata.jsonl or images/ masks/ instructions/, or a .jsonl file
+            polarity="white",  # colour of the edit region in the masks: white or black
+            size=(512, 512),  # (height, width) in pixels, multiples of 16; images and masks are resized to it
+            cache="",  # folder of encoder results; empty: WORKDIR/cache
+        ),
+        lora=group(
+            rank=64,  # r
+            alpha=128.0,  # the update is alpha / r times A B
+            targets="attention",  # attention (the paper's), attention+mlp, all-linear, or a regular expression
+        ),
+        explore=group(
+            kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6
+            alpha_edit=0.3,  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
+            alpha_base=0.01,  # perturbation outside, in [0, 1] (ours)
+            sigma=0.3,  # perturbation everywhere for kind=global, in [0, 1]
+            mask_threshold=0.0,  # share of a token's pixels that puts it into the region; 0: any pixel (ours)
+            mask_dilation=0,  # tokens by which the region grows for the perturbation; surrogate and ACD keep the mask
+        ),
+        rollout=group(
+            prompts=4,  # P, groups in a global batch
+            group_size=12,  # G, candidates of a group
+            num_steps=8,  # K, solver steps in training
+            micro_batch=0,  # candidates rolled out at a time over the whole mesh; 0: all P x G
+            decode_micro_batch=0,  # images decoded at a time over the whole mesh; 0: all P x G
+        ),
+        surrogate=group(
+            distance="region",  # region (B.3, form ours), tau (ours), l2 (Eq. 7), mean
+            tau_edit=0.9,  # bandwidth inside the mask
+            tau_base=1.1,  # bandwidth outside
+            anchors=4,  # B, anchors of a group, from the perturbed candidates
+            anchor_mode="replay",  # replay: one step from the stored state; integrate: the whole path, Eq. 13
+            steps="all",  # solver steps that carry the loss: all, early (the noisier half), random
+            num_random_steps=4,  # how many for steps=random
+            weighting="uniform",  # expectation over candidates: uniform (Eq. 5), or policy (under pi_old)
+            target_entropy=1.0,  # nats, for weighting=policy: the temperature is calibrated to it
+            micro_batch=0,  # anchors (replay: anchor-steps) differentiated at a time over the mesh; 0: all
+        ),
+        objective=group(
+            clip=0.02,  # c, half-width of the ratio's clip (ours; peers use 1e-4)
+            advantage_clip=5.0,  # largest |A|
+            quasi_norm=0.0,  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
+            kl_weight=0.0,  # beta
+            updates=1,  # optimizer updates on one rollout
+        ),
+        rewards=group(preservation=1.0, colour=1.0),  # name of a registered reward -> weight after its z-score
+        acd=group(
+            weight=1.0,  # of R_acd after its z-score; 0 turns it off, in the rollout too
+            layers=10,  # L_sel, the last blocks that count
+            reference_keys=False,  # count the reference image's keys too
+            text="all",  # text tokens that count: all, or instruction (without padding)
+        ),
+        optimizer=group(
+            learning_rate=1e-4,  # AdamW, after the warm-up
+            warmup_steps=0,  # updates of linear warm-up from 0
+            weight_decay=1e-4,  # decoupled
+            b1=0.9,  # decay of the first moment
+            b2=0.999,  # decay of the second moment
+            max_grad_norm=1.0,  # global-norm clip
+            ema_decay=0.0,  # of an average of the LoRA, exported if kept; 0: none
+        ),
+        train=group(
+            num_steps=100,  # training steps: one rollout and `objective.updates` updates each
+            save_every=10,  # steps between checkpoints
+            keep=2,  # checkpoints kept
+            image_every=10,  # steps between image grids
+        ),
+        mesh=group(
+            data=-1,  # devices that spread samples and replicate weights; -1: what is left
+            fsdp=1,  # devices that spread samples and weights
+            tensor=1,  # devices that split heads and MLP
+        ),
+    )
+
+
+_CHOICES = {
+    "model.dtype": ("bfloat16", "float32"),
+    "model.attention": tuple(IMPLEMENTATIONS),
+    "model.remat": tuple(REMAT_POLICIES),
+    "data.polarity": ("white", "black"),
+    "explore.kind": ("region", "global"),
+    "surrogate.distance": ("region", "tau", "l2", "mean"),
+    "surrogate.anchor_mode": ("replay", "integrate"),
+    "surrogate.steps": ("all", "early", "random"),
+    "surrogate.weighting": ("uniform", "policy"),
+    "acd.text": ("all", "instruction"),
+}
+_WITHIN = {  # field -> (lowest, highest), both allowed
+    "model.max_text_tokens": (1, 512), "lora.rank": (1, math.inf), "explore.alpha_edit": (0, 1),
+    "explore.alpha_base": (0, 1), "explore.sigma": (0, 1), "explore.mask_threshold": (0, 1),
+    "explore.mask_dilation": (0, math.inf), "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf),
+    "rollout.num_steps": (1, math.inf), "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf),
+    "surrogate.anchors": (1, math.inf), "surrogate.num_random_steps": (1, math.inf), "objective.clip": (1e-9, math.inf),
+    "objective.advantage_clip": (1e-9, math.inf), "objective.quasi_norm": (0, math.inf),
+    "objective.kl_weight": (0, math.inf), "objective.updates": (1, math.inf), "acd.layers": (1, math.inf),
+    "acd.weight": (0, math.inf), "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 1), "train.num_steps": (1, math.inf),
+    "train.save_every": (1, math.inf), "train.keep": (1, math.inf), "train.image_every": (1, math.inf),
+}  # fmt: skip
+
+
+def num_trained_steps(config: ConfigDict) -> int:
+    """How many of the K solver steps carry the loss."""
+    k = config.rollout.num_steps
+    return {"all": k, "early": math.ceil(k / 2), "random": config.surrogate.num_random_steps}[config.surrogate.steps]
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Refuses a configuration that cannot run, before any weight is read.
+
+    Raises:
+        UsageError: With every problem found, a line each.
+    """
+    problems = [
+        f"{field}: {_get(config, field)!r} found; one of {', '.join(choices)} was wanted"
+        for field, choices in _CHOICES.items()
+        if _get(config, field) not in choices
+    ]
+    problems += [
+        f"{field}: {_get(config, field)!r} found; between {low} and {high} was wanted"
+        for field, (low, high) in _WITHIN.items()
+        if not low <= _get(config, field) <= high
+    ]
+    problems += [
+        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not _get(config, field)
+    ]
+    if not problems:
+        problems = _size_problems(config, num_devices)
+    if problems:
+        raise UsageError(
+            "config: " + "\n        ".join(problems), "Correct these fields in the file or with --config.FIELD=VALUE."
+        )
+
+
+def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
+    problems = []
+    g, b, k = config.rollout.group_size, config.surrogate.anchors, config.rollout.num_steps
+    if b > g - 1:
+        problems.append(f"surrogate.anchors: {b} of {g - 1} perturbed candidates; rollout.group_size is {g}")
+    if config.surrogate.steps == "random" and config.surrogate.num_random_steps > k:
+        problems.append(f"surrogate.num_random_steps: {config.surrogate.num_random_steps} of {k} steps")
+    if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(g):
+        problems.append(
+            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to {math.log(g):.3f}"
+        )
+    if len(config.data.size) != 2 or any(side < 16 or side % 16 for side in config.data.size):
+        problems.append(f"data.size: {tuple(config.data.size)}; two multiples of 16 pixels were wanted")
+    if not config.rewards and not config.acd.weight:
+        problems.append("rewards: none, and acd.weight is 0; at least one was wanted")
+    shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))
+    spread = math.prod(shape[axis] for axis in SAMPLE_AXES)
+    samples, anchors = config.rollout.prompts * g, config.rollout.prompts * b
+    units = anchors * (num_trained_steps(config) if config.surrogate.anchor_mode == "replay" else 1)
+    where = f"data x fsdp = {shape['data']} x {shape['fsdp']} = {spread} devices"
+    for field, count, micro in (
+        (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.micro_batch),
+        (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.decode_micro_batch),
+        ("surrogate: anchors to differentiate", units, config.surrogate.micro_batch),
+    ):
+        micro = micro or count
+        if count % micro or micro % spread:
+            problems.append(f"{field} = {count} in micro-batches of {micro} does not divide over {where}")
+    return list(dict.fromkeys(problems))
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    value = config
+    for name in field.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,121 @@
+"""A picture of what the policy tries: for each prompt, the source with its mask beside the rewarded candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+_SMALLEST, _LARGEST = 160, 320  # pixels of a cell's longer side
+_GAP, _MARGIN, _OUTLINE = 8, 16, 2  # pixels between cells, between rows, of the red line
+_TEXT_SIZE, _LINE = 15, 20
+_PAPER, _INK, _FAINT, _RED = (255, 255, 255), (24, 24, 24), (104, 104, 104), (230, 30, 30)
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One prompt of the grid.
+
+    Attributes:
+        instruction: The edit that was asked for.
+        source: Image to edit, uint8.
+        mask: Edit region in [0, 1]; what is above 0 is outlined.
+        candidates: Edited images, uint8, the unperturbed reference candidate first.
+        rewards: Their rewards.
+    """
+
+    instruction: str
+    source: UInt8[np.ndarray, "h w 3"]
+    mask: Float[np.ndarray, "h w"]
+    candidates: UInt8[np.ndarray, "G h w 3"]
+    rewards: Float[np.ndarray, "G"]
+
+
+def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """Draws a row a prompt: instruction, then the source with its region outlined in red and the captioned candidates.
+
+    Images are enlarged by whole factors (nearest) until their longer side is at least 160 pixels, and reduced to at
+    most 320.
+
+    Args:
+        rows: The prompts; their images may differ in size and number.
+        title: Line above the grid; none if empty.
+
+    Returns:
+        uint8 RGB image; columns line up and the longest row sets the width.
+    """
+    font = ImageFont.load_default(_TEXT_SIZE)
+    cells = [_cells(row) for row in rows]
+    # An upright image may be narrower than its caption.
+    column = _GAP + max([_SMALLEST, *(image.width for row in cells for _, image in row)])
+    width = 2 * _MARGIN - _GAP + column * max((len(row) for row in cells), default=1)
+    heading, *texts = (_wrap(text, font, width - 2 * _MARGIN) for text in [title, *(row.instruction for row in rows)])
+    heights = [
+        _LINE * (len(lines) + 1) + max(image.height for _, image in row) + _MARGIN
+        for lines, row in zip(texts, cells, strict=True)
+    ]
+    top = _MARGIN + (_LINE * len(heading) + _GAP if heading else 0)
+    canvas = Image.new("RGB", (width, top + sum(heights)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+
+    def write(lines: Sequence[str], x: int, y: int, colour: tuple[int, int, int]) -> int:
+        for line in lines:
+            draw.text((x, y), line, fill=colour, font=font)
+            y += _LINE
+        return y
+
+    write(heading, _MARGIN, _MARGIN, _FAINT)
+    for row, lines, height in zip(cells, texts, heights, strict=True):
+        y = write(lines, _MARGIN, top, _INK)
+        for i, (caption, image) in enumerate(row):
+            x = _MARGIN + i * column
+            canvas.paste(image, (x, write([caption], x, y, _FAINT)))
+        top += height
+    return np.asarray(canvas)
+
+
+def _cells(row: GridRow) -> list[tuple[str, Image.Image]]:
+    """(caption, image) from left to right: the source, the reference, the other candidates."""
+    names = ["reference", *(f"candidate {i}" for i in range(1, len(row.candidates)))]
+    captions = [f"{name}  {reward:.3f}" for name, reward in zip(names, row.rewards, strict=True)]
+    images = [_fit(Image.fromarray(image)) for image in row.candidates]
+    return [("source", _outlined(row.source, row.mask)), *zip(captions, images, strict=True)]
+
+
+def _outlined(source: UInt8[np.ndarray, "h w 3"], mask: Float[np.ndarray, "h w"]) -> Image.Image:
+    """The source with the inner rim of the mask in red, two pixels wide on paper whatever the size of the image."""
+    image = _fit(Image.fromarray(source))
+    inside = np.asarray(Image.fromarray(np.asarray(mask) > 0).resize(image.size, Image.Resampling.NEAREST))
+    window = 2 * _OUTLINE + 1
+    # Padding counts as outside: a region that reaches the border, or fills the image, is outlined there too.
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, _OUTLINE), (window, window))
+    pixels = np.array(image)
+    pixels[inside & ~around.all(axis=(-2, -1))] = _RED
+    return Image.fromarray(pixels)
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    longest = max(image.size)
+    if longest < _SMALLEST:
+        return image.resize([side * -(-_SMALLEST // longest) for side in image.size], Image.Resampling.NEAREST)
+    if longest > _LARGEST:
+        return image.resize([max(1, side * _LARGEST // longest) for side in image.size], Image.Resampling.LANCZOS)
+    return image
+
+
+def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken at spaces, and within a word only where it is wider than a line."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines

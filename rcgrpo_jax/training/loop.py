@@ -1,0 +1,273 @@
+"""`rcgrpo train`: from a configuration to checkpoints, metrics and image grids. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.data.images import save_image
+from rcgrpo_jax.data.pipeline import Batches, EditBatch, EncodedSource
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.method import grpo
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
+from rcgrpo_jax.training.config import MAY_DIFFER, validate
+from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
+from rcgrpo_jax.training.state import TrainState, init_state
+from rcgrpo_jax.training.step import Programs, Rollout
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
+    """Post-trains a LoRA; called again on the same `workdir` it goes on from the last checkpoint.
+
+    `workdir` receives `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `images/` and (by default) `cache/`. SIGTERM
+    saves a checkpoint and returns.
+
+    Args:
+        config: As `training.config.default_config` lays it out.
+        workdir: Directory of the run; created if missing.
+        devices: Devices of the mesh; all by default.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UserError: For every mistake in configuration, model, data or resume that can be told.
+    """
+    workdir = Path(workdir)
+    devices = jax.devices() if devices is None else devices
+    validate(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    rewards = {name: reward_registry.make(name) for name in config.rewards}
+    folder = ModelFolder(config.model.path)
+    check_model_fits(config, folder)
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(
+            workdir / "checkpoints", save_every=config.train.save_every, keep=config.train.keep
+        ) as checkpointer,
+    ):
+        saved = checkpointer.latest_step()
+        if saved is not None:
+            check_same_config(checkpointer.saved_config(), config.to_dict(), MAY_DIFFER)
+        batches = encode(config, folder, workdir, rewards)
+        state = init_state(config, abstract_params("transformer", folder.config("transformer")))
+        state = jax.device_put(state, replicated(mesh))
+        if saved is not None:
+            state = checkpointer.restore(state)
+            logger.info("resumed from step %d of %s", saved, checkpointer.directory)
+        editor = Editor(
+            folder,
+            jnp.dtype(config.model.dtype),
+            sharding_of=parameter_sharding(mesh),
+            attention_implementation=config.model.attention,
+            remat=config.model.remat,
+            acd_layers=config.acd.layers,
+            acd_reference_keys=config.acd.reference_keys,
+        )
+        trainer = Trainer(config, editor, mesh, rewards)
+        first = int(state.step)
+        with (
+            MetricsWriter(workdir, resume_step=first) as writer,
+            Progress(config.train.num_steps, first, "train") as progress,
+            termination() as stop,
+        ):
+            for step in range(first, config.train.num_steps):
+                state, metrics, rows = trainer.step(state, batches[step])
+                check_finite(metrics, step + 1)  # before saving: a lost run must not replace a good checkpoint
+                writer.scalars(step + 1, metrics)
+                if (step + 1) % config.train.image_every == 0 or step + 1 == config.train.num_steps:
+                    grid = comparison_grid(rows(), f"step {step + 1}")
+                    save_image(workdir / "images" / f"step_{step + 1:06d}.png", grid)
+                    writer.images(step + 1, {"candidates": grid})
+                last = step + 1 == config.train.num_steps or stop.is_set()
+                checkpointer.save(step + 1, state, config.to_dict(), force=last)
+                shown = {name: metrics[name] for name in ("reward/total", "grad_norm") if name in metrics}
+                progress.update(shown, samples=config.rollout.prompts * config.rollout.group_size)
+                if stop.is_set():
+                    logger.warning("stopped at step %d on request; the same command resumes", step + 1)
+                    break
+            checkpointer.wait()
+    return state
+
+
+def check_model_fits(config: ConfigDict, folder: ModelFolder) -> None:
+    """Refuses settings that the model at hand cannot serve, before any weight is read."""
+    blocks = folder.config("transformer").num_blocks
+    if config.acd.weight and config.acd.layers > blocks:
+        raise UsageError(
+            f"config: acd.layers: {config.acd.layers}; the model has {blocks} blocks.", "Lower acd.layers."
+        )
+    downscale = 2 * folder.config("vae").downscale
+    if any(side % downscale for side in config.data.size):
+        raise UsageError(
+            f"config: data.size: {tuple(config.data.size)}; this model's tokens are {downscale} pixels a side.",
+            f"Choose multiples of {downscale}.",
+        )
+
+
+def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict) -> Batches:
+    """Runs the encoders over the data, once; they are freed before the transformer is loaded."""
+    source = EditFolder(config.data.path, polarity=config.data.polarity)
+
+    def check(instruction: str) -> None:
+        for reward in rewards.values():
+            reward.validate(instruction)
+
+    with Progress(len(source), description="encode") as progress:
+        encoded = EncodedSource(
+            source,
+            Editor(folder, jnp.dtype(config.model.dtype), config.model.max_text_tokens),
+            tuple(config.data.size),
+            config.data.cache or workdir / "cache",
+            check,
+            lambda done, _: progress.update(),
+        )
+    return Batches(encoded, config.rollout.prompts, config.seed)
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets (preemption, `kill`): the step under way is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Trainer:
+    """Model, programs and rewards of a run; `step` is one step of Section 4.
+
+    Args:
+        config: The run's configuration.
+        editor: Transformer and VAE, loaded onto the mesh.
+        mesh: The mesh.
+        rewards: Name -> reward.
+    """
+
+    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict):
+        self.config, self.rewards = config, rewards
+        self.params = editor.transformer_params
+        self.decoder = {"decoder": editor.vae_params["decoder"]}
+        self.programs = Programs(config, editor, mesh)
+        self.weights = {name: float(weight) for name, weight in config.rewards.items()}
+        if config.acd.weight:
+            self.weights["acd"] = float(config.acd.weight)
+
+    def step(self, state: TrainState, batch: EditBatch):
+        """Explore, roll out, score, update.
+
+        Returns:
+            The new state, metrics (name -> float), and a function that gives the rows of the image grid.
+        """
+        programs, times = self.programs, [time.monotonic()]
+        prompts = programs.prompts(batch)
+        exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
+        rollout = programs.rollout(self.params, state.lora, prompts, exploration.noise)
+        images = programs.decode(self.decoder, rollout.states[:, :, -1])
+        images.block_until_ready()
+        times.append(time.monotonic())
+
+        scores = self.score(batch, images, rollout)
+        total = grpo.combine_rewards(scores, self.weights)
+        advantages = grpo.group_advantages(
+            total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
+        )
+        times.append(time.monotonic())
+
+        log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
+        for update in range(self.config.objective.updates):
+            state, log_pi, metrics = programs.update(
+                self.params, state, prompts, exploration, rollout, advantages, log_old, jnp.asarray(update == 0)
+            )
+            log_old = log_pi if update == 0 else log_old
+        state = state.replace(step=state.step + 1)
+        metrics = {name: float(x) for name, x in metrics.items()}
+        times.append(time.monotonic())
+
+        metrics |= reward_metrics(scores, total) | drift_metrics(batch, images)
+        metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
+        metrics["samples_per_second"] = total.size / (times[-1] - times[0])
+        return state, metrics, lambda: grid_rows(batch, images, scores)
+
+    def score(self, batch: EditBatch, images: jax.Array, rollout: Rollout) -> dict[str, np.ndarray]:
+        """Every reward of every candidate, `[P, G]` each; NaN where one could not be scored."""
+        source = jnp.asarray(batch.pixels, jnp.float32) / 255
+        inputs = reward_registry.RewardInputs(source, images, jnp.asarray(batch.mask), batch.instructions)
+        scores = reward_registry.score_all(self.rewards, inputs)
+        if "acd" in self.weights:
+            scores["acd"] = np.asarray(rollout.acd)
+        return scores
+
+
+def reward_metrics(scores: dict[str, np.ndarray], total: jax.Array) -> dict[str, float]:
+    """Mean and mean within-group std of each reward as it came, and the groups that teach nothing."""
+    metrics = {}
+    for name, score in scores.items():
+        kept = score[np.isfinite(score).all(axis=-1)]
+        metrics[f"reward/{name}"] = float(kept.mean()) if kept.size else float("nan")
+        metrics[f"reward_std/{name}"] = float(kept.std(axis=-1).mean()) if kept.size else float("nan")
+    finite = np.isfinite(np.asarray(total)).all(axis=-1)
+    metrics["reward/total"] = float(sum(metrics[f"reward/{name}"] for name in scores))
+    metrics["reward_std/total"] = float(np.asarray(total)[finite].std(axis=-1).mean()) if finite.any() else float("nan")
+    metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
+    metrics["groups/dropped"] = float((~finite).sum())
+    return metrics
+
+
+@jax.jit
+def _outside(a: jax.Array, b: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean absolute difference of two batches of pictures outside the mask, `[P, G]`, in [0, 1]."""
+    background = jnp.broadcast_to((1.0 - mask)[:, None, :, :, None], a.shape)
+    return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
+
+
+def drift_metrics(batch: EditBatch, images: jax.Array) -> dict[str, float]:
+    """How far the background moves (Fig. 5b): from candidate to candidate, and from the source."""
+    mask = jnp.asarray(batch.mask)
+    source = jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255
+    return {
+        "background/drift": float(_outside(images[:, 1:], images[:, :1], mask).mean()),
+        "background/error": float(_outside(images, jnp.broadcast_to(source, images.shape), mask).mean()),
+    }
+
+
+def grid_rows(batch: EditBatch, images: jax.Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
+    """Up to four prompts with up to six candidates each, captioned with the sum of their raw rewards."""
+    pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
+    total = sum(scores.values())
+    return [
+        GridRow(batch.instructions[p], batch.pixels[p], batch.mask[p], pixels[p], total[p, :6])
+        for p in range(len(pixels))
+    ]
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """A configuration as a checkpoint keeps it."""
+    return ConfigDict(json.loads(text))

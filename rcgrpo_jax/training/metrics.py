@@ -1,0 +1,175 @@
+"""What a run reports while it trains: `metrics.jsonl`, TensorBoard, and a line or a bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from rcgrpo_jax.errors import UserError
+
+
+class MetricsWriter:
+    """Appends the scalars of each step to `<workdir>/metrics.jsonl` and to TensorBoard (`<workdir>/tensorboard`).
+
+    Steps after `resume_step`, which a killed run wrote and the resumed one will repeat, are dropped from both, so
+    that a curve has one value a step. In a multi-process run only process 0 writes.
+
+    Args:
+        workdir: Directory of the run.
+        resume_step: Step of the checkpoint that the run resumes from; 0 for a new run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _rewind(path, resume_step)
+        self._lines = path.open("a", encoding="utf-8")
+        unique = f".{time.time_ns()}"  # the file's name only counts seconds: a quick restart would overwrite it
+        board = str(path.parent / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=resume_step + 1, filename_suffix=unique)
+
+    def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one step, on disk when this returns; a value that is not finite becomes `null` in the JSON.
+
+        Args:
+            step: Updates done.
+            metrics: Name -> scalar (a number or a 0-dimensional array).
+        """
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Sends images, uint8 `[height, width, 3]`, to TensorBoard."""
+        if not self._active:
+            return
+        for name, image in images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._lines.close()
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`, in file order, without a last line that a kill tore off.
+
+    Raises:
+        UserError: Another line is not a JSON object with a step.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            steps.append({**entry, "step": int(entry["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}.",
+                "Delete that line; the file holds one object a line.",
+            ) from error
+    return steps
+
+
+def _rewind(path: Path, last_step: int) -> None:
+    """Drops the steps after `last_step` and a torn last line; the file is replaced whole, or not at all."""
+    if not path.exists():
+        return
+    kept = path.with_suffix(".jsonl.tmp")
+    with kept.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= last_step)
+    os.replace(kept, path)
+
+
+def check_finite(metrics: Mapping[str, Any], step: int) -> None:
+    """Stops a run whose loss or gradient norm (`loss`, `grad_norm`, under any prefix such as `train/`) is lost.
+
+    Raises:
+        UserError: Names the metric, its value and the step.
+    """
+    for name, value in metrics.items():
+        if name.rsplit("/", 1)[-1] in ("loss", "grad_norm") and not math.isfinite(value):
+            raise UserError(
+                f"Step {step}: {name} is {float(value)}; it must be finite.",
+                "Resume from the last checkpoint with a lower learning rate; JAX_DEBUG_NANS=True finds the operation.",
+            )
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere one flushed line a step: `train: step 12/100  reward 0.41  3.2 samples/s`.
+
+    Args:
+        total: Steps of the whole job.
+        initial: Steps done before this process.
+        description: What the job is.
+        file: Where to; standard error by default.
+    """
+
+    def __init__(self, total: int, initial: int = 0, description: str = "", *, file: TextIO | None = None):
+        self._file = sys.stderr if file is None else file
+        self._total, self._step, self._description = total, initial, description
+        self._last = time.monotonic()
+        terminal = self._file.isatty()
+        self._bar = tqdm(total=total, initial=initial, desc=description, file=self._file) if terminal else None
+
+    def update(self, metrics: Mapping[str, Any] | None = None, *, samples: int = 0) -> None:
+        """Counts one step.
+
+        Args:
+            metrics: Name -> scalar to show.
+            samples: Samples that the step processed, for the rate; 0 shows none.
+        """
+        self._step += 1
+        now = time.monotonic()
+        shown = {name: f"{float(value):.4g}" for name, value in (metrics or {}).items()}
+        rate = f"{samples / max(now - self._last, 1e-9):.1f} samples/s" if samples else ""
+        self._last = now
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join([*(f"{k}={v}" for k, v in shown.items()), rate]).rstrip(", "))
+            self._bar.update()
+        else:
+            label = f"{self._description}: " if self._description else ""
+            words = [f"{label}step {self._step}/{self._total}", *(f"{k} {v}" for k, v in shown.items()), rate]
+            print("  ".join(filter(None, words)), file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

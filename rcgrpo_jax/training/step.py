@@ -1,0 +1,278 @@
+"""One training step in three programs: explore and roll out, decode, update.
+
+The mathematics is in `method` and `flow`; here it meets the model, the mesh and the optimizer. Samples are (prompt,
+candidate) pairs in the rollout and (prompt, anchor[, solver step]) units in the update, both flattened to one axis that
+is vmapped and spread over the mesh in micro-batches.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.editor import Editor, decode
+from rcgrpo_jax.flow import rollout as flow_rollout
+from rcgrpo_jax.flow.solver import Velocity, euler_step
+from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
+from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.models.mmdit import Condition, sown_masses
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
+from rcgrpo_jax.parallel.microbatch import map_samples, split
+from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.training.state import TrainState, make_optimizer
+
+
+class Prompts(NamedTuple):
+    """What the device keeps of a batch, one row a prompt."""
+
+    condition: Condition
+    text_weights: Float[Array, "P N_txt"]
+    region: Float[Array, "P N"]  # M on the token grid: surrogate and ACD
+    explored: Float[Array, "P N"]  # M, perhaps dilated: the perturbation
+
+
+class Exploration(NamedTuple):
+    """The random choices of one step."""
+
+    noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the unperturbed reference under RDP
+    anchors: Int[Array, "P B"]  # candidates that serve as anchors
+    steps: Int[Array, "T"]  # solver steps that carry the loss, in 1..K
+
+
+class Rollout(NamedTuple):
+    """All candidates under the old parameters."""
+
+    states: Float[Array, "P G K+1 N C"]  # float32: rounded states would break the ratio
+    acd: Float[Array, "P G"]  # R_acd; zeros if ACD is off
+
+
+class Programs:
+    """The compiled programs of a run.
+
+    Args:
+        config: The run's configuration, validated.
+        editor: Model and VAE; only their modules are used, parameters are arguments.
+        mesh: The mesh; the programs must be called under `jax.set_mesh(mesh)`.
+    """
+
+    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh):
+        self.config, self.editor, self.mesh = config, editor, mesh
+        self.grid = editor.grid(*config.data.size)
+        self.sigmas = editor.sigmas(config.rollout.num_steps, self.grid[0] * self.grid[1])
+        self.lora_scale = LoRAConfig(**config.lora).scale
+        self.optimizer = make_optimizer(config.optimizer)
+        whole = replicated(mesh)
+        self.explore = jax.jit(self._explore, out_shardings=whole)
+        self.rollout = jax.jit(self._rollout, out_shardings=whole)
+        self.decode = jax.jit(self._decode)
+        self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
+
+    def prompts(self, batch: Any) -> Prompts:
+        """Moves a host batch (`data.pipeline.EditBatch`) to the mesh and brings its masks to the token grid."""
+        options = {"threshold": self.config.explore.mask_threshold or None}
+
+        def tokens(dilation: int) -> Array:
+            one = partial(region.token_mask, grid=self.grid, dilation=dilation, **options)
+            return jax.vmap(one)(jnp.asarray(batch.mask))
+
+        guidance = jnp.full(batch.reference.shape[0], self.config.model.guidance, jnp.float32)
+        condition = Condition(batch.text, batch.pooled, batch.reference, guidance)
+        prompts = Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
+        return jax.device_put(prompts, replicated(self.mesh))
+
+    def _explore(self, key: Array, prompts: Prompts) -> Exploration:
+        """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and trained steps."""
+        options, group = self.config.explore, self.config.rollout.group_size
+        num_prompts = prompts.region.shape[0]
+        key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
+        references = jax.random.normal(key_reference, prompts.condition.reference.shape, jnp.float32)
+        keys = jax.random.split(key_noise, num_prompts)
+        if options.kind == "global":
+            noise = jax.vmap(lambda k, e: explore.neighbour_noise(k, e, group, options.sigma))(keys, references)
+        else:
+            noise = jax.vmap(
+                lambda k, e, m: explore.region_decoupled_noise(k, e, m, group, options.alpha_edit, options.alpha_base)
+            )(keys, references, prompts.explored)
+        anchors = jax.vmap(lambda k: explore.sample_anchors(k, group, self.config.surrogate.anchors))(
+            jax.random.split(key_anchors, num_prompts)
+        )
+        return Exploration(noise, anchors, self._trained_steps(key_steps))
+
+    def _trained_steps(self, key: Array) -> Int[Array, "T"]:
+        steps = jnp.arange(1, self.config.rollout.num_steps + 1)
+        match self.config.surrogate.steps:
+            case "early":
+                return steps[: (len(steps) + 1) // 2]
+            case "random":
+                return jnp.sort(jax.random.choice(key, steps, (self.config.surrogate.num_random_steps,), replace=False))
+        return steps
+
+    def _velocity(self, params: dict, lora: dict, condition: Condition) -> Velocity:
+        """`v_theta(., ., c)` of one sample."""
+        variables = {"params": params, "lora": lora}
+        return lambda x, sigma: self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
+
+    def _velocity_and_density(self, params: dict, lora: dict, prompt: Prompts) -> Any:
+        """The velocity beside the ACD of each selected layer (Eq. 17), `[L_sel]`."""
+        variables, layers = {"params": params, "lora": lora}, self.config.acd.layers
+        weights = prompt.text_weights if self.config.acd.text == "instruction" else None
+
+        def apply(x: Array, sigma: Array) -> tuple[Array, Array]:
+            v, sown = self.editor.transformer.apply(
+                variables, x, sigma, prompt.condition, self.grid, prompt.region, mutable=["intermediates"]
+            )
+            inside, total = (sown_masses(sown["intermediates"], name, layers) for name in ("acd_inside", "acd_total"))
+            return v, concentration.density_from_masses(inside, total, prompt.region, weights)
+
+        return apply
+
+    def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P G N C"]) -> Rollout:
+        """Integrates every candidate of every group under the old parameters (Eq. 12) and takes R_acd (Eq. 18)."""
+        lora = scale_adapter(lora, self.lora_scale)
+        num_prompts, group = noise.shape[:2]
+
+        def candidate(index: Array, noise: Array) -> tuple[Array, Array]:
+            prompt = _row(prompts, index)
+            if not self.config.acd.weight:
+                states = flow_rollout.integrate(self._velocity(params, lora, prompt.condition), noise, self.sigmas)
+                return states, jnp.zeros(())
+            velocity = self._velocity_and_density(params, lora, prompt)
+            states, densities = flow_rollout.integrate_with_aux(velocity, noise, self.sigmas)
+            return states, concentration.reward(densities)
+
+        samples = (jnp.repeat(jnp.arange(num_prompts), group), noise.reshape(-1, *noise.shape[2:]))
+        states, acd = map_samples(candidate, samples, self.config.rollout.micro_batch, self.mesh)
+        return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
+
+    def _decode(self, vae_params: dict, tokens: Float[Array, "P G N C"]) -> Float[Array, "P G H W 3"]:
+        """Pictures of final states, in [0, 1]."""
+        images = map_samples(
+            lambda x: decode(self.editor.vae, vae_params, x, self.grid),
+            (tokens.reshape(-1, *tokens.shape[2:]),),
+            self.config.rollout.decode_micro_batch,
+            self.mesh,
+        )
+        return jnp.clip(images / 2 + 0.5, 0, 1).reshape(*tokens.shape[:2], *images.shape[1:])
+
+    def units(self, exploration: Exploration) -> tuple[Int[Array, "U"], Int[Array, "U"], Int[Array, "U T"]]:
+        """What the update differentiates, one a row: prompt, anchor and the solver steps that are compared.
+
+        With `integrate` a unit is an anchor's whole path; with `replay` it is one solver step of an anchor.
+        """
+        num_prompts, num_anchors = exploration.anchors.shape
+        steps = (
+            exploration.steps[None] if self.config.surrogate.anchor_mode == "integrate" else exploration.steps[:, None]
+        )
+        prompt = jnp.repeat(jnp.arange(num_prompts), num_anchors * len(steps))
+        anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
+        return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
+
+    def _anchor_states(self, velocity: Velocity, old: Float[Array, "K+1 N C"], steps: Int[Array, "T"]) -> Array:
+        """`xbar_s^(k)` at the given steps under theta, the only path that carries gradient (Eq. 13), `[T, N, C]`."""
+        sigmas = jnp.asarray(self.sigmas)
+        if self.config.surrogate.anchor_mode == "integrate":
+            return flow_rollout.integrate(jax.checkpoint(velocity), old[0], sigmas)[steps]
+        return euler_step(velocity, old[steps[0] - 1], sigmas[steps[0] - 1], sigmas[steps[0]])[None]
+
+    def _unit_loss(
+        self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
+    ) -> tuple[Array, tuple[Array, dict]]:
+        """`-J` of one unit (Eq. 5, 14, 15) with its log-policy and metrics."""
+        index, anchor_index, steps, log_old = unit
+        options, objective = self.config.surrogate, self.config.objective
+        prompt, states = _row(prompts, index), states[index]
+        velocity = self._velocity(params, scale_adapter(lora, self.lora_scale), prompt.condition)
+        anchor = self._anchor_states(velocity, states[anchor_index], steps)
+        candidates = jnp.swapaxes(states[:, steps], 0, 1)  # [T, G, N, C]
+        distance = surrogate.distance_function(options.distance, prompt.region, options.tau_edit, options.tau_base)
+        temperature = 1.0
+        if options.weighting == "policy":
+            stored = states[anchor_index][steps][:, None]
+            temperature = surrogate.calibrated_temperature(distance(candidates, stored), options.target_entropy)
+        log_pi = surrogate.anchor_log_policy(anchor, candidates, distance, temperature)
+        # The first update compares the policy with itself through one forward: the ratio is 1 by construction.
+        log_old = jnp.where(first, jax.lax.stop_gradient(log_pi), log_old)
+        log_ratio = log_pi - log_old
+        weights = jnp.exp(log_old) if options.weighting == "policy" else None
+        gain = grpo.clipped_objective(log_ratio, advantages[index][None], objective.clip, weights)
+        kl = grpo.categorical_kl(log_old, log_pi).mean()
+        metrics = {
+            "ratio_mean": jnp.exp(log_ratio).mean(),
+            "ratio_deviation": jnp.abs(jnp.expm1(log_ratio)).max(),
+            "clip_fraction": grpo.clip_fraction(log_ratio, objective.clip),
+            "kl": kl,
+            "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
+        }
+        return objective.kl_weight * kl - gain, (log_pi, metrics)
+
+    def _update(
+        self,
+        params: dict,
+        state: TrainState,
+        prompts: Prompts,
+        exploration: Exploration,
+        rollout: Rollout,
+        advantages: Float[Array, "P G"],
+        log_old: Float[Array, "U T G"],
+        first: Array,
+    ) -> tuple[TrainState, Float[Array, "U T G"], dict]:
+        """One optimizer update on a rollout.
+
+        Args:
+            params: Frozen base.
+            state: Donated.
+            prompts, exploration, rollout: The step's data.
+            advantages: `[P, G]`.
+            log_old: The first update's log-policy; ignored on the first.
+            first: Whether this is the first update after the rollout.
+
+        Returns:
+            The new state, this update's log-policy, and metrics.
+        """
+
+        def chunk_loss(lora: dict, chunk: tuple) -> tuple[Array, tuple]:
+            one = partial(self._unit_loss, lora, params, prompts, rollout.states, advantages)
+            losses, aux = jax.vmap(lambda *unit: one(unit, first), spmd_axis_name=SAMPLE_AXES)(*chunk)
+            return losses.mean(), aux
+
+        def accumulate(grads: dict, chunk: tuple) -> tuple[dict, tuple]:
+            (loss, (log_pi, metrics)), new = jax.value_and_grad(chunk_loss, has_aux=True)(state.lora, chunk)
+            return jax.tree.map(jnp.add, grads, new), (loss, log_pi, metrics)
+
+        chunks = split((*self.units(exploration), log_old), self.config.surrogate.micro_batch, self.mesh)
+        zeros = jax.tree.map(jnp.zeros_like, state.lora)
+        grads, (losses, log_pi, metrics) = jax.lax.scan(accumulate, zeros, chunks)
+        grads = jax.tree.map(lambda g: g / losses.shape[0], grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(lora, ema, 1.0 - self.config.optimizer.ema_decay)
+        scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
+        scalars |= {"loss": losses.mean(), "grad_norm": optax.global_norm(grads)}
+        log_pi = log_pi.reshape(log_old.shape)
+        return state.replace(lora=lora, opt_state=opt_state, ema=ema), log_pi, scalars
+
+    def log_policy_shape(self) -> tuple[int, int, int]:
+        """(units, steps of a unit, G), the shape of `log_old`."""
+        abstract = jax.eval_shape(
+            lambda: self.units(
+                Exploration(
+                    jnp.zeros(()),
+                    jnp.zeros((self.config.rollout.prompts, self.config.surrogate.anchors), jnp.int32),
+                    self._trained_steps(jax.random.key(0)),
+                )
+            )
+        )
+        return (*abstract[2].shape, self.config.rollout.group_size)
+
+
+def _row(prompts: Prompts, index: Array) -> Prompts:
+    return jax.tree.map(lambda x: x[index], prompts)

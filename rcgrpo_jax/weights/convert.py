@@ -1,0 +1,237 @@
+"""`rcgrpo convert`: released weights into a directory of Orbax checkpoints, leaf by leaf."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.models.config import MMDiTConfig
+from rcgrpo_jax.weights import keymap
+from rcgrpo_jax.weights.export import network_json
+from rcgrpo_jax.weights.files import FLOATS, TensorFiles
+from rcgrpo_jax.weights.load import (
+    MANIFEST,
+    LeafReader,
+    ModelFolder,
+    ShardingOf,
+    fingerprint,
+    on_default_device,
+    problem_report,
+    read_json,
+)
+from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
+
+ASSETS = ("tokenizer", "tokenizer_2", "scheduler")
+SAVED_AT_ONCE = 2**28  # bytes of small leaves that are gathered into one write
+Progress = Callable[[str, int, int], None]  # (network, leaves done, leaves in all)
+
+
+def bfl_config(shapes: dict[str, tuple[int, ...]], file: Path) -> MMDiTConfig:
+    """The transformer's sizes, read off the tensors of a single-file checkpoint.
+
+    Raises:
+        UserError: If the file is no FLUX transformer in BFL's layout.
+    """
+
+    def blocks(kind: str) -> int:
+        return len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")})
+
+    try:
+        width, channels = shapes["img_in.weight"]
+        head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        return MMDiTConfig(
+            in_channels=channels,
+            num_layers=blocks("double"),
+            num_single_layers=blocks("single"),
+            num_attention_heads=width // head_dim,
+            attention_head_dim=head_dim,
+            joint_attention_dim=shapes["txt_in.weight"][1],
+            pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
+            guidance_embeds="guidance_in.in_layer.weight" in shapes,
+            axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        )
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{file}: no FLUX transformer in BFL's layout (looked for {error}).",
+            "Give flux1-kontext-dev.safetensors or another file of that layout; other networks come from --base.",
+        ) from None
+
+
+def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], dict[str, dict], Path | None]:
+    """A reader and a `config.json` for each network of the source, and the folder with tokenizers and scheduler."""
+    path = Path(source)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        path = _download(source)
+    readers, configs = {}, {}
+    folder = path
+    if path.is_file():
+        files = TensorFiles(path)
+        folder = Path(base) if base else None
+        if folder and (folder / "transformer" / "config.json").is_file():
+            config = ModelFolder(folder).config("transformer")
+        else:
+            config = bfl_config(files.shapes, path)
+        to_source = partial(keymap.bfl_source, width=config.width)
+        readers["transformer"] = LeafReader(files, "transformer", abstract_params("transformer", config), to_source)
+        configs["transformer"] = network_json("transformer", config)
+    if folder is None:
+        return readers, configs, None
+    model = ModelFolder(folder)
+    if model.converted:
+        raise UserError(f"{folder}: already converted.", "Use it as --model.")
+    for name in NETWORKS:
+        if name not in readers:
+            configs[name] = read_json(folder / name / "config.json")
+            params = abstract_params(name, model.config(name))
+            readers[name] = LeafReader(TensorFiles(folder / name), name, params)
+    return readers, configs, folder
+
+
+def convert(
+    source: str,
+    destination: str | Path,
+    *,
+    base: str | None = None,
+    dtype: Any = None,
+    sharding_of: ShardingOf = on_default_device,
+    progress: Progress = lambda *_: None,
+) -> dict[str, int]:
+    """Converts a diffusers folder, a hub id or a single-file transformer into `destination`.
+
+    All shapes are checked before anything is written. Then each leaf is read, checked for NaN, cast, placed and saved in
+    turn, so that memory holds one leaf at a time. The directory appears under its name only when complete.
+
+    Args:
+        source: Folder, hub id `owner/name`, or `.safetensors` file in BFL's layout.
+        destination: New directory.
+        base: diffusers folder to take the other networks, tokenizers and scheduler from, for a single file.
+        dtype: Dtype to store; None keeps the files'.
+        sharding_of: Where leaves are placed on the way.
+        progress: Called after each leaf.
+
+    Returns:
+        Parameters of each network.
+
+    Raises:
+        UserError: With a line for each tensor that does not fit; nothing is left behind.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination}: already exists.", "Choose another directory, or remove this one.")
+    readers, configs, folder = open_source(source, base)
+    failures = [
+        (reader.name, reader.files.path, problems) for reader in readers.values() if (problems := reader.problems())
+    ]
+    _raise_all(failures)
+    _check_space(destination, readers, dtype)
+    partial_dir = destination.with_name(f".{destination.name}.incomplete")
+    shutil.rmtree(partial_dir, ignore_errors=True)
+    try:
+        partial_dir.mkdir(parents=True)
+        for name, reader in readers.items():
+            (partial_dir / name).mkdir()
+            (partial_dir / name / "config.json").write_text(json.dumps(configs[name], indent=2) + "\n")
+            _save_network(partial_dir / name / "params", reader, dtype, sharding_of, progress)
+        _raise_all(
+            [
+                (r.name, r.files.path, [f"NaN or inf   {key}" for key in sorted(r.not_finite)])
+                for r in readers.values()
+                if r.not_finite
+            ]
+        )
+        _copy_assets(folder, partial_dir)
+        fingerprints = {name: fingerprint(configs[name], reader.files) for name, reader in readers.items()}
+        _write_manifest(partial_dir, source, dtype, fingerprints)
+        if destination.is_dir():
+            destination.rmdir()
+        partial_dir.rename(destination)
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be written ({error}).", "Free disk space, or choose another.") from None
+    finally:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+    return {name: sum(int(np.prod(leaf.shape)) for leaf in reader.leaves) for name, reader in readers.items()}
+
+
+def _raise_all(failures: list[tuple[str, Path, list[str]]]) -> None:
+    reports = [problem_report(*failure) for failure in failures]
+    if reports:
+        raise UserError("\n".join(report.problem for report in reports), reports[0].remedy + " Nothing was written.")
+
+
+def _check_space(destination: Path, readers: dict[str, LeafReader], dtype: Any) -> None:
+    needed = sum(
+        int(np.prod(leaf.shape)) * (jnp.dtype(dtype).itemsize if dtype else _itemsize(reader, leaf))
+        for reader in readers.values()
+        for leaf in reader.leaves
+    )
+    parent = next(p for p in (destination.absolute(), *destination.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{destination}: {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB needed.",
+            "Free disk space, choose another disk, or convert with --dtype bfloat16.",
+        )
+
+
+def _itemsize(reader: LeafReader, leaf: keymap.Leaf) -> int:
+    return dict(zip(FLOATS, (8, 4, 2, 2), strict=True))[reader.files.dtypes[leaf.sources[0].key]]
+
+
+def _save_network(path: Path, reader: LeafReader, dtype: Any, sharding_of: ShardingOf, progress: Progress) -> None:
+    from rcgrpo_jax.orbax import ocp
+
+    batch: dict[keymap.Path, jax.Array] = {}
+    for done, (leaf, array) in enumerate(reader.read(dtype, sharding_of), start=1):
+        batch[leaf.path] = array
+        if sum(x.nbytes for x in batch.values()) > SAVED_AT_ONCE or done == len(reader.leaves):
+            if not reader.not_finite:  # after the first bad tensor the rest is only read, for the report
+                ocp.partial.save(path.absolute(), unflatten_dict(batch))
+            batch.clear()
+        progress(reader.name, done, len(reader.leaves))
+    if not reader.not_finite:
+        ocp.partial.finalize(path.absolute())
+
+
+def _copy_assets(folder: Path | None, target: Path) -> None:
+    if folder is not None:
+        for asset in ASSETS:
+            if (folder / asset).is_dir():
+                shutil.copytree(folder / asset, target / asset)
+        shutil.copy(folder / "model_index.json", target)
+
+
+def _write_manifest(target: Path, source: str, dtype: Any, fingerprints: dict[str, str]) -> None:
+    manifest = {
+        "format": "rcgrpo_jax converted model",
+        "version": 1,
+        "source": Path(source).name,
+        "dtype": jnp.dtype(dtype).name if dtype else "as in the source",
+        "fingerprints": fingerprints,
+    }
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model", *(f"{n}/*.safetensors" for n in NETWORKS)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name}: not a local path, and the hub did not give it ({reason}).",
+            "Check the name; for a gated model accept its licence and run `hf auth login`, or download it by hand.",
+        ) from None

@@ -1,0 +1,213 @@
+"""A model on disk: a diffusers folder, or the directory that `rcgrpo convert` made of one.
+
+Both have a folder a network with its `config.json`; a diffusers folder holds safetensors there, a converted one an Orbax
+checkpoint of our tree in `params/`. Weights are read tensor by tensor straight onto the shards of a mesh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
+
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.weights import keymap
+from rcgrpo_jax.weights.files import TensorFiles, tensor_problems
+from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
+
+MANIFEST = "rcgrpo.json"  # marks a converted directory
+ShardingOf = Callable[[keymap.Path, tuple[int, ...]], Sharding | None]
+
+
+def on_default_device(path: keymap.Path, shape: tuple[int, ...]) -> None:
+    """The sharding rule that places every leaf whole on the default device."""
+
+
+class ModelFolder:
+    """A model on disk, opened for reading.
+
+    Args:
+        path: A diffusers folder or a converted directory.
+
+    Raises:
+        UserError: If it is neither.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(
+                f"model: {self.path} is not a folder.",
+                "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`.",
+            )
+        self.converted = (self.path / MANIFEST).is_file()
+        if not self.converted and not (self.path / "model_index.json").is_file():
+            raise UserError(
+                f"model: {self.path} holds neither model_index.json (diffusers) nor {MANIFEST} (converted).",
+                "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`.",
+            )
+
+    def has(self, name: str) -> bool:
+        return (self.path / name / "config.json").is_file()
+
+    def config(self, name: str) -> Any:
+        """The config of one network, a dataclass of `models.config`."""
+        return NETWORKS[name].config.from_json(read_json(self.path / name / "config.json"))
+
+    def schedule_options(self) -> dict[str, float]:
+        """The scheduler's shift, as `flow.schedule.sigmas` takes it."""
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        if config.get("use_dynamic_shifting", True) is not True or config.get("shift_terminal"):
+            raise UserError(
+                f"{self.path}/scheduler/scheduler_config.json: only FLUX's dynamic shifting is implemented.",
+                "Set use_dynamic_shifting to true and remove shift_terminal.",
+            )
+        names = {"base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens"}
+        names |= {name: name for name in ("base_shift", "max_shift")}
+        return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of a network's config and weights; equal content gives equal hashes, a conversion keeps it."""
+        if self.converted:
+            return read_json(self.path / MANIFEST)["fingerprints"][name]
+        return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
+
+    def load(self, name: str, dtype: Any = None, sharding_of: ShardingOf = on_default_device) -> dict:
+        """The parameters of one network.
+
+        Args:
+            name: A key of `NETWORKS`.
+            dtype: Dtype of the arrays; None keeps the files'.
+            sharding_of: (path, shape) -> sharding of a leaf, None for the default device.
+
+        Raises:
+            UserError: With a line for every tensor that does not fit.
+        """
+        if not self.has(name):
+            raise UserError(
+                f"model: {self.path} holds no {name}.",
+                "Convert with --base FOLDER to take the other networks from a diffusers folder.",
+            )
+        params = abstract_params(name, self.config(name))
+        if self.converted:
+            return _load_converted(self.path / name / "params", params, dtype, sharding_of)
+        reader = LeafReader(TensorFiles(self.path / name), name, params)
+        reader.check()
+        loaded = unflatten_dict({leaf.path: array for leaf, array in reader.read(dtype, sharding_of)})
+        reader.check_finite()
+        return loaded
+
+
+def fingerprint(config: dict, files: TensorFiles) -> str:
+    """A hash of a network's `config.json` and weights."""
+    return hashlib.sha256((json.dumps(config, sort_keys=True) + files.sha256()).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.", "The model folder is not complete; copy it again.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}).", "The model folder is damaged; copy it again.") from None
+
+
+class LeafReader:
+    """Reads the leaves of one network out of safetensors, one at a time.
+
+    Args:
+        files: The opened files.
+        name: A key of `NETWORKS`.
+        params: The tree to fill (arrays or shapes).
+        to_source: `keymap.Source` for diffusers' files, or a map to BFL's.
+    """
+
+    def __init__(
+        self, files: TensorFiles, name: str, params: dict, to_source: Callable[[str], keymap.Source] = keymap.Source
+    ):
+        if name == "text_encoder" and not any(key.startswith("text_model.") for key in files.shapes):
+            to_source = _without_prefix  # transformers 5 saves CLIP without the prefix that released files carry
+        self.files, self.name = files, name
+        self.leaves = keymap.leaves(params, to_source)
+        self.not_finite: set[str] = set()
+
+    def problems(self) -> list[str]:
+        """A line for every tensor that is missing, unexpected, mis-shaped or not of a float dtype."""
+        expected = keymap.expected_tensors(self.leaves)
+        return tensor_problems(expected, self.files.shapes, self.files.dtypes, NETWORKS[self.name].ignored)
+
+    def check(self) -> None:
+        if problems := self.problems():
+            raise problem_report(self.name, self.files.path, problems)
+
+    def check_finite(self) -> None:
+        if self.not_finite:
+            raise problem_report(self.name, self.files.path, [f"NaN or inf   {key}" for key in sorted(self.not_finite)])
+
+    def read(self, dtype: Any, sharding_of: ShardingOf) -> Iterator[tuple[keymap.Leaf, jax.Array]]:
+        """Each leaf with its array; `not_finite` gathers the tensors that hold a NaN or an infinity."""
+        for leaf in self.leaves:
+            yield leaf, self._read_leaf(leaf, dtype, sharding_of(leaf.path, leaf.shape))
+
+    def _read_leaf(self, leaf: keymap.Leaf, dtype: Any, sharding: Sharding | None) -> jax.Array:
+        dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            if not leaf.stacked:
+                return self._tensor(leaf, leaf.sources[0])[index].astype(dtype)
+            layers = leaf.sources[index[0]]
+            shape = tuple(len(range(*cut.indices(size))) for cut, size in zip(index, leaf.shape, strict=True))
+            out = np.empty(shape, dtype)
+            for i, source in enumerate(layers):
+                out[i] = self._tensor(leaf, source)[index[1:]]
+            return out
+
+        if sharding is None:
+            return jnp.asarray(block((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, sharding, block)
+
+    def _tensor(self, leaf: keymap.Leaf, source: keymap.Source) -> np.ndarray:
+        part = source.cut(self.files.read(source.key))
+        if not np.isfinite(part).all():
+            self.not_finite.add(source.key)
+        return leaf.to_ours(part)
+
+
+def problem_report(name: str, path: Path, problems: list[str]) -> UserError:
+    listing = "\n".join(f"  {line}" for line in problems)
+    return UserError(
+        f"{name}: {path} does not fit the network of its config.json; {len(problems)} tensors:\n{listing}",
+        "Download the files again, or correct config.json if it belongs to another model.",
+    )
+
+
+def _without_prefix(key: str) -> keymap.Source:
+    return keymap.Source(key.removeprefix("text_model."))
+
+
+def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingOf) -> dict:
+    from rcgrpo_jax.orbax import ocp
+
+    try:
+        saved = flatten_dict(ocp.metadata(path).metadata)
+    except Exception as error:
+        raise UserError(f"{path}: not a complete Orbax checkpoint ({error}).", "Run `rcgrpo convert` again.") from None
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {}
+    for leaf_path, shape in flatten_dict(params).items():
+        if leaf_path not in saved or tuple(saved[leaf_path].shape) != tuple(shape.shape):
+            found = list(saved[leaf_path].shape) if leaf_path in saved else "nothing"
+            raise UserError(
+                f"{path}: {'/'.join(leaf_path)} is {found}, wanted {list(shape.shape)}.", "Run `rcgrpo convert` again."
+            )
+        sharding = sharding_of(leaf_path, shape.shape) or default
+        wanted[leaf_path] = jax.ShapeDtypeStruct(shape.shape, dtype or saved[leaf_path].dtype, sharding=sharding)
+    return ocp.load(path, unflatten_dict(wanted))

@@ -1,0 +1,49 @@
+"""Packaging of rcgrpo_jax; the settings of the development tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "rcgrpo_jax" / "__init__.py").read_text()).group(1)
+
+PARITY = ["torch>=2.4", "diffusers>=0.40", "peft>=0.17", "accelerate>=1.0"]
+
+setup(
+    name="rcgrpo_jax",
+    version=VERSION,
+    description="Region-constrained GRPO post-training of flow-based image editors, in JAX",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["rcgrpo_jax", "rcgrpo_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "dm-pix>=0.4.4",
+        "flax>=0.12.8",
+        "grain>=0.2.12",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "demo": ["scikit-image>=0.25"],
+        "test": ["scikit-image>=0.25", "pytest>=8", "ruff>=0.9", *PARITY],
+    },
+    entry_points={"console_scripts": ["rcgrpo = rcgrpo_jax.cli.main:main"]},
+)

@@ -1,0 +1,134 @@
+"""Attention concentration density, fused against the explicit attention map."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rcgrpo_jax.method import concentration
+
+N_TXT, N_IMG, H, D = 5, 7, 3, 4
+SCALE = D**-0.5
+MASK = jnp.array([1.0, 0.0, 1.0, 0.25, 0.0, 0.0, 1.0])
+
+masses_of = jax.jit(concentration.masses)
+map_of = jax.jit(concentration.attention_map)
+
+
+def queries_and_keys(seed=0, *front):
+    rng = np.random.default_rng(seed)
+    q_txt, k_img = 3 * rng.normal(size=(*front, N_TXT, H, D)), rng.normal(size=(*front, N_IMG, H, D))
+    return jnp.asarray(q_txt, jnp.float32), jnp.asarray(k_img, jnp.float32)
+
+
+def explicit_map(q_txt, k_img):
+    """A [N_txt, N_img]: the whole H x N_txt x N_img softmax in float64, averaged over heads."""
+    scores = SCALE * np.einsum("vhd,uhd->hvu", np.float64(q_txt), np.float64(k_img))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).mean(0)
+
+
+def explicit_acd(q_txt, k_img, mask):
+    a, mask = explicit_map(q_txt, k_img).sum(0), np.float64(mask)
+    return (a @ mask / mask.sum()) / (a.sum() / N_IMG)
+
+
+def test_masses_and_map_are_those_of_the_explicit_attention():
+    q_txt, k_img = queries_and_keys()
+    attention = explicit_map(q_txt, k_img)
+    inside, total = masses_of(q_txt, k_img, MASK, SCALE)
+    np.testing.assert_allclose(inside, attention @ np.asarray(MASK), rtol=1e-5)
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+    np.testing.assert_allclose(map_of(q_txt, k_img, SCALE), attention.sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_density_is_the_same_from_the_map_and_from_the_masses(seed):
+    q_txt, k_img = queries_and_keys(seed)
+    expected = explicit_acd(q_txt, k_img, MASK)
+    assert abs(expected - 1) > 0.02  # a case that tells
+    from_map = concentration.density(map_of(q_txt, k_img, SCALE), MASK)
+    from_masses = concentration.density_from_masses(*masses_of(q_txt, k_img, MASK, SCALE), MASK)
+    np.testing.assert_allclose(from_map, expected, rtol=1e-5)
+    np.testing.assert_allclose(from_masses, expected, rtol=1e-5)
+
+
+def test_bfloat16_queries_and_keys_get_a_float32_softmax():
+    q_txt, k_img = (x.astype(jnp.bfloat16) for x in queries_and_keys())
+    inside, total = masses_of(q_txt, k_img, MASK, SCALE)
+    assert inside.dtype == total.dtype == map_of(q_txt, k_img, SCALE).dtype == jnp.float32
+    np.testing.assert_allclose(inside, explicit_map(q_txt, k_img) @ np.asarray(MASK), rtol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    q_txt, k_img = queries_and_keys()
+    inside, total = masses_of(100 * q_txt, 100 * k_img, MASK, SCALE)
+    np.testing.assert_allclose(total, 1, rtol=1e-5)
+    np.testing.assert_allclose(inside, explicit_map(100 * q_txt, 100 * k_img) @ np.asarray(MASK), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [concentration.masses, concentration.attention_map])
+def test_no_more_than_one_head_of_the_map_ever_exists(function):
+    q_txt, k_img = queries_and_keys()
+    mask = (MASK,) if function is concentration.masses else ()
+    program = str(jax.make_jaxpr(lambda *arrays: function(*arrays, SCALE))(q_txt, k_img, *mask))
+    assert f"f32[{N_TXT},{N_IMG}]" in program
+    for shape in ((H, N_TXT, N_IMG), (N_TXT, H, N_IMG), (N_TXT, N_IMG, H)):
+        assert "f32[{},{},{}]".format(*shape) not in program
+
+
+def test_even_attention_has_density_one_and_attention_inside_only_the_inverse_share_of_the_mask():
+    q_txt, k_img = queries_and_keys()
+    binary = jnp.array([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    even = masses_of(jnp.zeros_like(q_txt), k_img, binary, SCALE)
+    np.testing.assert_allclose(concentration.density_from_masses(*even, binary), 1, rtol=1e-5)
+    np.testing.assert_allclose(concentration.density(jnp.full((4, N_IMG), 0.3), MASK), np.ones(4), rtol=1e-5)
+    pointed = masses_of(jnp.ones_like(q_txt), jnp.broadcast_to(50 * binary[:, None, None], k_img.shape), binary, SCALE)
+    np.testing.assert_allclose(concentration.density_from_masses(*pointed, binary), N_IMG / 2, rtol=1e-5)
+
+
+def test_an_empty_mask_has_density_zero_and_a_full_one_density_one():
+    q_txt, k_img = queries_and_keys()
+    a = map_of(q_txt, k_img, SCALE)
+    for fill in (0.0, 1.0):
+        mask = jnp.full(N_IMG, fill)
+        np.testing.assert_allclose(concentration.density(a, mask), fill, rtol=1e-5)
+        masses = masses_of(q_txt, k_img, mask, SCALE)
+        np.testing.assert_allclose(concentration.density_from_masses(*masses, mask), fill, rtol=1e-5)
+
+
+def test_text_weights_leave_padding_out():
+    q_txt, k_img = queries_and_keys()
+    masses = masses_of(q_txt, k_img, MASK, SCALE)
+    real = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0])
+    density = concentration.density_from_masses(*masses, MASK, text_weights=real)
+    np.testing.assert_allclose(density, explicit_acd(q_txt[real > 0], k_img, MASK), rtol=1e-5)
+
+
+def test_no_gradient_runs_through_the_attention():
+    def acd(q_txt, k_img):
+        from_masses = concentration.density_from_masses(*masses_of(q_txt, k_img, MASK, SCALE), MASK)
+        return from_masses + concentration.density(map_of(q_txt, k_img, SCALE), MASK)
+
+    for gradient in jax.grad(acd, argnums=(0, 1))(*queries_and_keys()):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_reward_is_the_mean_over_steps_and_layers():
+    densities = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 9.0]])
+    np.testing.assert_allclose(concentration.reward(densities), 4)
+    np.testing.assert_allclose(concentration.reward(jnp.stack([densities, 2 * densities])), [4, 8])
+
+
+def test_jit_and_vmap_agree_with_one_sample_at_a_time():
+    q_txt, k_img = (np.asarray(x) for x in queries_and_keys(0, 3))
+    masks, weights = np.random.default_rng(1).random((3, N_IMG), np.float32), np.arange(N_TXT, dtype=np.float32)
+
+    def everything(q, k, mask):
+        a, (inside, total) = concentration.attention_map(q, k, SCALE), concentration.masses(q, k, mask, SCALE)
+        densities = concentration.density_from_masses(inside, total, mask, weights), concentration.density(a, mask)
+        return a, inside, total, *densities
+
+    mapped = jax.jit(jax.vmap(everything))(q_txt, k_img, masks)
+    for result, expected in zip(mapped, everything(q_txt[1], k_img[1], masks[1]), strict=True):
+        np.testing.assert_allclose(np.asarray(result)[1], expected, rtol=1e-5)
