@@ -14,8 +14,8 @@ from rcgrpo_jax.weights.load import on_default_device
 
 ABOUT = """Converts a diffusers folder, a hub id (owner/name) or a single-file BFL transformer into Orbax parameters.
 
-Every tensor must be there, of the right shape and finite; otherwise each one that is not is named, the exit code is 1 and
-nothing is written."""
+Every tensor must be there, of the right shape and finite; otherwise each one that is not is named, the exit code is 1
+and nothing is written."""
 
 
 def _flags(values: flags.FlagValues) -> None:

@@ -88,7 +88,8 @@ class EncodedSource:
         file = self._files[index]
         try:
             with safe_open(file, framework="np") as stored:
-                return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 | stored.metadata()
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+                return tensors | stored.metadata()
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 

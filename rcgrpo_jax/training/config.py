@@ -176,7 +176,8 @@ def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
         problems.append(f"surrogate.num_random_steps: {config.surrogate.num_random_steps} of {k} steps")
     if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(g):
         problems.append(
-            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to {math.log(g):.3f}"
+            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
+            f"{math.log(g):.3f}"
         )
     if len(config.data.size) != 2 or any(side < 16 or side % 16 for side in config.data.size):
         problems.append(f"data.size: {tuple(config.data.size)}; two multiples of 16 pixels were wanted")

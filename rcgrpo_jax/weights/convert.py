@@ -109,8 +109,9 @@ def convert(
 ) -> dict[str, int]:
     """Converts a diffusers folder, a hub id or a single-file transformer into `destination`.
 
-    All shapes are checked before anything is written. Then each leaf is read, checked for NaN, cast, placed and saved in
-    turn, so that memory holds one leaf at a time. The directory appears under its name only when complete.
+    All shapes are checked before anything is written. Then each leaf is read, checked for NaN, cast, placed and saved
+    in turn, so that memory holds one leaf at a time (small ones are gathered up to `SAVED_AT_ONCE`). The directory
+    appears under its name only when complete.
 
     Args:
         source: Folder, hub id `owner/name`, or `.safetensors` file in BFL's layout.

@@ -54,7 +54,9 @@ def network_json(name: str, config: Any) -> dict[str, Any]:
             "down_block_types": ["DownEncoderBlock2D"] * len(getattr(config, "block_out_channels", ())),
             "up_block_types": ["UpDecoderBlock2D"] * len(getattr(config, "block_out_channels", ())),
         },
-        "text_encoder": {"hidden_act": "quick_gelu", "model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1},
+        "text_encoder": {
+            "hidden_act": "quick_gelu", "model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1,
+        },
         "text_encoder_2": {"feed_forward_proj": "gated-gelu", "model_type": "t5", "is_encoder_decoder": False},
     }[name]  # fmt: skip
     fields = asdict(config)

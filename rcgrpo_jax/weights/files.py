@@ -33,7 +33,7 @@ class TensorFiles:
         self.dtypes: dict[str, str] = {}
         for file in self._find():
             handle = self._open(file)
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 (a handle is not iterable)
                 view = handle.get_slice(key)
                 self._file_of[key] = file
                 self.shapes[key] = tuple(view.get_shape())
@@ -75,7 +75,7 @@ class TensorFiles:
     def _refusal(self, found: list[Path]) -> UserError:
         if found and found[0].suffix in PICKLES:
             return UserError(
-                f"{found[0]}: a pickle checkpoint; loading one can run any code it holds, so only safetensors are read.",
+                f"{found[0]}: a pickle checkpoint; loading one can run any code it holds; only safetensors are read",
                 "Use the release's .safetensors files, or convert it with safetensors' own tools where you trust it.",
             )
         return UserError(f"{self.path}: no .safetensors file found.", "Give a diffusers folder or a .safetensors file.")

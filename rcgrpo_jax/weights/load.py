@@ -1,7 +1,7 @@
 """A model on disk: a diffusers folder, or the directory that `rcgrpo convert` made of one.
 
-Both have a folder a network with its `config.json`; a diffusers folder holds safetensors there, a converted one an Orbax
-checkpoint of our tree in `params/`. Weights are read tensor by tensor straight onto the shards of a mesh.
+Both have a folder a network with its `config.json`; a diffusers folder holds safetensors there, a converted one an
+Orbax checkpoint of our tree in `params/`. Weights are read tensor by tensor straight onto the shards of a mesh.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A small FLUX.1-Kontext folder with random weights, in diffusers' exact layout.
 
-It has every part of the real folder at a size that runs on a laptop: for tests, for examples, and to try a set-up before
-the gated weights are at hand. It has learned nothing.
+It has every part of the real folder at a size that runs on a laptop: for tests, for examples, and to try a set-up
+before the gated weights are at hand. It has learned nothing.
 """
 
 from __future__ import annotations
