@@ -142,7 +142,7 @@ def make_row(instruction="make it red", size=(24, 36), group=3, mask=None, seed=
     if mask is None:
         mask = np.zeros(size, np.float32)
         mask[6:18, 9:27] = 1
-    return GridRow(instruction, images[0], mask, images[1:], rng.normal(size=group))
+    return GridRow(instruction, images[0], mask, images[1:], [f"{x:.3f}" for x in rng.normal(size=group)])
 
 
 def is_red(grid):
@@ -207,9 +207,11 @@ def test_captions_of_narrow_images_stand_side_by_side():
     assert grid.shape[1] == 2 * 16 + 3 * (160 + 8) - 8
 
 
-def test_captions_say_the_rewards_to_three_decimals():
+def test_captions_stand_above_their_images_and_widen_the_columns():
     row = make_row()
-    pictures = [comparison_grid([GridRow(row.instruction, row.source, row.mask, row.candidates, np.array(rewards))])
-                for rewards in ([0.1234, 0, 0], [0.1231, 0, 0], [0.1249, 0, 0])]  # fmt: skip
-    np.testing.assert_array_equal(pictures[0], pictures[1])
-    assert (pictures[0] != pictures[2]).any()
+    pictures = [
+        comparison_grid([GridRow(row.instruction, row.source, row.mask, row.candidates, [first, "b", "c"])])
+        for first in ("a", "x", "colour 0.123  preservation 0.456  acd 1.012")
+    ]
+    assert (pictures[0] != pictures[1]).any()
+    assert pictures[2].shape[1] > pictures[0].shape[1]

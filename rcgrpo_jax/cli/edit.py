@@ -26,14 +26,14 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("image", None, "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
     flags.DEFINE_string("out", None, "file to write, PNG", values)
-    flags.DEFINE_integer("seed", 0, "seed of the initial noise", values)
-    flags.DEFINE_integer("steps", 28, "solver steps", values, lower_bound=1)
-    flags.DEFINE_float("guidance", 2.5, "guidance scale", values)
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise", flag_values=values)
+    flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
     flags.DEFINE_string(
         "noise", None, ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values
     )
-    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", values, 1, 512)
+    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", 1, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
 
 

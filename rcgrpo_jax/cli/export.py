@@ -23,7 +23,7 @@ ABOUT = "Writes a trained LoRA as diffusers loads it (pytorch_lora_weights.safet
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "directory of the run", values)
     flags.DEFINE_string("out", None, "folder to write", values)
-    flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", values)
+    flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", flag_values=values)
 
 
 def export(workdir: str | Path, out: str | Path, step: int | None = None) -> Path:

@@ -35,7 +35,6 @@ class EditBatch(NamedTuple):
     pixels: UInt8[np.ndarray, "P H W 3"]  # source, resized
     mask: Float[np.ndarray, "P H W"]  # edit region, resized
     instructions: tuple[str, ...]
-    names: tuple[str, ...]
 
 
 class EncodedSource:
@@ -115,7 +114,7 @@ class EncodedSource:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
-            save_file(tensors, partial, metadata={"instruction": example.instruction, "name": example.name})
+            save_file(tensors, partial, metadata={"instruction": example.instruction})
             partial.replace(file)
         except OSError as error:
             raise UserError(
@@ -124,7 +123,7 @@ class EncodedSource:
 
 
 def _content_hash(example: EditExample, settings: Sequence) -> str:
-    digest = hashlib.sha256(json.dumps([example.instruction, example.name, *settings]).encode())
+    digest = hashlib.sha256(json.dumps([example.instruction, *settings]).encode())
     for array in (example.image, example.mask):
         digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
@@ -152,7 +151,7 @@ class Batches:
             return np.stack([row[name] for row in rows])
 
         arrays = [stack(name) for name in EditBatch._fields[:6]]
-        return EditBatch(*arrays, tuple(row["instruction"] for row in rows), tuple(row["name"] for row in rows))
+        return EditBatch(*arrays, tuple(row["instruction"] for row in rows))
 
 
 assert ml_dtypes  # registers bfloat16 with numpy, which safetensors needs to return it

@@ -23,15 +23,15 @@ class GridRow:
         instruction: The edit that was asked for.
         source: Image to edit, uint8.
         mask: Edit region in [0, 1]; what is above 0 is outlined.
-        candidates: Edited images, uint8, the unperturbed reference candidate first.
-        rewards: Their rewards.
+        candidates: Edited images, uint8.
+        captions: What stands above each of them.
     """
 
     instruction: str
     source: UInt8[np.ndarray, "h w 3"]
     mask: Float[np.ndarray, "h w"]
     candidates: UInt8[np.ndarray, "G h w 3"]
-    rewards: Float[np.ndarray, "G"]
+    captions: Sequence[str]
 
 
 def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarray, "H W 3"]:
@@ -50,7 +50,9 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
     font = ImageFont.load_default(_TEXT_SIZE)
     cells = [_cells(row) for row in rows]
     # An upright image may be narrower than its caption.
-    column = _GAP + max([_SMALLEST, *(image.width for row in cells for _, image in row)])
+    column = _GAP + max(
+        _SMALLEST, *(max(image.width, int(font.getlength(text))) for row in cells for text, image in row)
+    )
     width = 2 * _MARGIN - _GAP + column * max((len(row) for row in cells), default=1)
     heading, *texts = (_wrap(text, font, width - 2 * _MARGIN) for text in [title, *(row.instruction for row in rows)])
     heights = [
@@ -78,11 +80,9 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
 
 
 def _cells(row: GridRow) -> list[tuple[str, Image.Image]]:
-    """(caption, image) from left to right: the source, the reference, the other candidates."""
-    names = ["reference", *(f"candidate {i}" for i in range(1, len(row.candidates)))]
-    captions = [f"{name}  {reward:.3f}" for name, reward in zip(names, row.rewards, strict=True)]
+    """(caption, image) from left to right: the source, then the candidates."""
     images = [_fit(Image.fromarray(image)) for image in row.candidates]
-    return [("source", _outlined(row.source, row.mask)), *zip(captions, images, strict=True)]
+    return [("source", _outlined(row.source, row.mask)), *zip(row.captions, images, strict=True)]
 
 
 def _outlined(source: UInt8[np.ndarray, "h w 3"], mask: Float[np.ndarray, "h w"]) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import threading
@@ -103,7 +102,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
                     writer.images(step + 1, {"candidates": grid})
                 last = step + 1 == config.train.num_steps or stop.is_set()
                 checkpointer.save(step + 1, state, config.to_dict(), force=last)
-                shown = {name: metrics[name] for name in ("reward/total", "grad_norm") if name in metrics}
+                shown = {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
                 progress.update(shown, samples=config.rollout.prompts * config.rollout.group_size)
                 if stop.is_set():
                     logger.warning("stopped at step %d on request; the same command resumes", step + 1)
@@ -234,7 +233,6 @@ def reward_metrics(scores: dict[str, np.ndarray], total: jax.Array) -> dict[str,
         metrics[f"reward/{name}"] = float(kept.mean()) if kept.size else float("nan")
         metrics[f"reward_std/{name}"] = float(kept.std(axis=-1).mean()) if kept.size else float("nan")
     finite = np.isfinite(np.asarray(total)).all(axis=-1)
-    metrics["reward/total"] = float(sum(metrics[f"reward/{name}"] for name in scores))
     metrics["reward_std/total"] = float(np.asarray(total)[finite].std(axis=-1).mean()) if finite.any() else float("nan")
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
     metrics["groups/dropped"] = float((~finite).sum())
@@ -259,15 +257,15 @@ def drift_metrics(batch: EditBatch, images: jax.Array) -> dict[str, float]:
 
 
 def grid_rows(batch: EditBatch, images: jax.Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
-    """Up to four prompts with up to six candidates each, captioned with the sum of their raw rewards."""
+    """Up to four prompts with up to six candidates each, captioned with their raw rewards."""
     pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
-    total = sum(scores.values())
+
+    def caption(p: int, i: int) -> str:
+        return "  ".join(f"{name} {score[p, i]:.3f}" for name, score in scores.items())
+
     return [
-        GridRow(batch.instructions[p], batch.pixels[p], batch.mask[p], pixels[p], total[p, :6])
-        for p in range(len(pixels))
+        GridRow(
+            batch.instructions[p], batch.pixels[p], batch.mask[p], group, [caption(p, i) for i in range(len(group))]
+        )
+        for p, group in enumerate(pixels)
     ]
-
-
-def config_from_json(text: str) -> ConfigDict:
-    """A configuration as a checkpoint keeps it."""
-    return ConfigDict(json.loads(text))

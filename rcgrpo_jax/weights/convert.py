@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.export import network_json
@@ -41,7 +42,7 @@ def bfl_config(shapes: dict[str, tuple[int, ...]], file: Path) -> MMDiTConfig:
     """The transformer's sizes, read off the tensors of a single-file checkpoint.
 
     Raises:
-        UserError: If the file is no FLUX transformer in BFL's layout.
+        UserError: If the file is no FLUX transformer in BFL's layout, or one whose rotary axes it does not tell.
     """
 
     def blocks(kind: str) -> int:
@@ -49,17 +50,20 @@ def bfl_config(shapes: dict[str, tuple[int, ...]], file: Path) -> MMDiTConfig:
 
     try:
         width, channels = shapes["img_in.weight"]
-        head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+        if head_dim != MMDiTConfig.attention_head_dim:
+            raise UserError(
+                f"{file}: head_dim is {head_dim}; rotary axes are known for {MMDiTConfig.attention_head_dim} only.",
+                "Give --base FOLDER with the transformer/config.json of this model.",
+            )
         return MMDiTConfig(
             in_channels=channels,
             num_layers=blocks("double"),
             num_single_layers=blocks("single"),
             num_attention_heads=width // head_dim,
-            attention_head_dim=head_dim,
             joint_attention_dim=shapes["txt_in.weight"][1],
             pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
             guidance_embeds="guidance_in.in_layer.weight" in shapes,
-            axes_dims_rope=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
         )
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
@@ -85,11 +89,15 @@ def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], d
         to_source = partial(keymap.bfl_source, width=config.width)
         readers["transformer"] = LeafReader(files, "transformer", abstract_params("transformer", config), to_source)
         configs["transformer"] = network_json("transformer", config)
+    elif base:
+        raise UsageError(f"--base: {source} is no single file and has its own networks.", "Leave --base out.")
     if folder is None:
         return readers, configs, None
     model = ModelFolder(folder)
     if model.converted:
         raise UserError(f"{folder}: already converted.", "Use it as --model.")
+    if missing := [part for part in (*NETWORKS, *ASSETS) if part not in readers and not (folder / part).is_dir()]:
+        raise UserError(f"{folder}: holds no {', '.join(missing)}.", "The model folder is not complete; copy it again.")
     for name in NETWORKS:
         if name not in readers:
             configs[name] = read_json(folder / name / "config.json")
@@ -131,13 +139,15 @@ def convert(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: already exists.", "Choose another directory, or remove this one.")
     readers, configs, folder = open_source(source, base)
+    if folder is not None and folder.resolve() in destination.resolve().parents:
+        raise UserError(f"{destination}: lies inside the source {folder}.", "Choose a directory outside of it.")
     failures = [
         (reader.name, reader.files.path, problems) for reader in readers.values() if (problems := reader.problems())
     ]
     _raise_all(failures)
     _check_space(destination, readers, dtype)
-    partial_dir = destination.with_name(f".{destination.name}.incomplete")
-    shutil.rmtree(partial_dir, ignore_errors=True)
+    partial_dir = destination.absolute().with_name(f".{destination.absolute().name}.incomplete")
+    _remove(partial_dir)
     try:
         partial_dir.mkdir(parents=True)
         for name, reader in readers.items():
@@ -160,8 +170,17 @@ def convert(
     except OSError as error:
         raise UserError(f"{destination}: cannot be written ({error}).", "Free disk space, or choose another.") from None
     finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        _remove(partial_dir)
     return {name: sum(int(np.prod(leaf.shape)) for leaf in reader.leaves) for name, reader in readers.items()}
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory until it stays away: after a failed save, Orbax's other writes may bring it back."""
+    for _ in range(50):
+        if not directory.exists():
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _raise_all(failures: list[tuple[str, Path, list[str]]]) -> None:
@@ -193,15 +212,22 @@ def _save_network(path: Path, reader: LeafReader, dtype: Any, sharding_of: Shard
     from rcgrpo_jax.orbax import ocp
 
     batch: dict[keymap.Path, jax.Array] = {}
-    for done, (leaf, array) in enumerate(reader.read(dtype, sharding_of), start=1):
-        batch[leaf.path] = array
+    for done, leaf in enumerate(reader.leaves, start=1):
+        batch[leaf.path] = reader.read(leaf, dtype, sharding_of)
         if sum(x.nbytes for x in batch.values()) > SAVED_AT_ONCE or done == len(reader.leaves):
             if not reader.not_finite:  # after the first bad tensor the rest is only read, for the report
-                ocp.partial.save(path.absolute(), unflatten_dict(batch))
+                _write(ocp.partial.save, path.absolute(), unflatten_dict(batch))
             batch.clear()
         progress(reader.name, done, len(reader.leaves))
     if not reader.not_finite:
-        ocp.partial.finalize(path.absolute())
+        _write(ocp.partial.finalize, path.absolute())
+
+
+def _write(save: Callable[..., None], *args: Any) -> None:
+    try:
+        save(*args)
+    except ValueError as error:  # what TensorStore makes of a full disk
+        raise OSError(error) from None
 
 
 def _copy_assets(folder: Path | None, target: Path) -> None:
@@ -225,12 +251,12 @@ def _write_manifest(target: Path, source: str, dtype: Any, fingerprints: dict[st
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model", *(f"{n}/*.safetensors" for n in NETWORKS)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{name}: not a local path, and the hub did not give it ({reason}).",

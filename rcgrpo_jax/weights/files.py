@@ -13,6 +13,7 @@ from rcgrpo_jax.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 class TensorFiles:
@@ -47,22 +48,23 @@ class TensorFiles:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such file or folder.", "Check the path of the model.")
         indices = sorted(self.path.glob("*.safetensors.index.json"))
-        if indices:
-            return self._from_index(indices[0])
         files = sorted(self.path.glob("*.safetensors"))
-        if len(files) == 1:
+        if len(indices) == 1:
+            return self._from_index(indices[0])
+        if len(files) == 1 and not indices:
             return files
-        if not files:
-            raise self._refusal([f for f in self.path.iterdir() if f.suffix in PICKLES])
+        if not files and not indices:
+            raise self._refusal(sorted(f for f in self.path.iterdir() if f.suffix in PICKLES))
         raise UserError(
-            f"{self.path}: {len(files)} safetensors files ({files[0].name}, ...) and no index.json that orders them.",
-            "Add the *.safetensors.index.json of the release, or keep a single file.",
+            f"{self.path}: {len(files)} safetensors files and {len(indices)} *.safetensors.index.json; a single file, or "
+            "one index of all shards, was wanted.",
+            "Keep one variant of the weights, with its index if it is sharded.",
         )
 
     def _from_index(self, index: Path) -> list[Path]:
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not an index with a weight_map.", "Download the index file again.") from None
         missing = sorted(name for name in names if not (self.path / name).is_file())
         if missing:
@@ -87,10 +89,7 @@ class TensorFiles:
             try:
                 self._handles[file] = safe_open(file, framework="np")
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file}: not a complete safetensors file ({error}).",
-                    "Download the file again; it may be cut short.",
-                ) from None
+                raise _damage(file, error) from None
         return self._handles[file]
 
     def read(self, key: str) -> np.ndarray:
@@ -106,13 +105,38 @@ class TensorFiles:
         return digest.hexdigest()
 
 
+def _damage(file: Path, error: Exception) -> UserError:
+    """What is wrong with a file that safetensors refuses; each tensor that ends beyond the file is named.
+
+    The format: 8 bytes with the header's length, little-endian; the header, JSON, with each tensor's first and last
+    byte as `data_offsets`; the data.
+    """
+    again = "Download the file again."
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > min(size, MAX_HEADER):
+                raise ValueError
+            header = json.loads(stream.read(start - 8))
+        ends = {key: start + entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"}
+        cut = [f"  truncated   {key}: ends at byte {end}" for key, end in ends.items() if end > size]
+    except OSError:
+        return UserError(f"{file}: cannot be read ({error}).", "Check the file and its permissions.")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return UserError(f"{file}: the header of this safetensors file is damaged ({error}).", again)
+    if cut:
+        return UserError("\n".join([f"{file}: cut short at byte {size}; {len(cut)} tensors:", *cut]), again)
+    return UserError(f"{file}: not a valid safetensors file ({error}).", again)
+
+
 def tensor_problems(
     expected: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
     ignored: frozenset[str] = frozenset(),
 ) -> list[str]:
-    """One line for every missing, unexpected, mis-shaped or non-float tensor; empty if the file fits exactly."""
+    """One line for every missing, unexpected, mis-shaped or mis-typed tensor; empty if the file fits exactly."""
     problems = [f"missing     {key}, shape {list(shape)}" for key, shape in expected.items() if key not in shapes]
     for key, shape in shapes.items():
         if key in ignored:
@@ -122,5 +146,5 @@ def tensor_problems(
         elif shape != expected[key]:
             problems.append(f"mis-shaped  {key}: found {list(shape)}, wanted {list(expected[key])}")
         elif dtypes[key] not in FLOATS:
-            problems.append(f"not float   {key}: found {dtypes[key]}, wanted one of {', '.join(FLOATS)}")
+            problems.append(f"mis-typed   {key}: found {dtypes[key]}, wanted one of {', '.join(FLOATS)}")
     return problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,14 @@ class ModelFolder:
 
     def config(self, name: str) -> Any:
         """The config of one network, a dataclass of `models.config`."""
-        return NETWORKS[name].config.from_json(read_json(self.path / name / "config.json"))
+        file, network = self.path / name / "config.json", NETWORKS[name]
+        config = read_json(file)
+        if config.get("_class_name", network.library[1]) != network.library[1]:
+            raise UserError(
+                f"{file}: of a {config['_class_name']}; only {network.library[1]} is implemented.",
+                "Use a folder of FLUX.1-Kontext-dev or of a model with the same blocks.",
+            )
+        return network.config.from_json(config)
 
     def schedule_options(self) -> dict[str, float]:
         """The scheduler's shift, as `flow.schedule.sigmas` takes it."""
@@ -101,7 +108,7 @@ class ModelFolder:
             return _load_converted(self.path / name / "params", params, dtype, sharding_of)
         reader = LeafReader(TensorFiles(self.path / name), name, params)
         reader.check()
-        loaded = unflatten_dict({leaf.path: array for leaf, array in reader.read(dtype, sharding_of)})
+        loaded = unflatten_dict({leaf.path: reader.read(leaf, dtype, sharding_of) for leaf in reader.leaves})
         reader.check_finite()
         return loaded
 
@@ -113,15 +120,18 @@ def fingerprint(config: dict, files: TensorFiles) -> str:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object was wanted")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.", "The model folder is not complete; copy it again.") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not JSON ({error}).", "The model folder is damaged; copy it again.") from None
 
 
 class LeafReader:
-    """Reads the leaves of one network out of safetensors, one at a time.
+    """Reads the leaves of one network out of safetensors; each only when asked for.
 
     Args:
         files: The opened files.
@@ -152,12 +162,9 @@ class LeafReader:
         if self.not_finite:
             raise problem_report(self.name, self.files.path, [f"NaN or inf   {key}" for key in sorted(self.not_finite)])
 
-    def read(self, dtype: Any, sharding_of: ShardingOf) -> Iterator[tuple[keymap.Leaf, jax.Array]]:
-        """Each leaf with its array; `not_finite` gathers the tensors that hold a NaN or an infinity."""
-        for leaf in self.leaves:
-            yield leaf, self._read_leaf(leaf, dtype, sharding_of(leaf.path, leaf.shape))
-
-    def _read_leaf(self, leaf: keymap.Leaf, dtype: Any, sharding: Sharding | None) -> jax.Array:
+    def read(self, leaf: keymap.Leaf, dtype: Any, sharding_of: ShardingOf) -> jax.Array:
+        """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""
+        sharding = sharding_of(leaf.path, leaf.shape)
         dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
 
         def block(index: tuple[slice, ...]) -> np.ndarray:

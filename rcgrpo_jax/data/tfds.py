@@ -1,0 +1,265 @@
+"""Examples in the format of TensorFlow Datasets: ArrayRecord files, read and written without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from rcgrpo_jax.data.example import EditExample, check_example
+from rcgrpo_jax.data.images import Polarity, check_polarity
+from rcgrpo_jax.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from rcgrpo_jax.data.pipeline import Source
+
+VERSION = "1.0.0"  # of every dataset written here
+_SHARD = 256  # examples in a file: at about half a megabyte each, the 100 to 200 MB that TFDS recommends
+
+
+class TfdsSource:
+    """A random-access source of the examples of a TFDS dataset; pixels are decoded when an example is asked for.
+
+    The image is a feature of uint8 `[H, W, 3]`, the mask one of uint8 `[H, W, 1]` or `[H, W]` from 0 to 255, the
+    instruction a text. Where the dataset has them, `name` and `caption` (texts) and `target` (uint8 `[H, W, 3]`) are
+    read too; an empty caption is none, and without names examples are called by their index.
+
+    Args:
+        name: A dataset that TFDS finds in the data directory (`edits`, `edits/config`, `edits:1.0.0`), or the folder of
+            one version, which holds `dataset_info.json`.
+        split: A split, or a slice of it such as `train[:90%]`.
+        data_dir: Where TFDS keeps its datasets; by default TFDS_DATA_DIR, or else `~/tensorflow_datasets`.
+        polarity: The value of the edit region in the masks, `"white"` (255) or `"black"` (0).
+        image_field: The feature with the image.
+        mask_field: The feature with the mask.
+        instruction_field: The feature with the instruction.
+
+    Raises:
+        UserError: There is no such dataset or split, it is empty or not in ArrayRecord, or a feature is missing or of
+            another type.
+        UsageError: The polarity is neither of the two.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        split: str = "train",
+        data_dir: str | Path | None = None,
+        polarity: Polarity = "white",
+        image_field: str = "image",
+        mask_field: str = "mask",
+        instruction_field: str = "instruction",
+    ):
+        import tensorflow_datasets as tfds  # imported here: two seconds that a folder of images need not wait
+
+        check_polarity(polarity)
+        self._where, self._polarity = f"tfds:{name}@{split}", polarity
+        self._fields = image_field, mask_field, instruction_field
+        builder = _open(name, data_dir)
+        features = builder.info.features
+        self._kinds = {image_field: "RGB", mask_field: "L", instruction_field: "text"}
+        for field, kind in self._kinds.items():
+            _check_feature(f"tfds:{name}", features, field, kind)
+        optional = {"name": "text", "caption": "text", "target": "RGB"}
+        self._kinds |= {f: kind for f, kind in optional.items() if f in features and _kind(features[f]) == kind}
+
+        # Pictures come encoded and are decoded here: TFDS takes the indices of a palette for grey values.
+        pictures = [field for field in self._kinds if isinstance(features[field], tfds.features.Image)]
+        decoders = tfds.decode.PartialDecoding(
+            {field: True for field in self._kinds}, {field: tfds.decode.SkipDecoding() for field in pictures}
+        )
+        try:
+            self._records = builder.as_data_source(split, decoders=decoders)
+        except NotImplementedError:
+            raise UserError(
+                f"tfds:{name}: the files are in the {builder.info.file_format.value} format; array_record was wanted.",
+                "Prepare it with `tfds build --file_format=array_record`, or use `tfds convert_format`.",
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                f"{self._where}: {str(error).splitlines()[0]}",
+                f"Choose one of {', '.join(builder.info.splits)}, or a slice of one such as train[:90%].",
+            ) from None
+        if not len(self._records):
+            raise UserError(f"{self._where}: no examples; at least one was wanted.", "Choose a larger split.")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> EditExample:
+        """Reads and checks one example; see `check_example` for what is refused."""
+        index = range(len(self))[index]  # as a sequence: negative ones count from the end, others raise IndexError
+        try:
+            record = self._records[index]
+            row = {field: _decode(record[field], kind) for field, kind in self._kinds.items()}
+        except Exception as error:  # of the record reader, zlib or Pillow: damage shows in many ways
+            raise UserError(
+                f"{self._where}: example {index} cannot be read ({error}).", "Copy or write the dataset again."
+            ) from error
+        image, mask, instruction = (row[field] for field in self._fields)
+        if mask.max() == 1:
+            raise UserError(
+                f"{self._where}: the mask of example {index} has values from 0 to 1; 0 to 255 was wanted.",
+                "Write the dataset again with the masks times 255.",
+            )
+        white = mask.astype(np.float32) / np.float32(255)
+        return check_example(
+            EditExample(
+                name=row.get("name") or f"{index:05d}",
+                image=image,
+                mask=white if self._polarity == "white" else 1 - white,
+                instruction=instruction,
+                caption=row.get("caption") or None,
+                target=row.get("target"),
+            )
+        )
+
+
+def write_tfds(source: Source, name: str, data_dir: str | Path, *, split: str = "train") -> Path:
+    """Writes examples as a TFDS dataset of one split, in order, which TFDS and `TfdsSource` find by its name.
+
+    Images and targets are kept exactly, as PNG; masks are rounded to 8 bits, white where the edit belongs. The dataset
+    appears whole or not at all.
+
+    Args:
+        source: The examples; all have a target, or none has.
+        name: What TFDS will call the dataset: lower-case letters, digits and underscores.
+        data_dir: Where TFDS keeps its datasets; created if missing.
+        split: The name of the split.
+
+    Returns:
+        The folder of the version, `DATA_DIR/NAME/1.0.0`.
+
+    Raises:
+        UserError: An example is unusable, only some have a target, or the dataset exists or cannot be written.
+        UsageError: TFDS does not take the name of the dataset or split.
+    """
+    import tensorflow_datasets as tfds
+
+    for field, value in (("name", name), ("split", split)):
+        if not re.fullmatch("[a-z][a-z0-9_]*", value) or value == "all":
+            raise UsageError(
+                f"{field}: {value!r} found; lower-case letters, digits and underscores were wanted.",
+                f"Choose another {field}, such as 'edits' or 'train'.",
+            )
+    folder = Path(data_dir) / name / VERSION
+    if folder.exists():
+        raise UserError(f"{folder}: the dataset exists; a new one was wanted.", "Choose another name, or remove it.")
+
+    picture = {"shape": (None, None, 3), "encoding_format": "png"}
+    features = {
+        "name": tfds.features.Text(),
+        "image": tfds.features.Image(**picture),
+        "mask": tfds.features.Image(**picture | {"shape": (None, None, 1)}),
+        "instruction": tfds.features.Text(),
+        "caption": tfds.features.Text(doc="Of the edited image; empty where there is none."),
+    }
+    has_target = source[0].target is not None
+    if has_target:
+        features["target"] = tfds.features.Image(**picture)
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder.parent) as parent:
+            partial = Path(parent) / VERSION
+            partial.mkdir()
+            identity = tfds.core.DatasetIdentity(name, tfds.core.Version(VERSION), str(partial), module_name=__name__)
+            info = tfds.core.DatasetInfo(
+                builder=identity,
+                description="Images to edit, where (white in the mask), and how.",
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+            writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
+            writer.initialize_splits([split])
+            for index in range(len(source)):
+                writer.add_examples({split: [_record(check_example(source[index]), has_target)]})
+            writer.close_all()
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}).", "Free disk space, or write elsewhere.") from None
+    return folder
+
+
+def _open(name: str, data_dir: str | Path | None):
+    """Finds a dataset by its folder or its name, as a `tfds.core.DatasetBuilder` whose files exist."""
+    import tensorflow_datasets as tfds
+
+    folder, cause = tfds.core.Path(name).expanduser(), None
+    try:
+        if (folder / "dataset_info.json").exists():
+            return tfds.builder_from_directory(folder)
+        builder = tfds.builder(name, data_dir=data_dir)
+        if builder.is_prepared():
+            return builder
+    except (ValueError, OSError) as error:  # TFDS raises ValueError for names that it does not know or cannot parse
+        cause = error
+    raise UserError(
+        f"tfds:{name}: no such dataset in {data_dir or 'the default data directory'}, nor a folder with "
+        "dataset_info.json.",
+        "Name a prepared dataset, set TFDS_DATA_DIR, or give the folder of a version, such as edits/1.0.0.",
+    ) from cause
+
+
+def _kind(feature) -> str | None:
+    """Names what a feature holds: "RGB" or "L" (Pillow's modes of colour and grey), "text", or None for the rest."""
+    shape, dtype = feature.shape, feature.np_dtype
+    if dtype == np.object_ and shape == ():
+        return "text"
+    if dtype == np.uint8 and len(shape) == 3 and shape[2] == 3:
+        return "RGB"
+    if dtype == np.uint8 and (len(shape) == 2 or (len(shape) == 3 and shape[2] == 1)):
+        return "L"
+    return None
+
+
+def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None:
+    """Raises a UserError unless the dataset has the feature and it holds what it should."""
+    if field not in features:
+        near = difflib.get_close_matches(field, features, n=1)
+        raise UserError(
+            f"{where}: the feature {field!r} is missing; found {', '.join(map(repr, sorted(features)))}.",
+            f"Did you mean {near[0]!r}? Rename it." if near else f"Write the dataset with {field!r}.",
+        )
+    if _kind(features[field]) != kind:
+        wanted = {"RGB": "uint8 [H, W, 3]", "L": "uint8 [H, W, 1] or [H, W]", "text": "a text"}[kind]
+        raise UserError(
+            f"{where}: the feature {field!r} is {features[field]!r}; {wanted} was wanted.",
+            "Write the dataset again with this type.",
+        )
+
+
+def _decode(value: bytes | np.ndarray | None, kind: str) -> str | UInt8[np.ndarray, "H W ..."]:
+    if kind == "text":
+        return (value or b"").decode()
+    if isinstance(value, bytes):
+        with Image.open(io.BytesIO(value)) as picture:
+            return np.array(picture.convert(kind))
+    return value.reshape(value.shape[:2]) if kind == "L" else value
+
+
+def _record(example: EditExample, has_target: bool) -> dict[str, Any]:
+    """Lays an example out as the features that `write_tfds` declares; TFDS encodes the pictures as PNG."""
+    if (example.target is not None) != has_target:
+        found, wanted = ("no target", "one") if has_target else ("a target", "none")
+        raise UserError(
+            f"{example.name}: {found} found; {wanted} was wanted, as in the first example.",
+            "Write the examples with a target and those without as two datasets.",
+        )
+    record = {
+        "name": example.name,
+        "image": Image.fromarray(example.image),
+        "mask": Image.fromarray(np.rint(example.mask * 255).astype(np.uint8)),
+        "instruction": example.instruction,
+        "caption": example.caption or "",
+    }
+    return record | {"target": Image.fromarray(example.target)} if has_target else record
