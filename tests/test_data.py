@@ -181,3 +181,13 @@ def test_two_images_of_one_name_are_refused(folder):
 def test_an_unknown_polarity_is_refused_before_anything_is_read(folder):
     with pytest.raises(UsageError, match="'White' found"):
         EditFolder(folder, polarity="White")
+
+
+@pytest.mark.parametrize("polarity", ["white", "black"])
+def test_a_mask_of_zeros_and_ones_is_refused(tmp_path, polarity):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "m.png")  # 0 and 1 of 255
+    line = {"image": "a.png", "mask": "m.png", "instruction": "Make it red."}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="of 255"):
+        EditFolder(tmp_path, polarity=polarity)[0]

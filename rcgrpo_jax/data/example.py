@@ -50,6 +50,12 @@ def check_example(example: EditExample) -> EditExample:
             f"{name}: mask values from {mask.min()} to {mask.max()} found; finite ones in [0, 1] were wanted.",
             "Divide 8-bit masks by 255, and look for NaN.",
         )
+    if mask.any() and (0 < np.ptp(mask) < 1.5 / 255 or mask.max() < 1.5 / 255):
+        raise UserError(
+            f"{name}: the mask's levels are {mask.min() * 255:.0f} to {mask.max() * 255:.0f} of 255, so that nothing is "
+            "marked; black and white were wanted.",
+            "If the file's values are 0 and 1, multiply them by 255.",
+        )
     if not mask.any():
         raise UserError(
             f"{name}: the mask is empty; at least one pixel of edit region was wanted.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import Polarity
 from rcgrpo_jax.data.tfds import TfdsSource
@@ -26,8 +24,9 @@ def open_source(path: str, polarity: Polarity = "white") -> EditFolder | TfdsSou
     """
     if not path.startswith("tfds:"):
         return EditFolder(path, polarity=polarity)
-    # A split has no slash, so that an "@" in the name of a folder stays there.
-    parts = re.fullmatch(r"tfds:(?P<dataset>.+?)(@(?P<split>[^@/]+))?", path)
-    if parts is None or parts["dataset"].endswith("@"):
+    dataset, at, split = path.removeprefix("tfds:").rpartition("@")
+    if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
+        dataset, split = path.removeprefix("tfds:"), "train"
+    if not dataset or not split:
         raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
-    return TfdsSource(parts["dataset"], split=parts["split"] or "train", polarity=polarity)
+    return TfdsSource(dataset, split=split, polarity=polarity)

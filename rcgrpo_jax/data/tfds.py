@@ -66,17 +66,18 @@ class TfdsSource:
         self._fields = image_field, mask_field, instruction_field
         builder = _open(name, data_dir)
         features = builder.info.features
-        self._kinds = {image_field: "RGB", mask_field: "L", instruction_field: "text"}
-        for field, kind in self._kinds.items():
+        required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
+        for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind)
         optional = {"name": "text", "caption": "text", "target": "RGB"}
-        self._kinds |= {f: kind for f, kind in optional.items() if f in features and _kind(features[f]) == kind}
+        known = [
+            (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
+        ]
+        self._kinds = dict(required + known)
 
         # Pictures come encoded and are decoded here: TFDS takes the indices of a palette for grey values.
-        pictures = [field for field in self._kinds if isinstance(features[field], tfds.features.Image)]
-        decoders = tfds.decode.PartialDecoding(
-            {field: True for field in self._kinds}, {field: tfds.decode.SkipDecoding() for field in pictures}
-        )
+        pictures = [field for field in features if isinstance(features[field], tfds.features.Image)]
+        decoders = {field: tfds.decode.SkipDecoding() for field in pictures}
         try:
             self._records = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError:
@@ -86,11 +87,9 @@ class TfdsSource:
             ) from None
         except ValueError as error:
             raise UserError(
-                f"{self._where}: {str(error).splitlines()[0]}",
+                f"{self._where}: the split cannot be read ({str(error).splitlines()[0]}).",
                 f"Choose one of {', '.join(builder.info.splits)}, or a slice of one such as train[:90%].",
             ) from None
-        if not len(self._records):
-            raise UserError(f"{self._where}: no examples; at least one was wanted.", "Choose a larger split.")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -106,11 +105,6 @@ class TfdsSource:
                 f"{self._where}: example {index} cannot be read ({error}).", "Copy or write the dataset again."
             ) from error
         image, mask, instruction = (row[field] for field in self._fields)
-        if mask.max() == 1:
-            raise UserError(
-                f"{self._where}: the mask of example {index} has values from 0 to 1; 0 to 255 was wanted.",
-                "Write the dataset again with the masks times 255.",
-            )
         white = mask.astype(np.float32) / np.float32(255)
         return check_example(
             EditExample(

@@ -8,6 +8,7 @@ maps over candidates with `jax.vmap`, tests pass a batch.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,19 @@ def sinusoid(x: Float[Array, "*b"], dim: int = 256) -> Float[Array, "*b dim"]:
     return jnp.concatenate([jnp.cos(arguments), jnp.sin(arguments)], axis=-1)
 
 
+def thousandfold(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
+    """`1000 x` in fp32, `x` and the product rounded to `dtype` as the references round them.
+
+    A plain cast is not enough: XLA drops one that is cast back, and an angle of hundreds of radians would come out off.
+    """
+    info = jnp.finfo(dtype)
+
+    def rounded(value):
+        return jax.lax.reduce_precision(value, info.nexp, info.nmant)
+
+    return rounded(1000 * rounded(x.astype(jnp.float32)))
+
+
 def layer_norm(x: Float[Array, "*b D"], epsilon: float = 1e-6) -> Float[Array, "*b D"]:
     """Layer normalisation without affine parameters, in fp32."""
     x32 = x.astype(jnp.float32)
@@ -55,12 +69,24 @@ def modulate(x: Float[Array, "*b N D"], shift: Float[Array, "*b D"], scale: Floa
     return layer_norm(x) * (1 + scale[..., None, :]) + shift[..., None, :]
 
 
+class AttentionOptions(NamedTuple):
+    """How blocks attend, and what they report."""
+
+    implementation: str = "xla"  # a name of `attention.IMPLEMENTATIONS`
+    acd_layers: int = 10  # L_sel, how many of the last blocks report their attention masses
+    acd_map: bool = False  # report the per-token map a(u) too
+    acd_reference_keys: bool = False  # count the reference image's keys, under the same mask
+
+
 class _Block(nn.Module):
-    """What all submodules share: sizes and dtypes."""
+    """What all submodules share: sizes, dtypes, and short ways to make parts with the same."""
 
     config: MMDiTConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Any
+    param_dtype: Any
+
+    def part(self, module: type[_Block], name: str, *args: Any) -> _Block:
+        return module(self.config, self.dtype, self.param_dtype, *args, name=name)
 
     def linear(self, features: int, name: str) -> Linear:
         return Linear(features, self.dtype, self.param_dtype, name=name)
@@ -70,7 +96,7 @@ class RMSNorm(_Block):
     """RMS normalisation of each head's query or key, in fp32 and cast back."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*b N H D"]) -> Float[Array, "*b N H D"]:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
@@ -80,10 +106,10 @@ class RMSNorm(_Block):
 class Modulation(_Block):
     """`chunks` vectors of width D from the time-text vector; their order is diffusers'."""
 
-    chunks: int = 6
+    chunks: int
 
     @nn.compact
-    def __call__(self, vec):
+    def __call__(self, vec: Float[Array, "*b D"]) -> list[Float[Array, "*b D"]]:
         return jnp.split(self.linear(self.chunks * self.config.width, "linear")(nn.silu(vec)), self.chunks, axis=-1)
 
 
@@ -91,7 +117,7 @@ class Embedder(_Block):
     """Two linear layers with a SiLU between."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*b F"]) -> Float[Array, "*b D"]:
         return self.linear(self.config.width, "linear_2")(nn.silu(self.linear(self.config.width, "linear_1")(x)))
 
 
@@ -99,15 +125,12 @@ class TimeTextEmbed(_Block):
     """`vec = time + guidance + pooled text`; time and guidance are cast to the compute dtype *before* the x1000."""
 
     @nn.compact
-    def __call__(self, sigma, condition: Condition):
-        def embed(name, x):
-            module = Embedder(self.config, self.dtype, self.param_dtype, name=name)
-            return module(x)
-
-        vec = embed("timestep_embedder", sinusoid(sigma.astype(self.dtype) * 1000))
+    def __call__(self, sigma: Float[Array, "*b"], condition: Condition) -> Float[Array, "*b D"]:
+        vec = self.part(Embedder, "timestep_embedder")(sinusoid(thousandfold(sigma, self.dtype)))
         if self.config.guidance_embeds:
-            vec = vec + embed("guidance_embedder", sinusoid(condition.guidance.astype(self.dtype) * 1000))
-        return vec + embed("text_embedder", condition.pooled)
+            guidance = sinusoid(thousandfold(condition.guidance, self.dtype))
+            vec = vec + self.part(Embedder, "guidance_embedder")(guidance)
+        return vec + self.part(Embedder, "text_embedder")(condition.pooled)
 
 
 class Attention(_Block):
@@ -118,19 +141,16 @@ class Attention(_Block):
     from `attend`, which never exposes its weights.
     """
 
-    implementation: str = "xla"
-    joint: bool = True
-    acd_layers: int = 0
-    acd_map: bool = False
-    acd_reference_keys: bool = False
+    options: AttentionOptions
+    joint: bool
 
-    def heads(self, x, name, norm=None):
+    def heads(self, x: Array, name: str, norm: str | None = None) -> Float[Array, "*b N H D"]:
         x = self.linear(self.config.width, name)(x)
         x = x.reshape(*x.shape[:-1], self.config.num_attention_heads, self.config.attention_head_dim)
-        return x if norm is None else RMSNorm(self.config, self.dtype, self.param_dtype, name=norm)(x)
+        return x if norm is None else self.part(RMSNorm, norm)(x)
 
     @nn.compact
-    def __call__(self, text, image, angles, region, layer):
+    def __call__(self, text: Array, image: Array, angles: Array, region: Array | None, layer: Array):
         if self.joint:
             q, k, v = (
                 jnp.concatenate([self.heads(text, added, norm_added), self.heads(image, own, norm)], axis=-3)
@@ -144,8 +164,9 @@ class Attention(_Block):
             x = jnp.concatenate([text, image], axis=-2)
             q, k, v = self.heads(x, "to_q", "norm_q"), self.heads(x, "to_k", "norm_k"), self.heads(x, "to_v")
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
-        self.sow_concentration(q, k, text.shape[-2], region, layer)
-        out = attend(q, k, v, self.implementation)
+        if region is not None:
+            self.sow_concentration(q, k, text.shape[-2], region, layer)
+        out = attend(q, k, v, self.options.implementation)
         out = out.reshape(*out.shape[:-2], self.config.width)
         text, image = out[..., : text.shape[-2], :], out[..., text.shape[-2] :, :]
         if self.joint:
@@ -153,93 +174,80 @@ class Attention(_Block):
             image = self.linear(self.config.width, "to_out_0")(image)
         return text, image
 
-    def sow_concentration(self, q, k, num_text, region, layer):
+    def sow_concentration(self, q: Array, k: Array, num_text: int, region: Array, layer: Array) -> None:
         """Sows Eq. 16's masses of the selected blocks, zeros in the others (one scanned program serves all blocks)."""
-        first = self.config.num_blocks - self.acd_layers
-        last_of_stack = self.config.num_layers if self.joint else self.config.num_blocks
-        if region is None or first >= last_of_stack:
-            return
-        keys = region.shape[-1] * (2 if self.acd_reference_keys else 1)
-        mask = jnp.concatenate([region, region], axis=-1) if self.acd_reference_keys else region
-        q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + keys, :, :]
+        first = self.config.num_blocks - self.options.acd_layers
+        if first >= (self.config.num_layers if self.joint else self.config.num_blocks):
+            return  # no block of this stack is selected
+        mask = jnp.concatenate([region, region], axis=-1) if self.options.acd_reference_keys else region
+        q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + mask.shape[-1], :, :]
         scale = self.config.attention_head_dim**-0.5
 
-        def sow(names, function, signature, *arrays):
-            compute = jnp.vectorize(function, signature=signature)
-            shapes = jax.eval_shape(compute, *arrays)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            values = jax.lax.cond(layer >= first, compute, lambda *_: zeros, *arrays)
-            for name, value in zip(names, values if isinstance(values, tuple) else (values,), strict=True):
-                self.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        @partial(jnp.vectorize, signature="(t,h,d),(i,h,d),(i)->(t),(t)")
+        def masses(q: Array, k: Array, m: Array) -> tuple[Array, Array]:
+            return concentration.masses(q, k, m, scale)
 
-        sow(
-            ("acd_inside", "acd_total"),
-            lambda q, k, m: concentration.masses(q, k, m, scale),
-            "(t,h,d),(i,h,d),(i)->(t),(t)",
-            q_txt, k_img, mask,
-        )  # fmt: skip
-        if self.acd_map:
-            sow(
-                ("acd_map",),
-                lambda q, k: concentration.attention_map(q, k, scale),
-                "(t,h,d),(i,h,d)->(i)",
-                q_txt, k_img,
-            )  # fmt: skip
+        @partial(jnp.vectorize, signature="(t,h,d),(i,h,d)->(i)")
+        def attention_map(q: Array, k: Array) -> Array:
+            return concentration.attention_map(q, k, scale)
+
+        def report() -> dict[str, Array]:
+            inside, total = masses(q_txt, k_img, mask)
+            extra = {"acd_map": attention_map(q_txt, k_img)} if self.options.acd_map else {}
+            return {"acd_inside": inside, "acd_total": total, **extra}
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(report))
+        for name, value in jax.lax.cond(layer >= first, report, lambda: zeros).items():
+            self.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+class GELU(_Block):
+    """The widening half of a feed-forward, `gelu(x W)` with the tanh form."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b N D"]) -> Float[Array, "*b N 4D"]:
+        return nn.gelu(self.linear(4 * self.config.width, "proj")(x), approximate=True)
 
 
 class FeedForward(_Block):
     @nn.compact
-    def __call__(self, x):
-        x = nn.gelu(_Projection(self.config, self.dtype, self.param_dtype, name="net_0")(x), approximate=True)
-        return self.linear(self.config.width, "net_2")(x)
-
-
-class _Projection(_Block):
-    @nn.compact
-    def __call__(self, x):
-        return self.linear(4 * self.config.width, "proj")(x)
+    def __call__(self, x: Float[Array, "*b N D"]) -> Float[Array, "*b N D"]:
+        return self.linear(self.config.width, "net_2")(self.part(GELU, "net_0")(x))
 
 
 class DoubleBlock(_Block):
-    """Text and image streams with weights of their own and one joint attention."""
+    """Text and image streams with weights of their own and one joint attention; a step of `nn.scan`."""
 
-    attention: dict[str, Any] | None = None
+    options: AttentionOptions
 
     @nn.compact
-    def __call__(self, streams, layer, vec, angles, region):
+    def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
         text, image = streams
-        shared = (self.config, self.dtype, self.param_dtype)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = Modulation(*shared, 6, name="norm1")(vec)
-        c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = Modulation(*shared, 6, name="norm1_context")(
-            vec
-        )
-        attended_text, attended_image = Attention(*shared, **(self.attention or {}), joint=True, name="attn")(
-            modulate(text, c_shift, c_scale), modulate(image, shift, scale), angles, region, layer
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.part(Modulation, "norm1", 6)(vec)
+        shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = self.part(Modulation, "norm1_context", 6)(vec)
+        attended_text, attended_image = self.part(Attention, "attn", self.options, True)(
+            modulate(text, shift_t, scale_t), modulate(image, shift, scale), angles, region, layer
         )
         image = image + gate[..., None, :] * attended_image
-        text = text + c_gate[..., None, :] * attended_text
-        image_mlp = FeedForward(*shared, name="ff")(modulate(image, shift_mlp, scale_mlp))
-        text_mlp = FeedForward(*shared, name="ff_context")(modulate(text, c_shift_mlp, c_scale_mlp))
-        return (text + c_gate_mlp[..., None, :] * text_mlp, image + gate_mlp[..., None, :] * image_mlp), None
+        text = text + gate_t[..., None, :] * attended_text
+        image_mlp = self.part(FeedForward, "ff")(modulate(image, shift_mlp, scale_mlp))
+        text_mlp = self.part(FeedForward, "ff_context")(modulate(text, shift_mlp_t, scale_mlp_t))
+        return (text + gate_mlp_t[..., None, :] * text_mlp, image + gate_mlp[..., None, :] * image_mlp), None
 
 
 class SingleBlock(_Block):
-    """One stream [text, image]; attention and MLP run side by side."""
+    """One stream [text, image], attention and MLP side by side; a step of `nn.scan`."""
 
-    attention: dict[str, Any] | None = None
+    options: AttentionOptions
 
     @nn.compact
-    def __call__(self, streams, layer, vec, angles, region):
+    def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
         text, image = streams
-        shared = (self.config, self.dtype, self.param_dtype)
-        shift, scale, gate = Modulation(*shared, 3, name="norm")(vec)
-        normed_text, normed_image = modulate(text, shift, scale), modulate(image, shift, scale)
-        attended = Attention(*shared, **(self.attention or {}), joint=False, name="attn")(
-            normed_text, normed_image, angles, region, layer
-        )
-        normed = jnp.concatenate([normed_text, normed_image], axis=-2)
-        mlp = nn.gelu(self.linear(4 * self.config.width, "proj_mlp")(normed), approximate=True)
-        out = jnp.concatenate([jnp.concatenate(attended, axis=-2), mlp], axis=-1)
+        shift, scale, gate = self.part(Modulation, "norm", 3)(vec)
+        text_in, image_in = modulate(text, shift, scale), modulate(image, shift, scale)
+        attended = self.part(Attention, "attn", self.options, False)(text_in, image_in, angles, region, layer)
+        mlp = self.linear(4 * self.config.width, "proj_mlp")(jnp.concatenate([text_in, image_in], axis=-2))
+        out = jnp.concatenate([jnp.concatenate(attended, axis=-2), nn.gelu(mlp, approximate=True)], axis=-1)
         out = gate[..., None, :] * self.linear(self.config.width, "proj_out")(out)
         return (text + out[..., : text.shape[-2], :], image + out[..., text.shape[-2] :, :]), None
 
@@ -251,21 +259,15 @@ class MMDiT(nn.Module):
         config: Sizes.
         dtype: Compute dtype; norms of q and k, softmax and rotary embedding are fp32 in any case.
         param_dtype: Dtype of freshly initialised parameters.
-        attention_implementation: A name of `attention.IMPLEMENTATIONS`.
         remat: A name of `REMAT_POLICIES`, applied to each block.
-        acd_layers: L_sel, how many of the last blocks report attention concentration when a region is given.
-        acd_map: Also sow the per-token map `a(u)`, for diagnostics.
-        acd_reference_keys: Count the reference image's keys too, under the same mask.
+        attention: How blocks attend and what they report.
     """
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    attention_implementation: str = "xla"
     remat: str = "none"
-    acd_layers: int = 10
-    acd_map: bool = False
-    acd_reference_keys: bool = False
+    attention: AttentionOptions = AttentionOptions()
 
     def _stack(self, block: type[_Block], length: int, name: str) -> nn.Module:
         if self.remat != "none":
@@ -277,13 +279,7 @@ class MMDiT(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=length,
         )
-        attention = {
-            "implementation": self.attention_implementation,
-            "acd_layers": self.acd_layers,
-            "acd_map": self.acd_map,
-            "acd_reference_keys": self.acd_reference_keys,
-        }
-        return scanned(self.config, self.dtype, self.param_dtype, attention, name=name)
+        return scanned(self.config, self.dtype, self.param_dtype, self.attention, name=name)
 
     @nn.compact
     def __call__(
@@ -306,13 +302,13 @@ class MMDiT(nn.Module):
         Returns:
             float32 velocity.
         """
-        shared = (self.config, self.dtype, self.param_dtype)
         width, num_img = self.config.width, x.shape[-2]
         if condition.reference.shape[-2] != num_img or grid[0] * grid[1] != num_img:
             raise ValueError(
                 f"a grid of {grid[0]} x {grid[1]} tokens needs as many target and reference tokens; "
                 f"found {num_img} and {condition.reference.shape[-2]}"
             )
+        shared = (self.config, self.dtype, self.param_dtype)
         vec = TimeTextEmbed(*shared, name="time_text_embed")(sigma, condition)
         image = Linear(width, self.dtype, self.param_dtype, name="x_embedder")(
             jnp.concatenate([x, condition.reference.astype(x.dtype)], axis=-2)

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.pipeline import Batches, EditBatch, EncodedSource
+from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.method import grpo
+from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
@@ -61,6 +62,10 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     rewards = {name: reward_registry.make(name) for name in config.rewards}
     folder = ModelFolder(config.model.path)
     check_model_fits(config, folder)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir: {workdir} cannot be made ({error}).", "Choose a folder you can write to.") from None
     with (
         jax.set_mesh(mesh),
         Checkpointer(
@@ -80,10 +85,10 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
             folder,
             jnp.dtype(config.model.dtype),
             sharding_of=parameter_sharding(mesh),
-            attention_implementation=config.model.attention,
             remat=config.model.remat,
-            acd_layers=config.acd.layers,
-            acd_reference_keys=config.acd.reference_keys,
+            attention=AttentionOptions(
+                config.model.attention, config.acd.layers, acd_reference_keys=config.acd.reference_keys
+            ),
         )
         trainer = Trainer(config, editor, mesh, rewards)
         first = int(state.step)
@@ -128,7 +133,7 @@ def check_model_fits(config: ConfigDict, folder: ModelFolder) -> None:
 
 def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict) -> Batches:
     """Runs the encoders over the data, once; they are freed before the transformer is loaded."""
-    source = EditFolder(config.data.path, polarity=config.data.polarity)
+    source = open_source(config.data.path, config.data.polarity)
 
     def check(instruction: str) -> None:
         for reward in rewards.values():
