@@ -5,8 +5,8 @@ What the paper leaves to its (unpublished) appendix is as in `default_config`, w
     rcgrpo train --config configs/kontext_512_paper.py --workdir runs/paper \
         --config.model.path=/data/kontext --config.data.path=/data/edits --config.mesh.fsdp=8
 
-Back-propagation through K = 8 steps costs about twice the update of `configs/kontext_512.py` and keeps the states of all
-steps; memory and time on a device have not been measured.
+Back-propagation through K = 8 steps costs about twice the update of `configs/kontext_512.py` and keeps the states of
+all steps; memory and time on a device have not been measured.
 """
 
 from ml_collections import ConfigDict

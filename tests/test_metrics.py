@@ -215,3 +215,11 @@ def test_captions_stand_above_their_images_and_widen_the_columns():
     ]
     assert (pictures[0] != pictures[1]).any()
     assert pictures[2].shape[1] > pictures[0].shape[1]
+
+
+def test_a_long_job_may_print_fewer_lines():
+    file = io.StringIO()
+    with Progress(100, description="convert", lines=4, file=file) as progress:
+        for _ in range(100):
+            progress.update()
+    assert [line.split()[2] for line in file.getvalue().splitlines()] == ["25/100", "50/100", "75/100", "100/100"]

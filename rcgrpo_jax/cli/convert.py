@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
     bars: dict[str, Progress] = {}
 
     def progress(name: str, done: int, total: int) -> None:
-        bars.setdefault(name, Progress(total, description=name)).update()
+        bars.setdefault(name, Progress(total, description=name, lines=4)).update()
         if done == total:
             bars[name].close()
 

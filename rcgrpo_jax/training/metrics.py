@@ -134,10 +134,20 @@ class Progress:
         total: Steps of the whole job.
         initial: Steps done before this process.
         description: What the job is.
+        lines: Lines that the whole job may print where there is no terminal; None: one a step.
         file: Where to; standard error by default.
     """
 
-    def __init__(self, total: int, initial: int = 0, description: str = "", *, file: TextIO | None = None):
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        description: str = "",
+        *,
+        lines: int | None = None,
+        file: TextIO | None = None,
+    ):
+        self._every = max(1, total // lines) if lines else 1
         self._file = sys.stderr if file is None else file
         self._total, self._step, self._description = total, initial, description
         self._last = time.monotonic()
@@ -159,7 +169,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join([*(f"{k}={v}" for k, v in shown.items()), rate]).rstrip(", "))
             self._bar.update()
-        else:
+        elif self._step % self._every == 0 or self._step == self._total:
             label = f"{self._description}: " if self._description else ""
             words = [f"{label}step {self._step}/{self._total}", *(f"{k} {v}" for k, v in shown.items()), rate]
             print("  ".join(filter(None, words)), file=self._file, flush=True)

@@ -118,8 +118,8 @@ def convert(
     """Converts a diffusers folder, a hub id or a single-file transformer into `destination`.
 
     All shapes are checked before anything is written. Then each leaf is read, checked for NaN, cast, placed and saved
-    in turn, so that memory holds one leaf at a time (small ones are gathered up to `SAVED_AT_ONCE`). The directory
-    appears under its name only when complete.
+    in turn, so that memory holds up to three copies of one leaf, never the model (small ones are gathered up to
+    `SAVED_AT_ONCE`). The directory appears under its name only when complete.
 
     Args:
         source: Folder, hub id `owner/name`, or `.safetensors` file in BFL's layout.
@@ -162,7 +162,8 @@ def convert(
             ]
         )
         _copy_assets(folder, partial_dir)
-        fingerprints = {name: fingerprint(configs[name], reader.files) for name, reader in readers.items()}
+        cast = f"-{jnp.dtype(dtype).name}" if dtype else ""
+        fingerprints = {name: fingerprint(configs[name], reader.files) + cast for name, reader in readers.items()}
         _write_manifest(partial_dir, source, dtype, fingerprints)
         if destination.is_dir():
             destination.rmdir()

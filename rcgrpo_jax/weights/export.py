@@ -118,7 +118,8 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
         The adapter (B not scaled) and its rank and alpha; `targets` names exactly the layers found.
 
     Raises:
-        UserError: If a tensor does not belong to this transformer, or a stacked layer is only partly adapted.
+        UserError: If a tensor does not belong to this transformer or does not fit it, a stacked layer is only partly
+            adapted, or the layers differ in rank or scale.
     """
     path = Path(path)
     file = path / LORA_FILE if path.is_dir() else path
@@ -140,10 +141,11 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
             )
         leaf, layer = module_of[module]
         found.setdefault(leaf.path[:-1], {}).setdefault(layer, {})[factor[0]] = files.read(key).T.astype(np.float32)
-    return _stack(file, found, {leaf.path[:-1]: leaf for leaf, _ in module_of.values()}), _lora_config(file, found)
+    config = _lora_config(file, found)
+    return _stack(file, found, {leaf.path[:-1]: leaf for leaf, _ in module_of.values()}, config.rank), config
 
 
-def _stack(file: Path, found: dict, leaves: dict[keymap.Path, keymap.Leaf]) -> dict:
+def _stack(file: Path, found: dict, leaves: dict[keymap.Path, keymap.Leaf], rank: int) -> dict:
     adapter = {}
     for path, layers in found.items():
         leaf, name = leaves[path], "/".join(path)
@@ -153,14 +155,16 @@ def _stack(file: Path, found: dict, leaves: dict[keymap.Path, keymap.Leaf]) -> d
                 "Only LoRAs that adapt a projection in every block are supported.",
             )
         fan_in, fan_out = leaf.shape[-2:]
-        for factor, size in (("A", fan_in), ("B", fan_out)):
-            stacked = np.stack([layers[i][factor] for i in range(len(layers))])
-            if stacked.shape[1 if factor == "A" else 2] != size:
+        for factor, wanted in (("A", (fan_in, rank)), ("B", (rank, fan_out))):
+            arrays = [layers[i][factor] for i in range(len(layers))]
+            if shapes := sorted({array.shape for array in arrays} - {wanted}):
                 raise UserError(
-                    f"lora: {name}.{factor} in {file} has shape {list(stacked.shape)}; the kernel is "
-                    f"{fan_in} x {fan_out}.",
+                    f"lora: {name}.{factor} in {file} has shape {list(shapes[0])}; {list(wanted)} was wanted.",
                     "Give a LoRA that was trained for this model.",
                 )
+            stacked = np.stack(arrays)
+            if not np.isfinite(stacked).all():
+                raise UserError(f"lora: {name}.{factor} in {file} holds NaN or inf.", "Export another step of the run.")
             adapter[(*path, factor)] = stacked if leaf.stacked else stacked[0]
     return unflatten_dict(adapter)
 
@@ -172,7 +176,16 @@ def _lora_config(file: Path, found: dict) -> LoRAConfig:
     if len(ranks) != 1:
         raise UserError(f"lora: {file} has ranks {sorted(ranks)}; one rank is supported.", "Export with one rank.")
     with safe_open(file, framework="np") as handle:
-        metadata = json.loads((handle.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        text = (handle.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        metadata = {key.removeprefix(PREFIX): value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"lora: the metadata of {file} is damaged: {text!r}.", "Export the LoRA again.") from None
+    if metadata.get("alpha_pattern") or metadata.get("use_rslora"):
+        raise UserError(
+            f"lora: {file} scales its layers by alpha_pattern or use_rslora; one scale alpha / r is supported.",
+            "Export with one alpha.",
+        )
     rank = ranks.pop()
     targets = "|".join("/".join(path) for path in sorted(found))
-    return LoRAConfig(rank, float(metadata.get(f"{PREFIX}lora_alpha", rank)), targets)
+    return LoRAConfig(rank, float(metadata.get("lora_alpha", rank)), targets)

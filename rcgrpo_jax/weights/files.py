@@ -56,8 +56,8 @@ class TensorFiles:
         if not files and not indices:
             raise self._refusal(sorted(f for f in self.path.iterdir() if f.suffix in PICKLES))
         raise UserError(
-            f"{self.path}: {len(files)} safetensors files and {len(indices)} *.safetensors.index.json; a single file, or "
-            "one index of all shards, was wanted.",
+            f"{self.path}: {len(files)} safetensors files and {len(indices)} *.safetensors.index.json; one file, or "
+            "one index of all its shards, was wanted.",
             "Keep one variant of the weights, with its index if it is sharded.",
         )
 

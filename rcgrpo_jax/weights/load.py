@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights import keymap
@@ -82,7 +82,7 @@ class ModelFolder:
         return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
 
     def fingerprint(self, name: str) -> str:
-        """A hash of a network's config and weights; equal content gives equal hashes, a conversion keeps it."""
+        """A hash of a network's config and weights; a conversion without a cast keeps it."""
         if self.converted:
             return read_json(self.path / MANIFEST)["fingerprints"][name]
         return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
@@ -164,7 +164,7 @@ class LeafReader:
 
     def read(self, leaf: keymap.Leaf, dtype: Any, sharding_of: ShardingOf) -> jax.Array:
         """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""
-        sharding = sharding_of(leaf.path, leaf.shape)
+        sharding = sharding_of(leaf.path, leaf.shape) or SingleDeviceSharding(jax.local_devices()[0])
         dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
 
         def block(index: tuple[slice, ...]) -> np.ndarray:
@@ -177,8 +177,6 @@ class LeafReader:
                 out[i] = self._tensor(leaf, source)[index[1:]]
             return out
 
-        if sharding is None:
-            return jnp.asarray(block((slice(None),) * len(leaf.shape)))
         return jax.make_array_from_callback(leaf.shape, sharding, block)
 
     def _tensor(self, leaf: keymap.Leaf, source: keymap.Source) -> np.ndarray:
@@ -207,7 +205,7 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
         saved = flatten_dict(ocp.metadata(path).metadata)
     except Exception as error:
         raise UserError(f"{path}: not a complete Orbax checkpoint ({error}).", "Run `rcgrpo convert` again.") from None
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    default = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {}
     for leaf_path, shape in flatten_dict(params).items():
         if leaf_path not in saved or tuple(saved[leaf_path].shape) != tuple(shape.shape):

@@ -7,6 +7,7 @@ they are made from the word lists below, without training, and have FLUX's speci
 from __future__ import annotations
 
 import json
+import logging
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int
 
 from rcgrpo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5TokenizerFast
+
+logger = logging.getLogger(__name__)
 
 CLIP_LENGTH = 77
 T5_LENGTH = 512  # FLUX's longest instruction
@@ -111,7 +113,7 @@ def tokenize(tokenizers: Tokenizers, instructions: Sequence[str], max_text_token
     whole = tokenizers.t5(texts, verbose=False)  # transformers' own warning would name its limit, not ours
     for text, ids in dict(zip(texts, whole["input_ids"], strict=True)).items():
         if len(ids) > max_text_tokens:
-            logging.warning(
+            logger.warning(
                 "An instruction of %d T5 tokens is cut to max_text_tokens = %d; the rest is ignored: %r",
                 len(ids),
                 max_text_tokens,
