@@ -14,6 +14,7 @@ COMMANDS = {
     "edit": "edit one image",
     "train": "post-train a LoRA with RC-GRPO",
     "export": "a trained LoRA -> diffusers format",
+    "data": "write a data set of synthetic editing tasks",
     "demo": "the whole way on photographs and a small random editor",
 }
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(

@@ -52,7 +52,7 @@ def check_example(example: EditExample) -> EditExample:
         )
     if mask.any() and (0 < np.ptp(mask) < 1.5 / 255 or mask.max() < 1.5 / 255):
         raise UserError(
-            f"{name}: the mask's levels are {mask.min() * 255:.0f} to {mask.max() * 255:.0f} of 255, so that nothing is "
+            f"{name}: the mask's levels are {mask.min() * 255:.0f} to {mask.max() * 255:.0f} of 255, so nothing is "
             "marked; black and white were wanted.",
             "If the file's values are 0 and 1, multiply them by 255.",
         )

@@ -131,7 +131,7 @@ def write_photographs(folder: Path) -> Path:
     Raises:
         UserError: scikit-image is not installed or lacks a photograph, or the folder cannot be written.
     """
-    photographs = _photographs()
+    photographs = find_photographs()
     try:
         for part in ("images", "masks"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def write_photographs(folder: Path) -> Path:
     return folder
 
 
-def _photographs() -> dict[str, Path]:
+def find_photographs() -> dict[str, Path]:
     """Finds the photographs by name, without importing scikit-image."""
     package = importlib.util.find_spec("skimage")
     if package is None:

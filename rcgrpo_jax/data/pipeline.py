@@ -48,7 +48,7 @@ class EncodedSource:
         editor: Encoders; not touched if everything is in the cache.
         size: (height, width) that images and masks are resized to.
         folder: The cache; created if missing.
-        validate: Called with each instruction before anything is encoded; raises if it cannot be used.
+        validate: Called with each instruction before it is encoded; raises if it cannot be used.
         progress: Called after each example with (done, all).
 
     Raises:

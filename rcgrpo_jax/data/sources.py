@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import Polarity
+from rcgrpo_jax.data.scenes import Scenes, parse_scenes
 from rcgrpo_jax.data.tfds import TfdsSource
 from rcgrpo_jax.errors import UsageError
 
 
-def open_source(path: str, polarity: Polarity = "white") -> EditFolder | TfdsSource:
-    """Opens a folder of examples, or a TFDS dataset for a path of the form `tfds:DATASET[@SPLIT]`.
+def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes | TfdsSource:
+    """Opens a folder of examples, a TFDS dataset (`tfds:DATASET[@SPLIT]`) or scenes (`scenes:SPLIT[:COUNT]`).
 
     `DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
     `tfds:edits`, `tfds:edits/config:1.0.0@train[:90%]`, `tfds:/data/edits/1.0.0@test`.
@@ -22,6 +23,8 @@ def open_source(path: str, polarity: Polarity = "white") -> EditFolder | TfdsSou
         UserError: As `EditFolder` and `TfdsSource`.
         UsageError: No dataset or split is named, or the polarity is unknown.
     """
+    if path.startswith("scenes:"):
+        return parse_scenes(path.removeprefix("scenes:"))
     if not path.startswith("tfds:"):
         return EditFolder(path, polarity=polarity)
     dataset, at, split = path.removeprefix("tfds:").rpartition("@")

@@ -2,6 +2,7 @@
 
 from rcgrpo_jax.rewards.base import Reward, RewardInputs, make, register, score_all
 from rcgrpo_jax.rewards.colour import Colour
+from rcgrpo_jax.rewards.oracle import Oracle
 from rcgrpo_jax.rewards.preservation import Preservation
 
-__all__ = ["Colour", "Preservation", "Reward", "RewardInputs", "make", "register", "score_all"]
+__all__ = ["Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "register", "score_all"]

@@ -34,6 +34,7 @@ add adjust apply blur brighten bring change clean clear colour color convert cro
 erase extend fill fix flip give have hide insert keep let lighten lower make modify move open paint place please put
 raise recolour recolor remove render repaint replace resize restore rotate set shift show shrink style swap switch take
 transform translate turn use write
+get above at below in on to
 """
 _WORDS = """
 the a an and or but not no so as if then than with without to of in into inside on onto over under above below behind
@@ -51,6 +52,7 @@ box cone cylinder pyramid line dot stripe shape shapes pattern edge corner borde
 big bigger small smaller large larger little tiny huge tall short long wide thin thick round flat straight new old young
 first second last left right top bottom middle centre center upper side front back half whole full empty single double
 wooden metal glass plastic stone leather striped dotted spotted checkered smooth rough shiny matte soft hard wet dry
+medium sized away rid cloudy blotchy
 hot cold warm cool open closed happy sad smiling realistic natural modern vintage beautiful
 
 image picture photo photograph background foreground object objects scene part color texture material shadow
