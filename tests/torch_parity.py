@@ -66,10 +66,10 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Draws every weight, biases and norms included, so that activations stay near unit variance and none is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * noise)
+            if parameter.ndim == 1:  # torch draws its own biases from an unseeded generator
+                parameter.copy_(0.2 * noise + (0 if name.endswith("bias") else 1))
             else:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
     return module.eval()
