@@ -1,16 +1,21 @@
 """Meshes come out as asked or not at all, and the weights really lie on them in parts."""
 
+import re
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.models.config import MMDiTConfig
+from rcgrpo_jax.models.mmdit import Condition, MMDiT
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from rcgrpo_jax.parallel.microbatch import map_samples
 from rcgrpo_jax.parallel.sharding import over_samples, parameter_sharding, parameter_spec, replicated
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
@@ -68,17 +73,17 @@ def test_a_mesh_holds_the_devices_it_is_given_under_auto_axes():
         ("transformer", "transformer_blocks/attn/to_add_out/kernel", P(None, "tensor", "fsdp")),
         ("transformer", "transformer_blocks/ff_context/net_0/proj/kernel", P(None, "fsdp", "tensor")),
         ("transformer", "transformer_blocks/ff/net_2/kernel", P(None, "tensor", "fsdp")),
-        ("transformer", "transformer_blocks/norm1_context/linear/kernel", P(None, "fsdp", None)),
+        ("transformer", "transformer_blocks/norm1_context/linear/kernel", P(None, "fsdp", "tensor")),
         ("transformer", "single_transformer_blocks/attn/to_k/kernel", P(None, "fsdp", "tensor")),
         ("transformer", "single_transformer_blocks/proj_mlp/kernel", P(None, "fsdp", "tensor")),
         ("transformer", "single_transformer_blocks/proj_out/kernel", P(None, "tensor", "fsdp")),
-        ("transformer", "single_transformer_blocks/norm/linear/kernel", P(None, "fsdp", None)),
-        ("transformer", "time_text_embed/guidance_embedder/linear_2/kernel", P("fsdp", None)),
-        ("transformer", "context_embedder/kernel", P("fsdp", None)),
-        ("transformer", "norm_out/linear/kernel", P("fsdp", None)),
+        ("transformer", "single_transformer_blocks/norm/linear/kernel", P(None, "fsdp", "tensor")),
+        ("transformer", "time_text_embed/guidance_embedder/linear_2/kernel", P("fsdp", "tensor")),
+        ("transformer", "context_embedder/kernel", P("fsdp", "tensor")),
+        ("transformer", "norm_out/linear/kernel", P("fsdp", "tensor")),
         ("transformer", "transformer_blocks/attn/to_q/bias", P(None, None)),
         ("transformer", "transformer_blocks/attn/norm_q/scale", P(None, None)),
-        ("text_encoder_2", "encoder/block/layer_1/DenseReluDense/wo/kernel", P(None, "fsdp", "tensor")),
+        ("text_encoder_2", "encoder/block/layer_1/DenseReluDense/wo/kernel", P(None, "tensor", "fsdp")),
         ("text_encoder_2", "shared/embedding", P(None, "fsdp")),
         ("vae", "decoder/conv_in/kernel", P(None, None, None, None)),
     ],
@@ -144,3 +149,41 @@ def test_samples_spread_over_data_and_fsdp():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert over_samples(mesh).shard_shape((8, 5)) == (2, 5)
     assert replicated(mesh).shard_shape((8, 5)) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "logits"),
+    [({"fsdp": 8}, (1, 4)), ({"data": 2, "fsdp": 4}, (1, 4)), ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2))],
+    ids=["fsdp", "data-fsdp", "data-fsdp-tensor"],
+)
+def test_samples_and_heads_are_spread_in_the_compiled_program(sizes, logits):
+    """Eight samples of four heads: each device holds its own attention logits, whatever the weights' sharding."""
+    config = MMDiTConfig(
+        num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=32, joint_attention_dim=16,
+        pooled_projection_dim=16, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    model, mesh = MMDiT(config), make_mesh(sizes)
+
+    def velocity(params, x, reference, text):
+        def one(x, reference, text):
+            condition = Condition(text, jnp.zeros(16), reference, jnp.zeros(()))
+            return model.apply({"params": params}, x, jnp.zeros(()), condition, (4, 4))
+
+        return map_samples(one, (x, reference, text), 0, mesh)
+
+    def samples(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_samples(mesh))
+
+    params = unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh)(path, leaf.shape))
+            for path, leaf in flatten_dict(abstract_params("transformer", config)).items()
+        }
+    )
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(velocity).lower(params, samples(8, 16, 64), samples(8, 16, 64), samples(8, 9, 16))
+        program = lowered.compile().as_text()
+    found = set(re.findall(r"f32\[(\d+),(\d+),41,41\]", program))  # 9 text, 16 target and 16 reference tokens
+    # One sample a device may drop its axis of length one; no device may hold more.
+    assert all(int(n) <= logits[0] and int(h) <= logits[1] for n, h in found), found
+    assert found or f"f32[{logits[1]},41,41]" in program

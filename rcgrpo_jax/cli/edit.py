@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
 
 import jax
@@ -26,7 +28,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("image", None, "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
     flags.DEFINE_string("out", None, "file to write, PNG", values)
-    flags.DEFINE_integer("seed", 0, "seed of the initial noise", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
@@ -47,6 +49,8 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--noise: {path} cannot be read as .npy ({error}).", "Save it with numpy.save.") from None
+    if not isinstance(noise, np.ndarray):
+        raise UserError(f"--noise: {path} is an archive of arrays; one was wanted.", "Save it with numpy.save.")
     if noise.shape != shape or noise.dtype != np.float32 or not np.isfinite(noise).all():
         raise UserError(
             f"--noise: {path} is {noise.dtype} {list(noise.shape)}; finite float32 {list(shape)} was wanted.",
@@ -55,11 +59,34 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
     return noise
 
 
+def check_output(path: str) -> None:
+    """Refuses an output that could not be written, before the model is loaded; the folder is made.
+
+    Raises:
+        UserError: If it is not named .png, is a folder, or lies in a folder that cannot be made or written to.
+    """
+    out = Path(path)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: {path}: the suffix is {out.suffix!r}; '.png' was wanted.", "Name the output NAME.png.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--out: {path} cannot be written ({error}).", "Name a file in a folder you can write to."
+        ) from None
+
+
 def run(argv: list[str]) -> None:
     required = ("model", "image", "instruction", "out")
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
     if not values.instruction.strip():
         raise UsageError("--instruction: blank; a sentence was wanted.", "Say what to change.")
+    if not math.isfinite(values.guidance):
+        raise UsageError(f"--guidance: {values.guidance} found; a number was wanted.", "For example --guidance 2.5.")
+    check_output(values.out)
     folder = ModelFolder(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
@@ -78,6 +105,5 @@ def run(argv: list[str]) -> None:
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))
     edited = editor.edit(pixels[None], [values.instruction], noise[None], values.steps, values.guidance, lora)[0]
-    Path(values.out).parent.mkdir(parents=True, exist_ok=True)
     save_image(values.out, edited)
     print(f"edited image: {values.out} ({width} x {height})")

@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 from absl import flags
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.config import default_config
@@ -33,7 +35,10 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None) -> Pat
     config.update(ConfigDict(checkpointer.saved_config(step)))
     params = abstract_params("transformer", ModelFolder(config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
-    return save_lora(Path(out), state.lora if state.ema is None else state.ema, LoRAConfig(**config.lora))
+    try:
+        return save_lora(Path(out), state.lora if state.ema is None else state.ema, LoRAConfig(**config.lora))
+    except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+        raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None
 
 
 def run(argv: list[str]) -> None:

@@ -93,6 +93,7 @@ class EncodedSource:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 
     def _write(self, file: Path, example: EditExample, editor: Editor, size: tuple[int, int]) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         pixels = resize_image(example.image, size)
@@ -116,7 +117,7 @@ class EncodedSource:
             partial = file.with_suffix(".partial")
             save_file(tensors, partial, metadata={"instruction": example.instruction})
             partial.replace(file)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
             raise UserError(
                 f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
             ) from None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.method import concentration
@@ -67,6 +68,20 @@ def layer_norm(x: Float[Array, "*b D"], epsilon: float = 1e-6) -> Float[Array, "
 
 def modulate(x: Float[Array, "*b N D"], shift: Float[Array, "*b D"], scale: Float[Array, "*b D"]) -> Array:
     return layer_norm(x) * (1 + scale[..., None, :]) + shift[..., None, :]
+
+
+def keep_whole(*streams: Float[Array, "*b N D"]) -> tuple[Float[Array, "*b N D"], ...]:
+    """Holds tokens and channels of the residual streams unsplit on each device of the mesh in force, if there is one.
+
+    Without this the compiler follows the weights' sharding into the activations and gives up the spread of the mapped
+    sample axis: every device would then compute every sample. With it, weights are gathered layer by layer instead.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return streams
+    free = PartitionSpec.UNCONSTRAINED
+    return tuple(
+        jax.lax.with_sharding_constraint(x, PartitionSpec(*[free] * (x.ndim - 2), None, None)) for x in streams
+    )
 
 
 class AttentionOptions(NamedTuple):
@@ -222,7 +237,7 @@ class DoubleBlock(_Block):
 
     @nn.compact
     def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
-        text, image = streams
+        text, image = keep_whole(*streams)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.part(Modulation, "norm1", 6)(vec)
         shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = self.part(Modulation, "norm1_context", 6)(vec)
         attended_text, attended_image = self.part(Attention, "attn", self.options, True)(
@@ -232,7 +247,7 @@ class DoubleBlock(_Block):
         text = text + gate_t[..., None, :] * attended_text
         image_mlp = self.part(FeedForward, "ff")(modulate(image, shift_mlp, scale_mlp))
         text_mlp = self.part(FeedForward, "ff_context")(modulate(text, shift_mlp_t, scale_mlp_t))
-        return (text + gate_mlp_t[..., None, :] * text_mlp, image + gate_mlp[..., None, :] * image_mlp), None
+        return keep_whole(text + gate_mlp_t[..., None, :] * text_mlp, image + gate_mlp[..., None, :] * image_mlp), None
 
 
 class SingleBlock(_Block):
@@ -242,14 +257,14 @@ class SingleBlock(_Block):
 
     @nn.compact
     def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
-        text, image = streams
+        text, image = keep_whole(*streams)
         shift, scale, gate = self.part(Modulation, "norm", 3)(vec)
         text_in, image_in = modulate(text, shift, scale), modulate(image, shift, scale)
         attended = self.part(Attention, "attn", self.options, False)(text_in, image_in, angles, region, layer)
         mlp = self.linear(4 * self.config.width, "proj_mlp")(jnp.concatenate([text_in, image_in], axis=-2))
         out = jnp.concatenate([jnp.concatenate(attended, axis=-2), nn.gelu(mlp, approximate=True)], axis=-1)
         out = gate[..., None, :] * self.linear(self.config.width, "proj_out")(out)
-        return (text + out[..., : text.shape[-2], :], image + out[..., text.shape[-2] :, :]), None
+        return keep_whole(text + out[..., : text.shape[-2], :], image + out[..., text.shape[-2] :, :]), None
 
 
 class MMDiT(nn.Module):

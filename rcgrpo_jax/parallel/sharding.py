@@ -18,8 +18,9 @@ PARAMETER_AXES = (
     (r".*/(net_0/proj|proj_mlp)/kernel", ("embed", "mlp")),
     (r".*/net_2/kernel", ("mlp", "embed")),
     (r"single_transformer_blocks/proj_out/kernel", ("mlp", "embed")),
-    (r".*(norm\w*|linear_\d|embedder)(/linear)?/kernel", ("embed", None)),
-    (r"encoder/block/.*/kernel", ("embed", "heads")),  # T5
+    (r".*(norm\w*|linear_\d|embedder)(/linear)?/kernel", ("embed", "mlp")),
+    (r"encoder/block/.*/(q|k|v|wi_0|wi_1)/kernel", ("embed", "heads")),  # T5
+    (r"encoder/block/.*/(o|wo)/kernel", ("heads", "embed")),
     (r"shared/embedding", (None, "embed")),
 )
 

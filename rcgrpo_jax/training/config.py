@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError
@@ -34,7 +36,7 @@ def default_config() -> ConfigDict:
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
         ),
         data=group(
-            path="",  # folder with metadata.jsonl or images/ masks/ instructions/, or a .jsonl file
+            path="",  # folder (metadata.jsonl, or images/ masks/ instructions/), .jsonl file, or tfds:DATASET[@SPLIT]
             polarity="white",  # colour of the edit region in the masks: white or black
             size=(512, 512),  # (height, width) in pixels, multiples of 16; images and masks are resized to it
             cache="",  # folder of encoder results; empty: WORKDIR/cache
@@ -121,16 +123,21 @@ _CHOICES = {
     "acd.text": ("all", "instruction"),
 }
 _WITHIN = {  # field -> (lowest, highest), both allowed
-    "model.max_text_tokens": (1, 512), "lora.rank": (1, math.inf), "explore.alpha_edit": (0, 1),
+    "seed": (0, 2**32 - 1), "model.max_text_tokens": (1, 512), "model.guidance": (0, math.inf),
+    "lora.rank": (1, math.inf), "lora.alpha": (1e-9, math.inf), "explore.alpha_edit": (0, 1),
     "explore.alpha_base": (0, 1), "explore.sigma": (0, 1), "explore.mask_threshold": (0, 1),
-    "explore.mask_dilation": (0, math.inf), "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf),
-    "rollout.num_steps": (1, math.inf), "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf),
-    "surrogate.anchors": (1, math.inf), "surrogate.num_random_steps": (1, math.inf), "objective.clip": (1e-9, math.inf),
-    "objective.advantage_clip": (1e-9, math.inf), "objective.quasi_norm": (0, math.inf),
-    "objective.kl_weight": (0, math.inf), "objective.updates": (1, math.inf), "acd.layers": (1, math.inf),
-    "acd.weight": (0, math.inf), "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 1), "train.num_steps": (1, math.inf),
-    "train.save_every": (1, math.inf), "train.keep": (1, math.inf), "train.image_every": (1, math.inf),
+    "explore.mask_dilation": (0, math.inf),
+    "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf), "rollout.num_steps": (1, math.inf),
+    "rollout.micro_batch": (0, math.inf), "rollout.decode_micro_batch": (0, math.inf),
+    "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf), "surrogate.anchors": (1, math.inf),
+    "surrogate.num_random_steps": (1, math.inf), "surrogate.micro_batch": (0, math.inf),
+    "objective.clip": (1e-9, math.inf), "objective.advantage_clip": (1e-9, math.inf),
+    "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf), "objective.updates": (1, math.inf),
+    "acd.layers": (1, math.inf), "acd.weight": (0, math.inf), "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.999999), "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 1),
+    "train.num_steps": (1, math.inf), "train.save_every": (1, math.inf), "train.keep": (1, math.inf),
+    "train.image_every": (1, math.inf),
 }  # fmt: skip
 
 
@@ -146,25 +153,47 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     Raises:
         UsageError: With every problem found, a line each.
     """
-    problems = [
+    known, found = _fields(default_config()), _fields(config)
+    if missing := sorted(known - found):
+        raise _refusal([f"{field}: missing" for field in missing])
+    problems = [_unknown(field, known) for field in sorted(found - known)]
+    problems += [
         f"{field}: {_get(config, field)!r} found; one of {', '.join(choices)} was wanted"
         for field, choices in _CHOICES.items()
         if _get(config, field) not in choices
     ]
     problems += [
-        f"{field}: {_get(config, field)!r} found; between {low} and {high} was wanted"
+        f"{field}: {_get(config, field)!r} found; {low} {'or more' if high == math.inf else f'to {high}'} was wanted"
         for field, (low, high) in _WITHIN.items()
         if not low <= _get(config, field) <= high
     ]
     problems += [
         f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not _get(config, field)
     ]
-    if not problems:
-        problems = _size_problems(config, num_devices)
-    if problems:
-        raise UsageError(
-            "config: " + "\n        ".join(problems), "Correct these fields in the file or with --config.FIELD=VALUE."
-        )
+    problems += [
+        f"rewards.{name}: {weight!r} found; a finite number was wanted"
+        for name, weight in config.rewards.items()
+        if not math.isfinite(weight)
+    ]
+    if problems := problems or _size_problems(config, num_devices):
+        raise _refusal(problems)
+
+
+def _refusal(problems: list[str]) -> UsageError:
+    return UsageError(
+        "config: " + "\n        ".join(problems), "Correct these fields in the file or with --config.FIELD=VALUE."
+    )
+
+
+def _fields(config: ConfigDict) -> set[str]:
+    """Dotted names of all fields but the rewards, which are the user's to name."""
+    return {name for name in flatten_dict(config.to_dict(), sep=".") if not name.startswith("rewards.")}
+
+
+def _unknown(field: str, known: set[str]) -> str:
+    """A ConfigDict takes any new field: a misspelt one in a file would leave the default in force."""
+    near = difflib.get_close_matches(field, known, n=1)
+    return f"{field}: no such field" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
@@ -179,8 +208,9 @@ def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
             f"{math.log(g):.3f}"
         )
-    if len(config.data.size) != 2 or any(side < 16 or side % 16 for side in config.data.size):
-        problems.append(f"data.size: {tuple(config.data.size)}; two multiples of 16 pixels were wanted")
+    sides = config.data.size
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
+        problems.append(f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted")
     if not config.rewards and not config.acd.weight:
         problems.append("rewards: none, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))

@@ -23,6 +23,7 @@ from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.method import grpo
+from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
@@ -75,7 +76,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         saved = checkpointer.latest_step()
         if saved is not None:
             check_same_config(checkpointer.saved_config(), config.to_dict(), MAY_DIFFER)
-        batches = encode(config, folder, workdir, rewards)
+        batches = encode(config, folder, workdir, rewards, mesh)
         state = init_state(config, abstract_params("transformer", folder.config("transformer")))
         state = jax.device_put(state, replicated(mesh))
         if saved is not None:
@@ -129,9 +130,10 @@ def check_model_fits(config: ConfigDict, folder: ModelFolder) -> None:
             f"config: data.size: {tuple(config.data.size)}; this model's tokens are {downscale} pixels a side.",
             f"Choose multiples of {downscale}.",
         )
+    target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
 
 
-def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict) -> Batches:
+def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict, mesh: Mesh) -> Batches:
     """Runs the encoders over the data, once; they are freed before the transformer is loaded."""
     source = open_source(config.data.path, config.data.polarity)
 
@@ -139,10 +141,10 @@ def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict
         for reward in rewards.values():
             reward.validate(instruction)
 
-    with Progress(len(source), description="encode") as progress:
+    with Progress(len(source), description="encode", lines=10) as progress:
         encoded = EncodedSource(
             source,
-            Editor(folder, jnp.dtype(config.model.dtype), config.model.max_text_tokens),
+            Editor(folder, jnp.dtype(config.model.dtype), config.model.max_text_tokens, parameter_sharding(mesh)),
             tuple(config.data.size),
             config.data.cache or workdir / "cache",
             check,

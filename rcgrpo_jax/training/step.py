@@ -256,7 +256,7 @@ class Programs:
         if ema is not None:
             ema = optax.incremental_update(lora, ema, 1.0 - self.config.optimizer.ema_decay)
         scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
-        scalars |= {"loss": losses.mean(), "grad_norm": optax.global_norm(grads)}
+        scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         log_pi = log_pi.reshape(log_old.shape)
         return state.replace(lora=lora, opt_state=opt_state, ema=ema), log_pi, scalars
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class ModelFolder:
 
     def config(self, name: str) -> Any:
         """The config of one network, a dataclass of `models.config`."""
+        if not self.has(name):
+            raise UserError(
+                f"model: {self.path} holds no {name}.",
+                "For a single-file transformer, convert with --base FOLDER, which gives the other networks.",
+            )
         file, network = self.path / name / "config.json", NETWORKS[name]
         config = read_json(file)
         if config.get("_class_name", network.library[1]) != network.library[1]:
@@ -98,11 +104,6 @@ class ModelFolder:
         Raises:
             UserError: With a line for every tensor that does not fit.
         """
-        if not self.has(name):
-            raise UserError(
-                f"model: {self.path} holds no {name}.",
-                "Convert with --base FOLDER to take the other networks from a diffusers folder.",
-            )
         params = abstract_params(name, self.config(name))
         if self.converted:
             return _load_converted(self.path / name / "params", params, dtype, sharding_of)
@@ -166,18 +167,18 @@ class LeafReader:
         """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""
         sharding = sharding_of(leaf.path, leaf.shape) or SingleDeviceSharding(jax.local_devices()[0])
         dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
-
-        def block(index: tuple[slice, ...]) -> np.ndarray:
-            if not leaf.stacked:
-                return self._tensor(leaf, leaf.sources[0])[index].astype(dtype)
-            layers = leaf.sources[index[0]]
-            shape = tuple(len(range(*cut.indices(size))) for cut, size in zip(index, leaf.shape, strict=True))
-            out = np.empty(shape, dtype)
-            for i, source in enumerate(layers):
-                out[i] = self._tensor(leaf, source)[index[1:]]
-            return out
-
-        return jax.make_array_from_callback(leaf.shape, sharding, block)
+        blocks: dict[str, tuple[tuple[slice, ...], np.ndarray]] = {}  # this process' distinct shards
+        for index in sharding.addressable_devices_indices_map(leaf.shape).values():
+            shape = tuple(len(range(size)[cut]) for cut, size in zip(index, leaf.shape, strict=True))
+            blocks.setdefault(str(index), (index, np.empty(shape, dtype)))
+        for layer, source in enumerate(leaf.sources):
+            tensor = self._tensor(leaf, source)  # read once, however many shards want a part of it
+            for index, block in blocks.values():
+                if not leaf.stacked:
+                    block[...] = tensor[index]
+                elif layer in (layers := range(len(leaf.sources))[index[0]]):
+                    block[layer - layers.start] = tensor[index[1:]]
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: blocks[str(index)][1])
 
     def _tensor(self, leaf: keymap.Leaf, source: keymap.Source) -> np.ndarray:
         part = source.cut(self.files.read(source.key))
@@ -201,10 +202,9 @@ def _without_prefix(key: str) -> keymap.Source:
 def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingOf) -> dict:
     from rcgrpo_jax.orbax import ocp
 
-    try:
+    path = path.absolute()
+    with _damage(path):
         saved = flatten_dict(ocp.metadata(path).metadata)
-    except Exception as error:
-        raise UserError(f"{path}: not a complete Orbax checkpoint ({error}).", "Run `rcgrpo convert` again.") from None
     default = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {}
     for leaf_path, shape in flatten_dict(params).items():
@@ -215,4 +215,15 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
             )
         sharding = sharding_of(leaf_path, shape.shape) or default
         wanted[leaf_path] = jax.ShapeDtypeStruct(shape.shape, dtype or saved[leaf_path].dtype, sharding=sharding)
-    return ocp.load(path, unflatten_dict(wanted))
+    with _damage(path):
+        return ocp.load(path, unflatten_dict(wanted))
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns any failure to read a converted network into a `UserError`; there are as many as it has files."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a complete Orbax checkpoint ({reason}).", "Run `rcgrpo convert` again.") from None

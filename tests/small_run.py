@@ -1,0 +1,214 @@
+"""A training run small enough for tests: model, data and configuration, made once a session."""
+
+import atexit
+import functools
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from rcgrpo_jax import rewards
+from rcgrpo_jax.cli.main import main
+from rcgrpo_jax.data.pipeline import EditBatch
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
+from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.parallel.mesh import AXES, make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.training.config import default_config, validate
+from rcgrpo_jax.training.loop import Trainer, encode
+from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.training.state import TrainState, init_state
+from rcgrpo_jax.weights import random_folder
+from rcgrpo_jax.weights.load import ModelFolder
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "transformer": MMDiTConfig(
+        num_layers=1, num_single_layers=2, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=32,
+        pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    ),
+    "vae": VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
+    "text_encoder": CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+    "text_encoder_2": T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2),
+}  # fmt: skip
+# The right and lower edges of the region do not fall on the token grid; the last example's mask is soft.
+EDITS = (
+    ("Paint the box red.", (8, 40, 8, 40)),
+    ("Make it blue.", (20, 60, 0, 30)),
+    ("Turn it green.", (4, 24, 30, 64)),
+)
+
+
+@functools.cache
+def workspace() -> Path:
+    """A folder of this session, removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="rcgrpo-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# Runs that differ in length only, or that a subprocess resumes, compile the same programs: once a session is enough.
+COMPILATION_CACHE = {
+    "compilation_cache_dir": workspace() / "compiled",
+    "persistent_cache_min_compile_time_secs": 0.1,
+    "persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in COMPILATION_CACHE.items():
+    jax.config.update(f"jax_{name}", str(value) if isinstance(value, Path) else value)
+
+
+@functools.cache
+def model_folder() -> Path:
+    """A diffusers folder with random weights, smaller still than `random_folder.SMALL`."""
+    return random_folder.build(workspace() / "model", configs=TINY)
+
+
+@functools.cache
+def data_folder() -> Path:
+    """Three examples of 64 x 64 pixels with a `metadata.jsonl`."""
+    return write_data(workspace() / "data")
+
+
+def write_data(folder: Path) -> Path:
+    """Writes the examples of `EDITS`."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, (instruction, (top, bottom, left, right)) in enumerate(EDITS):
+        image = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((64, 64)))
+        mask = np.zeros((64, 64), np.uint8)
+        mask[top:bottom, left:right] = 255 if i < 2 else 128
+        Image.fromarray(image).save(folder / f"{i}.png")
+        Image.fromarray(mask).save(folder / f"mask{i}.png")
+        rows.append({"image": f"{i}.png", "mask": f"mask{i}.png", "instruction": instruction})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def make_config(**changes) -> ConfigDict:
+    """The configuration: P = 2, G = 4, B = 2, K = 4, float32; `changes` have `__` for the dots of a field's name."""
+    config = default_config()
+    config.model.update(path=str(model_folder()), dtype="float32", max_text_tokens=16)
+    config.data.update(path=str(data_folder()), size=(64, 64), cache=str(workspace() / "encoded"))
+    config.lora.update(rank=4, alpha=8.0)
+    config.rollout.update(prompts=2, group_size=4, num_steps=4)
+    config.surrogate.anchors = 2
+    config.acd.layers = 2
+    config.optimizer.weight_decay = 0.0
+    config.train.update(num_steps=4, save_every=2, image_every=2)
+    for name, value in changes.items():
+        *groups, field = name.split("__")
+        functools.reduce(getattr, groups, config)[field] = value
+    return config
+
+
+@functools.cache
+def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
+    """The editor on the first devices, as `training.loop.train` loads it."""
+    mesh = make_mesh(dict(zip(AXES, mesh_shape, strict=True)), jax.devices()[: math.prod(mesh_shape)])
+    config = make_config()
+    return Editor(
+        ModelFolder(model_folder()),
+        jnp.dtype(dtype),
+        sharding_of=parameter_sharding(mesh),
+        remat=config.model.remat,
+        attention=AttentionOptions(config.model.attention, config.acd.layers),
+    ), mesh
+
+
+@functools.cache
+def make_trainer(mesh_shape: tuple[int, ...] = (1, 1, 1), **changes) -> Trainer:
+    """A trainer of the run, compiled once for equal arguments; `changes` as in `make_config`."""
+    config = make_config(**changes)
+    editor, mesh = load_editor(mesh_shape, config.model.dtype)
+    validate(config, mesh.size)
+    with jax.set_mesh(mesh):
+        return Trainer(config, editor, mesh, {name: rewards.make(name) for name in config.rewards})
+
+
+def make_batch(trainer: Trainer, step: int = 0) -> EditBatch:
+    """The batch of a step; encoders run once a session."""
+    mesh = trainer.programs.mesh
+    with jax.set_mesh(mesh):
+        return encode(trainer.config, ModelFolder(model_folder()), workspace(), trainer.rewards, mesh)[step]
+
+
+def make_state(trainer: Trainer, seed: int = 0) -> TrainState:
+    """A state in which the adapter does something: B is drawn too, and the average, if kept, differs from it."""
+    state = init_state(trainer.config, trainer.params)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        return jnp.asarray(0.05 * rng.standard_normal(x.shape, np.float32)) if path[-1].key == "B" else x
+
+    state = state.replace(lora=jax.tree_util.tree_map_with_path(draw, state.lora))
+    return jax.device_put(state, replicated(trainer.programs.mesh))
+
+
+def take_step(trainer: Trainer, state: TrainState, batch: EditBatch):
+    """`Trainer.step` on its mesh, of a copy: the original stays usable."""
+    with jax.set_mesh(trainer.programs.mesh):
+        return trainer.step(jax.tree.map(jnp.copy, state), batch)
+
+
+def run_command(capsys, *argv: str) -> tuple[int, str, str]:
+    """`rcgrpo ARGV` in this process: exit code, standard output and standard error."""
+    loggers = [logging.getLogger(name) for name in ("absl", "jax", "orbax")]
+    levels = [logger.level for logger in loggers]
+    capsys.readouterr()
+    try:
+        code = main(list(argv))
+    except SystemExit as error:
+        code = error.code
+    for logger, level in zip(loggers, levels, strict=True):  # `main` silences them for good
+        logger.setLevel(level)
+    return code, *capsys.readouterr()
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "rcgrpo_jax.cli.main", *argv]
+
+
+def environment() -> dict[str, str]:
+    """The variables of a process that computes as this one does and shares its compilations."""
+    cache = {f"JAX_{name.upper()}": str(value) for name, value in COMPILATION_CACHE.items()}
+    return {**os.environ, **cache, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
+
+
+def config_file(path: Path, body: str = "", **changes) -> Path:
+    """Writes a Python file whose `get_config()` gives `make_config(**changes)`; `body` runs before.
+
+    The configuration is written out as JSON: a subprocess has another workspace.
+    """
+    values = json.dumps(make_config(**changes).to_dict())
+    path.write_text(
+        "import json, os\n"
+        "from rcgrpo_jax.training.config import default_config\n"
+        f"{body}\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.update(json.loads({values!r}))\n"
+        "    return config\n"
+    )
+    return path
+
+
+def metrics_without_times(workdir: Path) -> list[dict]:
+    """The lines of `metrics.jsonl` without what differs from run to run."""
+    timed = ("time", "samples_per_second")
+    return [
+        {name: x for name, x in line.items() if name not in timed and not name.startswith("seconds/")}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]

@@ -1,0 +1,282 @@
+"""A configuration that cannot run is refused as a whole, with every mistake named, before anything is loaded."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import small_run
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.models.attention import IMPLEMENTATIONS
+from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def make(**changes) -> ConfigDict:
+    """A configuration that is valid on one device, but for the changes (`__` for dots)."""
+    config = default_config()
+    config.model.path = config.data.path = "somewhere"
+    for name, value in changes.items():
+        group, _, field = name.partition("__")
+        if field:
+            config[group][field] = value
+        else:
+            config[group] = value
+    return config
+
+
+def problems(config: ConfigDict, num_devices: int = 1) -> list[str]:
+    """The lines of the refusal; none if there is none."""
+    try:
+        validate(config, num_devices)
+    except UsageError as error:
+        return error.problem.removeprefix("config: ").split("\n        ")
+    return []
+
+
+def test_the_defaults_are_valid():
+    assert problems(make()) == []
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_the_configs_that_come_with_the_package_are_valid(file):
+    config = runpy.run_path(str(file))["get_config"]()
+    config.model.path = config.data.path = "somewhere"
+    assert problems(config, 8) == []
+
+
+def test_every_problem_is_listed_at_once():
+    found = problems(
+        make(
+            model__dtype="float8", explore__alpha_edit=1.5, rollout__group_size=1, surrogate__distance="l3",
+            train__keep=0, data__path="", rewards__colour=float("nan"), explore__alpha_edti=0.3,
+        )
+    )  # fmt: skip
+    assert [line.split(":")[0] for line in found] == [
+        "explore.alpha_edti", "model.dtype", "surrogate.distance", "explore.alpha_edit", "rollout.group_size",
+        "train.keep", "data.path", "rewards.colour",
+    ]  # fmt: skip
+
+
+def test_every_problem_of_sizes_is_listed_at_once():
+    found = problems(
+        make(
+            surrogate__anchors=12, surrogate__steps="random", surrogate__num_random_steps=9,
+            surrogate__weighting="policy", surrogate__target_entropy=3.0, data__size=(512, 500),
+            rollout__micro_batch=5,
+        )
+    )  # fmt: skip
+    fields = ("surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "data.size", "rollout")
+    assert [line.split(":")[0] for line in found] == list(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [
+        ("model.dtype", ["bfloat16", "float32"]),
+        ("model.attention", list(IMPLEMENTATIONS)),
+        ("model.remat", list(REMAT_POLICIES)),
+        ("data.polarity", ["white", "black"]),
+        ("explore.kind", ["region", "global"]),
+        ("surrogate.distance", ["region", "tau", "l2", "mean"]),
+        ("surrogate.anchor_mode", ["replay", "integrate"]),
+        ("surrogate.steps", ["all", "early", "random"]),
+        ("surrogate.weighting", ["uniform", "policy"]),
+        ("acd.text", ["all", "instruction"]),
+    ],
+)
+def test_choices(field, choices):
+    name = field.replace(".", "__")
+    for choice in choices:
+        assert problems(make(**{name: choice})) == []
+    (line,) = problems(make(**{name: "other"}))
+    assert line == f"{field}: 'other' found; one of {', '.join(choices)} was wanted"
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("model.max_text_tokens", [1, 512], [0, 513]),
+        ("model.guidance", [0.0, 10.0], [-1.0, float("nan")]),
+        ("lora.rank", [1], [0]),
+        ("lora.alpha", [1.0], [0.0]),
+        ("explore.alpha_edit", [0.0, 1.0], [-0.1, 1.1, float("nan")]),
+        ("explore.alpha_base", [0.0, 1.0], [-0.1, 1.1]),
+        ("explore.sigma", [0.0, 1.0], [-0.1, 1.1]),
+        ("explore.mask_threshold", [0.0, 1.0], [-0.1, 1.1]),
+        ("explore.mask_dilation", [0, 3], [-1]),
+        ("rollout.prompts", [1], [0]),
+        ("rollout.group_size", [5], [1]),
+        ("rollout.num_steps", [1], [0]),
+        ("rollout.micro_batch", [0, 12], [-1]),
+        ("rollout.decode_micro_batch", [0, 12], [-1]),
+        ("surrogate.tau_edit", [0.1], [0.0]),
+        ("surrogate.tau_base", [0.1], [0.0]),
+        ("surrogate.anchors", [1, 11], [0]),
+        ("surrogate.num_random_steps", [1], [0]),
+        ("surrogate.micro_batch", [0, 16], [-1]),
+        ("objective.clip", [1e-4], [0.0]),
+        ("objective.advantage_clip", [1.0], [0.0]),
+        ("objective.quasi_norm", [0.0, 0.8], [-0.1]),
+        ("objective.kl_weight", [0.0], [-0.1]),
+        ("objective.updates", [1, 4], [0]),
+        ("acd.weight", [0.0, 2.0], [-1.0]),
+        ("acd.layers", [1], [0]),
+        ("optimizer.learning_rate", [0.0], [-1e-4]),
+        ("optimizer.warmup_steps", [0, 10], [-1]),
+        ("optimizer.weight_decay", [0.0], [-0.1]),
+        ("optimizer.b1", [0.0, 0.9], [-0.1, 1.0]),
+        ("optimizer.b2", [0.0, 0.999], [-0.1, 1.0]),
+        ("optimizer.max_grad_norm", [1.0], [0.0]),
+        ("optimizer.ema_decay", [0.0, 0.99], [-0.1, 1.1]),
+        ("train.num_steps", [1], [0]),
+        ("train.save_every", [1], [0]),
+        ("train.keep", [1], [0]),
+        ("train.image_every", [1], [0]),
+    ],
+)
+def test_ranges(field, good, bad):
+    name = field.replace(".", "__")
+    for value in good:
+        assert problems(make(**{name: value})) == [], value
+    for value in bad:
+        (line,) = problems(make(**{name: value}))
+        assert line.startswith(f"{field}: {value!r} found; "), value
+
+
+@pytest.mark.parametrize("size", [(512,), (512, 512, 3), (512, 500), (0, 512), (-16, 16), ("a", "b"), (16.0, 16.0)])
+def test_sizes_that_are_no_sizes(size):
+    (line,) = problems(make(data__size=size))
+    assert line == f"data.size: {size}; two multiples of 16 pixels were wanted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "words"),
+    [
+        ({"rollout__prompts": 3, "rollout__group_size": 5}, 8, ["P x G = 3 x 5 = 15", "8 x 1 = 8 devices"]),
+        ({"mesh__fsdp": 2, "mesh__tensor": 2, "rollout__prompts": 1, "rollout__group_size": 7, "surrogate__anchors": 4},
+         16, ["P x G = 1 x 7 = 7", "data x fsdp = 4 x 2 = 8 devices"]),
+        ({"rollout__micro_batch": 12}, 8, ["P x G = 4 x 12 = 48 in micro-batches of 12", "8 devices"]),
+        ({"rollout__decode_micro_batch": 20}, 1, ["micro-batches of 20"]),
+        ({"surrogate__micro_batch": 24}, 1, ["anchors to differentiate = 128 in micro-batches of 24"]),
+        ({"surrogate__micro_batch": 32, "surrogate__anchor_mode": "integrate"}, 1, ["= 16 in micro-batches of 32"]),
+        ({"surrogate__steps": "early", "surrogate__micro_batch": 128}, 1, ["= 64 in micro-batches of 128"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_over_the_mesh_names_the_numbers(changes, devices, words):
+    line = "; ".join(problems(make(**changes), devices))
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("mesh", [{"mesh__data": 3}, {"mesh__data": -1, "mesh__fsdp": -1}, {"mesh__tensor": 0}])
+def test_a_mesh_that_is_not_the_devices(mesh):
+    with pytest.raises(UsageError, match="mesh: data="):
+        validate(make(**mesh), 8)
+
+
+def test_a_run_without_any_reward_is_refused():
+    assert problems(make(rewards=ConfigDict())) == []  # ACD is one
+    (line,) = problems(make(rewards=ConfigDict(), acd__weight=0.0))
+    assert line.startswith("rewards: none")
+
+
+def test_misspelt_and_missing_fields_in_a_file_are_named():
+    config = make(explore__alpha_edti=0.5, nothing_like_it=1)
+    assert problems(config) == [
+        "explore.alpha_edti: no such field; did you mean explore.alpha_edit?",
+        "nothing_like_it: no such field",
+    ]
+    config = make()
+    del config.explore.sigma
+    del config.train
+    assert problems(config)[0] == "explore.sigma: missing"
+    assert "train.num_steps: missing" in problems(config)
+
+
+def test_fields_that_may_differ_on_resume_exist():
+    config = default_config()
+    for name in MAY_DIFFER:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+
+
+# The same from the command line
+
+
+def run_train(capsys, *argv: str) -> tuple[int, list[str]]:
+    code, out, err = small_run.run_command(capsys, "train", *argv)
+    assert out == ""
+    assert "Traceback" not in err
+    return code, err.splitlines()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from rcgrpo_jax.training.config import default_config\n\n\ndef get_config():\n    return default_config()\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("explore.alpha_edti=1", "--config.explore.alpha_edti: there is no such field. "
+                                 "Did you mean --config.explore.alpha_edit?"),
+        ("exploer.alpha_edit=1", "--config.exploer.alpha_edit: there is no such field. "
+                                 "Did you mean --config.explore.alpha_edit?"),
+        ("zzzzz=1", "--config.zzzzz: there is no such field."),
+        ("explore.alpha_edit=much", "flag --config.explore.alpha_edit=much: could not convert string to float"),
+        ("rollout.prompts=1.5", "flag --config.rollout.prompts=1.5: invalid literal for int() with base 10"),
+        ("acd.reference_keys=perhaps", "flag --config.acd.reference_keys=perhaps: ('Non-boolean argument"),
+    ],
+    ids=["field", "group", "nothing-near", "float", "int", "bool"],
+)  # fmt: skip
+def test_overrides_that_do_not_fit(capsys, config_file, tmp_path, override, message):
+    code, lines = run_train(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.{override}")
+    assert code == 2
+    assert lines[0].startswith(f"rcgrpo train: error: {message}")
+    assert len(lines) == 2
+    assert not (tmp_path / "w").exists()
+
+
+def test_overrides_reach_the_check(capsys, config_file, tmp_path):
+    code, lines = run_train(
+        capsys, "--config", str(config_file), f"--workdir={tmp_path}", "--config.explore.alpha_edit", "2",
+        "--config.model.path=m", "--config.data.size=(64,64)", "--config.acd.reference_keys",
+    )  # fmt: skip
+    assert code == 2
+    assert lines[0].endswith("explore.alpha_edit: 2.0 found; 0 to 1 was wanted")
+    assert lines[1].strip() == "data.path: empty; a path was wanted"
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("x = 1", "KeyError: get_config."),
+        ("def get_config(: pass", ", line 1: SyntaxError: invalid syntax."),
+        ("def get_config():\n    return {'seed': 1}", "TypeError: get_config() gave a dict; a ConfigDict was wanted."),
+        ("def get_config():\n    return 1 / 0", ", line 2: ZeroDivisionError: division by zero."),
+        ("import nothing_of_the_name", ", line 1: ModuleNotFoundError: No module named 'nothing_of_the_name'."),
+        ("from rcgrpo_jax.training.config import default_config\ndef get_config():\n    c = default_config()\n"
+         "    c.explorer.sigma = 1\n    return c", ", line 4: AttributeError: "),
+    ],
+    ids=["missing", "no-get_config", "syntax", "not-a-ConfigDict", "failing", "import", "group"],
+)  # fmt: skip
+def test_config_files_that_do_not_work(capsys, tmp_path, text, message):
+    file = tmp_path / "config.py"
+    if text is not None:
+        file.write_text(text)
+    code, lines = run_train(capsys, f"--config={file}", f"--workdir={tmp_path / 'w'}")
+    assert code == 1
+    assert lines[0].startswith(f"rcgrpo train: error: --config: {file}")
+    assert message in lines[0]
+    assert len(lines) == 2

@@ -1,0 +1,194 @@
+"""Encoders run once, changed inputs never meet old results, and a batch is a function of the step."""
+
+import dataclasses
+import resource
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_run
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.data.pipeline import Batches, EncodedSource
+from rcgrpo_jax.editor import Editor, TextEncoding
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.weights import random_folder
+from rcgrpo_jax.weights.load import ModelFolder
+
+SIZE = (64, 64)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the encoders by stand-ins that note what they are asked for."""
+    calls = []
+
+    def encode_text(self, instructions):
+        calls.append(instructions)
+        text = jnp.full((1, self.max_text_tokens, 32), len(instructions[0]), self.dtype)
+        return TextEncoding(text, text[:, 0], np.array([3]))
+
+    def encode_image(self, pixels):
+        calls.append(pixels.shape)
+        return jnp.zeros((1, pixels.shape[1] * pixels.shape[2] // 256, 64))
+
+    monkeypatch.setattr(Editor, "encode_text", encode_text)
+    monkeypatch.setattr(Editor, "encode_image", encode_image)
+    return calls
+
+
+def make_editor(dtype=jnp.float32, tokens: int = 16, path=None) -> Editor:
+    return Editor(ModelFolder(path or small_run.model_folder()), dtype, tokens)
+
+
+def make_example(**changes) -> EditExample:
+    mask = np.zeros((64, 64), np.float32)
+    mask[8:40, 8:40] = 1
+    example = EditExample("a", np.zeros((64, 64, 3), np.uint8), mask, "Make it red.")
+    return dataclasses.replace(example, **changes)
+
+
+def entries(folder) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_each_example_is_encoded_once(calls, tmp_path):
+    source = EditFolder(small_run.data_folder())
+    done = []
+    first = EncodedSource(source, make_editor(), SIZE, tmp_path / "new" / "cache", progress=lambda *n: done.append(n))
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert [c for c in calls if isinstance(c, list)] == [[instruction] for instruction, _ in small_run.EDITS]
+    assert calls.count((1, 64, 64, 3)) == 3
+    calls.clear()
+    second = EncodedSource(source, make_editor(), SIZE, tmp_path / "new" / "cache")
+    assert not calls
+    for i in range(len(source)):
+        assert first[i].keys() == second[i].keys()
+        for key, value in first[i].items():
+            np.testing.assert_array_equal(value, second[i][key])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"instruction": "Make it blue."},
+        {"image": np.full((64, 64, 3), 1, np.uint8)},
+        {"mask": np.ones((64, 64), np.float32)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_example_is_encoded_anew(calls, tmp_path, change):
+    EncodedSource([make_example()], make_editor(), SIZE, tmp_path)
+    EncodedSource([make_example(**change)], make_editor(), SIZE, tmp_path)
+    assert len(entries(tmp_path)) == 2
+    EncodedSource([make_example(), make_example(**change)], make_editor(), SIZE, tmp_path)
+    assert len(entries(tmp_path)) == 2
+    assert len(calls) == 4
+
+
+def test_changed_settings_make_new_entries(calls, tmp_path):
+    other_weights = random_folder.build(tmp_path / "model", seed=1, configs=small_run.TINY)
+    cache, example = tmp_path / "cache", make_example()
+    settings = [
+        (make_editor(), SIZE),
+        (make_editor(), (64, 32)),
+        (make_editor(dtype=jnp.bfloat16), SIZE),
+        (make_editor(tokens=8), SIZE),
+        (make_editor(path=other_weights), SIZE),
+    ]
+    for count, (editor, size) in enumerate(settings, start=1):
+        encoded = EncodedSource([example], editor, size, cache)
+        assert len(entries(cache)) == count
+        assert encoded[0]["pixels"].shape == (*size, 3)
+        assert encoded[0]["mask"].shape == size
+        assert encoded[0]["text"].shape[0] == editor.max_text_tokens
+        assert encoded[0]["text"].dtype == jnp.dtype(editor.dtype)
+
+
+def test_a_damaged_entry_is_named(calls, tmp_path):
+    encoded = EncodedSource([make_example()], make_editor(), SIZE, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=file.name) as error:
+        encoded[0]
+    assert "Remove the file" in error.value.remedy
+
+
+def test_an_entry_that_could_not_be_finished_is_written_again(calls, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk; the process ignores SIGXFSZ
+    try:
+        with pytest.raises(UserError, match=r"data\.cache: .* cannot be written \(.*File too large"):
+            EncodedSource([make_example()], make_editor(), SIZE, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert EncodedSource([make_example()], make_editor(), SIZE, tmp_path)[0]["instruction"] == "Make it red."
+
+
+def test_a_mask_that_vanishes_is_refused(calls, tmp_path):
+    mask = np.zeros((64, 64), np.float32)
+    mask[0, 0] = 1
+    with pytest.raises(UserError, match="a: the mask is empty after resizing to 16 x 16"):
+        EncodedSource([make_example(mask=mask)], make_editor(), (16, 16), tmp_path)
+    assert not calls
+
+
+def test_an_instruction_is_checked_before_it_is_encoded(calls, tmp_path):
+    def refuse(instruction: str) -> None:
+        raise UserError(f"{instruction}: no", "")
+
+    with pytest.raises(UserError, match=r"Make it red\.: no"):
+        EncodedSource([make_example()], make_editor(), SIZE, tmp_path, refuse)
+    assert not calls
+
+
+def test_text_weights_count_the_instruction_and_its_end():
+    """By the real tokenizer: a token for each word, one for the full stop, one for the end."""
+    trainer = small_run.make_trainer()
+    for batch in (small_run.make_batch(trainer, step) for step in range(3)):
+        words = np.array([len(instruction.replace(".", " .").split()) for instruction in batch.instructions])
+        assert batch.text_weights.shape == (2, 16)
+        np.testing.assert_array_equal(batch.text_weights.sum(-1), words + 1)
+        np.testing.assert_array_equal(batch.text_weights, np.sort(batch.text_weights, axis=-1)[:, ::-1])
+
+
+class Numbers:
+    """A source of numbered examples."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        arrays = dict.fromkeys(("reference", "text", "pooled", "text_weights", "pixels", "mask"), np.full(2, index))
+        return {**arrays, "instruction": str(index)}
+
+
+def order(batches: Batches, steps: range) -> list[int]:
+    return [int(name) for step in steps for name in batches[step].instructions]
+
+
+def test_every_epoch_is_another_permutation():
+    batches = Batches(Numbers(12), prompts=3, seed=0)
+    epochs = [order(batches, range(4 * epoch, 4 * epoch + 4)) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert list(range(12)) not in epochs
+    assert order(Batches(Numbers(12), prompts=3, seed=1), range(4)) != epochs[0]
+
+
+def test_a_batch_is_a_function_of_the_step():
+    whole = order(Batches(Numbers(5), prompts=2, seed=3), range(20))
+    backwards = Batches(Numbers(5), prompts=2, seed=3)
+    for step in reversed(range(20)):
+        assert order(backwards, range(step, step + 1)) == whole[2 * step : 2 * step + 2]
+
+
+def test_rows_of_a_batch_belong_together():
+    batch = Batches(Numbers(7), prompts=4, seed=0)[2]
+    for field in batch._fields[:6]:
+        np.testing.assert_array_equal(getattr(batch, field)[:, 0], [int(name) for name in batch.instructions])

@@ -1,0 +1,145 @@
+"""A run that was stopped, however it was stopped, ends where one that was not would have ended."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_run
+
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.training.state import TrainState
+
+SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
+# What a configuration file adds to a run: a signal at the end of the third step, once the second is on disk.
+INTERRUPTION = """
+from rcgrpo_jax.training.metrics import MetricsWriter
+import os, signal, time
+scalars = MetricsWriter.scalars
+def interrupt(self, step, metrics):
+    scalars(self, step, metrics)
+    if step == 3:
+        while not os.path.isdir({checkpoint!r}):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.{signal})
+MetricsWriter.scalars = interrupt
+"""
+
+
+def host(state: TrainState) -> list[tuple[str, np.ndarray]]:
+    """The leaves of a state with their names, random keys as their data."""
+    state = state.replace(key=jax.random.key_data(state.key))
+    return [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def assert_bit_equal(found: TrainState, wanted: TrainState) -> None:
+    for (name, x), (_, y) in zip(host(found), host(wanted), strict=True):
+        assert x.dtype == y.dtype, name
+        assert x.tobytes() == y.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> tuple[TrainState, Path]:
+    """Four steps in one go."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return train(small_run.make_config(**SETTINGS), workdir), workdir
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """The workdir of a run of two steps."""
+    workdir = tmp_path_factory.mktemp("half")
+    train(small_run.make_config(**SETTINGS, train__num_steps=2), workdir)
+    return workdir
+
+
+@pytest.fixture
+def interrupted(half, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def test_two_and_two_steps_are_four(straight, interrupted):
+    state = train(small_run.make_config(**SETTINGS), interrupted)
+    wanted, workdir = straight
+    assert_bit_equal(state, wanted)
+    assert int(state.step) == 4
+    metrics = small_run.metrics_without_times(interrupted)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert metrics == small_run.metrics_without_times(workdir)
+
+
+def test_a_finished_run_has_nothing_to_do(straight, tmp_path):
+    wanted, workdir = straight
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    assert_bit_equal(train(small_run.make_config(**SETTINGS), copy), wanted)
+    assert small_run.metrics_without_times(copy) == small_run.metrics_without_times(workdir)
+
+
+def test_one_device_goes_on_where_eight_stopped(straight, interrupted):
+    state = train(small_run.make_config(**SETTINGS), interrupted, devices=jax.devices()[:1])
+    wanted, workdir = straight
+    for (name, x), (_, y) in zip(host(state), host(wanted), strict=True):
+        # Adam divides by gradients that may be near zero: a few elements may differ by a whole step of 1e-3.
+        assert np.linalg.norm((x - y).ravel()) <= 0.01 * np.linalg.norm(y.ravel()) + 1e-6, name
+    for found, line in zip(
+        small_run.metrics_without_times(interrupted), small_run.metrics_without_times(workdir), strict=True
+    ):
+        assert found == pytest.approx(line, rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"explore__alpha_edit": 0.5}, {"lora__rank": 2}], ids=lambda c: next(iter(c)))
+def test_another_configuration_is_refused_and_nothing_is_lost(interrupted, change):
+    before = {file: file.read_bytes() for file in interrupted.rglob("*") if file.is_file()}
+    field = next(iter(change)).replace("__", ".")
+    with pytest.raises(UserError, match=f"{field}: checkpoint") as error:
+        train(small_run.make_config(**SETTINGS, **change), interrupted)
+    assert error.value.exit_code == 1
+    assert {file: file.read_bytes() for file in interrupted.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
+    monkeypatch.setattr("rcgrpo_jax.training.checkpoint.Checkpointer._free_bytes", lambda self: 10)
+    with pytest.raises(UserError, match="No space left on device: the checkpoint of step 4") as error:
+        train(small_run.make_config(**SETTINGS), interrupted)
+    assert error.value.remedy.endswith("it resumes from step 2.")
+    assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["2"]
+
+
+def write_config(tmp_path: Path, signal: str) -> list[str]:
+    """The command of a run that gets a signal at the end of its third step."""
+    workdir = tmp_path / "run"
+    body = INTERRUPTION.format(checkpoint=str(workdir / "checkpoints" / "2"), signal=signal)
+    file = small_run.config_file(tmp_path / "config.py", body, **SETTINGS)
+    return small_run.command("train", f"--config={file}", f"--workdir={workdir}")
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=small_run.environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path):
+    killed = run(write_config(tmp_path, "SIGKILL"))
+    assert killed.returncode == -9, killed.stderr
+    workdir = tmp_path / "run"
+    assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3]
+    state = train(small_run.make_config(**SETTINGS), workdir)
+    assert_bit_equal(state, straight[0])
+    assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
+
+
+def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_path):
+    command, workdir = write_config(tmp_path, "SIGTERM"), tmp_path / "run"
+    stopped = run(command)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped at step 3 on request; the same command resumes" in stopped.stderr
+    assert (workdir / "checkpoints" / "3").is_dir()
+    resumed = run(command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"checkpoint   {workdir / 'checkpoints' / '4'}" in resumed.stdout
+    assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
+    state = train(small_run.make_config(**SETTINGS), workdir)  # only reads the last checkpoint
+    assert_bit_equal(state, straight[0])

@@ -1,0 +1,387 @@
+"""A training step does what the paper says: Eq. 4-18 meet a real model, the mesh and the optimizer."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_run
+
+from rcgrpo_jax.method import surrogate
+from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.training.loop import Trainer
+
+BASE = {
+    "optimizer__max_grad_norm": 1e9,
+    "optimizer__learning_rate": 1e-2,
+    "optimizer__ema_decay": 0.9,
+    "surrogate__distance": "l2",
+}
+# (anchor mode, distance, steps, weighting): every value occurs, and with both anchor modes but for two distances.
+COMBINATIONS = [
+    ("replay", "l2", "all", "uniform"),
+    ("replay", "tau", "early", "uniform"),
+    ("replay", "region", "random", "policy"),
+    ("integrate", "l2", "early", "uniform"),
+    ("integrate", "tau", "all", "uniform"),
+    ("integrate", "mean", "random", "policy"),
+]
+
+
+class Step(NamedTuple):
+    """What the update reads."""
+
+    prompts: Any
+    exploration: Any
+    rollout: Any
+    advantages: jax.Array
+
+
+class Update(NamedTuple):
+    """What it gives, and what it was given."""
+
+    trainer: Trainer
+    step: Step
+    before: Any
+    after: Any
+    log_pi: np.ndarray  # [U, T, G]
+    metrics: dict[str, float]
+
+
+def explore_and_roll_out(trainer: Trainer) -> Step:
+    programs = trainer.programs
+    with jax.set_mesh(programs.mesh):
+        prompts = programs.prompts(small_run.make_batch(trainer))
+        exploration = programs.explore(jax.random.key(1), prompts)
+        rollout = programs.rollout(trainer.params, small_run.make_state(trainer).lora, prompts, exploration.noise)
+    rewards = np.random.default_rng(2).standard_normal(rollout.acd.shape).astype(np.float32)
+    advantages = (rewards - rewards.mean(-1, keepdims=True)) / rewards.std(-1, keepdims=True)
+    return Step(prompts, exploration, rollout, jnp.asarray(advantages))
+
+
+@functools.cache
+def base_step() -> Step:
+    return explore_and_roll_out(small_run.make_trainer(**BASE))
+
+
+def update(trainer: Trainer, step: Step, state: Any, log_old: Any = None) -> Update:
+    """The first update after a rollout, or one that compares with `log_old`."""
+    programs, first = trainer.programs, log_old is None
+    log_old = jnp.zeros(programs.log_policy_shape()) if first else jnp.asarray(log_old)
+    with jax.set_mesh(programs.mesh):
+        copy = jax.tree.map(jnp.copy, state)  # the update donates its state
+        after, log_pi, metrics = programs.update(trainer.params, copy, *step, log_old, jnp.asarray(first))
+    return Update(trainer, step, state, after, np.asarray(log_pi), jax.tree.map(float, metrics))
+
+
+@functools.cache
+def first_update(mode: str, distance: str, steps: str, weighting: str) -> Update:
+    trainer = small_run.make_trainer(
+        **BASE
+        | {
+            "surrogate__anchor_mode": mode,
+            "surrogate__distance": distance,
+            "surrogate__steps": steps,
+            "surrogate__num_random_steps": 2,
+            "surrogate__weighting": weighting,
+        }
+    )
+    # The rollout does not depend on the surrogate: one program serves all combinations.
+    step = base_step()
+    with jax.set_mesh(trainer.programs.mesh):
+        step = step._replace(exploration=trainer.programs.explore(jax.random.key(1), step.prompts))
+    np.testing.assert_array_equal(step.exploration.noise, base_step().exploration.noise)
+    return update(trainer, step, small_run.make_state(trainer))
+
+
+def gradient(result: Update) -> Any:
+    """The loss's gradient: Adam's first moment after one update is (1 - b1) times it."""
+    b1 = result.trainer.config.optimizer.b1
+    return jax.tree.map(lambda mu: mu / (1 - b1), optax.tree.get(result.after.opt_state, "mu"))
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    return float(optax.tree.norm(optax.tree.sub(found, wanted)) / optax.tree.norm(wanted))
+
+
+def leaves_equal(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# The ratio and the gradient
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_the_ratio_is_exactly_one_at_the_first_update(combination):
+    result = first_update(*combination)
+    assert result.metrics["ratio_deviation"] == 0.0
+    assert result.metrics["ratio_mean"] == 1.0
+    assert result.metrics["clip_fraction"] == 0.0
+    assert result.metrics["kl"] == 0.0
+    assert result.metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_the_old_policy_is_that_of_the_stored_states(combination):
+    """Eq. 14 from the rollout's own states; a wrong step, anchor, prompt or LoRA scale would show here."""
+    mode, distance, _, weighting = combination
+    result = first_update(*combination)
+    prompts, exploration, rollout, _ = result.step
+    options = result.trainer.config.surrogate
+    prompt, anchor, steps = (np.asarray(x) for x in result.trainer.programs.units(exploration))
+    assert steps.shape[1] == (len(exploration.steps) if mode == "integrate" else 1)
+    for unit in range(len(prompt)):
+        measure = surrogate.distance_function(
+            distance, prompts.region[prompt[unit]], options.tau_edit, options.tau_base
+        )
+        states = rollout.states[prompt[unit]][:, steps[unit]].swapaxes(0, 1)  # [T, G, N, C]
+        distances = measure(states, states[:, anchor[unit]][:, None])
+        temperature = 1.0
+        if weighting == "policy":
+            temperature = surrogate.calibrated_temperature(distances, options.target_entropy)
+        wanted = surrogate.log_policy(distances, temperature)
+        np.testing.assert_allclose(result.log_pi[unit], wanted, rtol=1e-4, atol=2e-3)
+        assert np.all(np.argmax(result.log_pi[unit], -1) == anchor[unit])  # nothing is nearer than the anchor itself
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def closed_form_gradient(editor, replay, sigmas, params, lora, scale, prompts, states, anchors, trained, pulls):
+    """Of -mean_{p, k, s} <sum_i A_i W x_i, xbar> / G in the LoRA, what Eq. 5 and 13-15 come to at theta = theta_old.
+
+    `pulls` `[P, K, N, C]` is sum_i A_i W x_i / G, and `trained` `[K]` is 1 at the steps that carry the loss.
+    """
+
+    def loss(lora):
+        variables = {"params": params, "lora": scale_adapter(lora, scale)}
+
+        def of_anchor(prompt, states, pulls, anchor):
+            def euler(x, inputs):
+                stored, now, then, pull = inputs
+                x = stored if replay else x
+                x = x + (then - now) * editor.transformer.apply(variables, x, now, prompt.condition, (4, 4))
+                return x, jnp.sum(pull * x)
+
+            own = states[anchor]
+            return jax.lax.scan(euler, own[0], (own[:-1], sigmas[:-1], sigmas[1:], pulls))[1]
+
+        over_anchors = jax.vmap(of_anchor, in_axes=(None, None, None, 0))
+        products = jax.vmap(over_anchors)(prompts, states, pulls, anchors)  # [P, B, K]
+        return -jnp.sum(products.mean((0, 1)) * trained) / trained.sum()
+
+    return jax.grad(loss)(lora)
+
+
+@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if c[1] in ("l2", "tau")], ids="-".join)
+def test_the_first_gradient_is_the_closed_form(combination):
+    mode, distance, *_ = combination
+    result = first_update(*combination)
+    prompts, exploration, rollout, advantages = result.step
+    options = result.trainer.config.surrogate
+    mask = prompts.region
+    weights = (
+        mask / options.tau_edit**2 + (1 - mask) / options.tau_base**2 if distance == "tau" else jnp.ones_like(mask)
+    )
+    pulls = jnp.einsum("pg,pn,pgknc->pknc", advantages, weights, rollout.states)[:, 1:] / advantages.shape[1]
+    programs, lora = result.trainer.programs, result.trainer.config.lora
+    trained = np.isin(np.arange(1, len(programs.sigmas)), exploration.steps).astype(np.float32)
+    with jax.set_mesh(programs.mesh):
+        wanted = closed_form_gradient(
+            programs.editor, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params, result.before.lora,
+            lora.alpha / lora.rank, prompts, rollout.states, exploration.anchors, trained, pulls,
+        )  # fmt: skip
+    found = gradient(result)
+    assert relative_error(found, wanted) <= 1e-5
+    np.testing.assert_allclose(result.metrics["grad_norm"], optax.tree.norm(wanted), rtol=1e-4)
+
+
+def test_a_second_update_compares_with_the_first_and_clips():
+    first = first_update("replay", "tau", "early", "uniform")
+    trainer, advantages = first.trainer, np.asarray(first.step.advantages)
+    second = update(trainer, first.step, first.after, first.log_pi)
+    prompt = np.asarray(trainer.programs.units(first.step.exploration)[0])
+    clip = trainer.config.objective.clip
+    ratio = np.exp(second.log_pi - first.log_pi)
+    gain = advantages[prompt][:, None]
+    objective = np.minimum(gain * ratio, gain * np.clip(ratio, 1 - clip, 1 + clip)).mean()
+    outside = (np.abs(ratio - 1) > clip).mean()
+
+    assert 0 < outside < 1
+    assert second.metrics["clip_fraction"] == pytest.approx(outside)
+    assert second.metrics["ratio_deviation"] == pytest.approx(np.abs(ratio - 1).max(), rel=1e-3)
+    assert second.metrics["loss"] == pytest.approx(-objective, rel=1e-3)
+    assert second.metrics["kl"] > 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_small_update_raises_the_surrogate_objective(seed):
+    """Evaluated again on the same rollout; the learning rate is small, so that nothing is clipped."""
+    trainer = small_run.make_trainer(**BASE)
+    rewards = jax.random.normal(jax.random.key(seed), base_step().advantages.shape)
+    advantages = (rewards - rewards.mean(-1, keepdims=True)) / rewards.std(-1, keepdims=True)
+    step = base_step()._replace(advantages=advantages)
+    state = small_run.make_state(trainer, seed)
+    first = update(trainer, step, state)
+    # A short way along the optimizer's direction.
+    nearby = jax.tree.map(lambda a, b: a + 1e-3 * (b - a), state.lora, first.after.lora)
+    again = update(trainer, step, first.after.replace(lora=nearby), first.log_pi)
+    assert again.metrics["clip_fraction"] == 0
+    assert again.metrics["loss"] < first.metrics["loss"] - 1e-6
+
+
+# What must not change
+
+
+def test_groups_without_signal_leave_the_adapter_as_it_is():
+    trainer = small_run.make_trainer(**BASE)
+    result = update(trainer, base_step()._replace(advantages=jnp.zeros((2, 4))), small_run.make_state(trainer))
+    assert leaves_equal(result.after.lora, result.before.lora)
+
+
+@pytest.mark.parametrize(
+    ("score", "counter"), [(np.nan, "groups/dropped"), (0.5, "groups/zero_std")], ids=["failed", "equal"]
+)
+def test_failed_and_equal_rewards_teach_nothing(monkeypatch, score, counter):
+    trainer = small_run.make_trainer(**BASE)
+    batch = small_run.make_batch(trainer)
+    monkeypatch.setattr(
+        trainer, "rewards", {"stub": lambda inputs: np.full(inputs.edited.shape[:2], score, np.float32)}
+    )
+    monkeypatch.setattr(trainer, "weights", {"stub": 1.0})
+    state = small_run.make_state(trainer)
+    after, metrics, _ = small_run.take_step(trainer, state, batch)
+    assert metrics[counter] == trainer.config.rollout.prompts
+    assert metrics["grad_norm"] == 0
+    assert np.isfinite(metrics["loss"])
+    assert leaves_equal(after.lora, state.lora)
+
+
+def test_a_step_changes_the_adapter_and_never_the_base():
+    trainer = small_run.make_trainer(**BASE)
+    before = jax.tree.map(np.array, (trainer.params, trainer.decoder))
+    state = small_run.make_state(trainer)
+    after, metrics, _ = small_run.take_step(trainer, state, small_run.make_batch(trainer))
+    assert leaves_equal((trainer.params, trainer.decoder), before)
+    assert int(after.step) == int(state.step) + 1
+    assert metrics["ratio_deviation"] == 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(optax.tree.sub(after.lora, state.lora)):
+        assert np.any(x), path
+
+
+def test_the_average_follows_the_adapter():
+    result = first_update("replay", "l2", "all", "uniform")
+    wanted = jax.tree.map(lambda ema, lora: 0.9 * ema + 0.1 * lora, result.before.ema, result.after.lora)
+    assert relative_error(result.after.ema, wanted) < 1e-6
+    assert relative_error(result.after.ema, result.before.ema) > 1e-4
+
+
+def test_bfloat16_keeps_float32_states_and_an_exact_ratio():
+    trainer = small_run.make_trainer(**BASE, model__dtype="bfloat16", acd__weight=0.0)
+    step = explore_and_roll_out(trainer)
+    assert step.rollout.states.dtype == jnp.float32
+    rounded = step.rollout.states.astype(jnp.bfloat16).astype(jnp.float32)
+    assert not np.array_equal(step.rollout.states, rounded)  # not float32 by name only
+    result = update(trainer, step, small_run.make_state(trainer))
+    assert result.metrics["ratio_deviation"] == 0.0
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(result.after.lora))
+
+
+# Micro-batches and meshes
+
+
+def assert_same_step(trainer: Trainer, tolerance: float):
+    """States, metrics, gradient and the updated adapter are those of one device that takes everything at once."""
+    wanted, step = base_step(), explore_and_roll_out(trainer)
+    np.testing.assert_array_equal(step.exploration.noise, wanted.exploration.noise)
+    np.testing.assert_allclose(step.rollout.states, wanted.rollout.states, atol=10 * tolerance)
+    np.testing.assert_allclose(step.rollout.acd, wanted.rollout.acd, rtol=tolerance)
+    with jax.set_mesh(trainer.programs.mesh):
+        images = np.asarray(trainer.programs.decode(trainer.decoder, step.rollout.states[:, :, -1]))
+    np.testing.assert_allclose(images, base_images(), atol=10 * tolerance)
+
+    found, wanted = update(trainer, step, small_run.make_state(trainer)), first_update(*COMBINATIONS[0])
+    for name, value in wanted.metrics.items():
+        assert found.metrics[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+    np.testing.assert_allclose(found.log_pi, wanted.log_pi, rtol=10 * tolerance, atol=10 * tolerance)
+    assert relative_error(*jax.device_get((gradient(found), gradient(wanted)))) < 10 * tolerance
+    changes = [optax.tree.sub(*jax.device_get((x.after.lora, x.before.lora))) for x in (found, wanted)]
+    assert relative_error(*changes) < 1e-4  # Adam divides by gradients that may be near zero
+
+
+@functools.cache
+def base_images() -> np.ndarray:
+    trainer = small_run.make_trainer(**BASE)
+    with jax.set_mesh(trainer.programs.mesh):
+        return np.asarray(trainer.programs.decode(trainer.decoder, base_step().rollout.states[:, :, -1]))
+
+
+def test_micro_batches_change_nothing():
+    trainer = small_run.make_trainer(
+        **BASE, rollout__micro_batch=2, rollout__decode_micro_batch=4, surrogate__micro_batch=4
+    )
+    assert_same_step(trainer, 1e-6)
+
+
+def test_a_mesh_changes_nothing():
+    """Samples, weights and heads spread at once; `test_resume` has eight devices that spread samples alone."""
+    trainer = small_run.make_trainer((2, 2, 2), **BASE)
+    kernel = trainer.params["single_transformer_blocks"]["attn"]["to_q"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert_same_step(trainer, 1e-5)
+
+
+# Exploration
+
+
+def noises(**changes) -> tuple[Any, np.ndarray]:
+    trainer = small_run.make_trainer(**changes)
+    programs = trainer.programs
+    with jax.set_mesh(programs.mesh):
+        prompts = programs.prompts(small_run.make_batch(trainer))
+        keys = jax.random.split(jax.random.key(3), 32)
+        return prompts, np.stack([programs.explore(key, prompts).noise for key in keys])  # [32, P, G, N, C]
+
+
+def test_regional_noise_moves_the_background_by_alpha_base_and_keeps_the_reference():
+    alpha = {"explore__alpha_edit": 0.6, "explore__alpha_base": 0.1}
+    prompts, noise = noises(**alpha)
+    reference = noise[:, :, :1]
+    explored = np.asarray(prompts.explored)
+    assert set(np.unique(explored)) >= {0.0, 1.0}
+    for value, strength in ((1.0, 0.6), (0.0, 0.1)):
+        delta = (noise - np.sqrt(1 - strength**2) * reference)[:, :, 1:].swapaxes(2, 3)[:, explored == value]
+        assert delta.std() == pytest.approx(strength, rel=0.03)
+        assert abs(delta.mean()) < 0.01 * strength + 1e-3
+    assert noise.std() == pytest.approx(1, rel=0.02)
+
+
+def test_global_noise_perturbs_every_candidate_everywhere():
+    _, noise = noises(explore__kind="global", explore__sigma=0.6)
+    # Two perturbed candidates correlate as 1 - sigma^2, a perturbed one and the reference as sqrt(1 - sigma^2).
+    for i in range(1, noise.shape[2]):
+        for token in np.split(np.arange(noise.shape[3]), 4):
+            pair = noise[:, :, [0, i]][..., token, :].swapaxes(1, 2).reshape(32, 2, -1).swapaxes(0, 1).reshape(2, -1)
+            assert np.corrcoef(pair)[0, 1] == pytest.approx(1 - 0.6**2, abs=0.04)
+
+
+def test_dilation_grows_what_is_explored_and_not_the_region():
+    plain, dilated = noises()[0], noises(explore__mask_dilation=1)[0]
+    np.testing.assert_array_equal(plain.explored, plain.region)
+    np.testing.assert_array_equal(dilated.region, plain.region)
+    assert np.all(dilated.explored >= plain.region)
+    assert np.any(dilated.explored > plain.region)
+
+
+def test_anchors_and_steps_are_drawn_from_what_may_be_trained():
+    trainer = small_run.make_trainer(surrogate__steps="random", surrogate__num_random_steps=2, surrogate__anchors=3)
+    programs = trainer.programs
+    with jax.set_mesh(programs.mesh):
+        prompts = programs.prompts(small_run.make_batch(trainer))
+        drawn = [programs.explore(jax.random.key(i), prompts) for i in range(20)]
+        again = programs.explore(jax.random.key(0), prompts)
+    assert leaves_equal(drawn[0], again)
+    assert {tuple(sorted(a.tolist())) for d in drawn for a in d.anchors} == {(1, 2, 3)}
+    steps = {tuple(d.steps.tolist()) for d in drawn}
+    assert steps == {(a, b) for a in range(1, 5) for b in range(a + 1, 5)}

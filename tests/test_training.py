@@ -1,0 +1,113 @@
+"""What a run leaves behind, and the numbers of its first step."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_run
+from PIL import Image
+
+from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.training.state import TrainState
+
+# The first step of `small_run.make_config()` on one CPU device.
+GOLDEN = {
+    "background/drift": 0.018359,
+    "background/error": 0.28659,
+    "clip_fraction": 0.0,
+    "grad_norm": 0.001588,
+    "groups/dropped": 0.0,
+    "groups/zero_std": 0.0,
+    "kl": 0.0,
+    "policy_entropy": 1.3852,
+    "ratio_deviation": 0.0,
+    "ratio_mean": 1.0,
+    "reward/acd": 1.0076,
+    "reward/colour": 0.10959,
+    "reward/preservation": 0.11208,
+    "reward_std/acd": 0.011396,
+    "reward_std/colour": 0.00086763,
+    "reward_std/preservation": 0.001418,
+    "reward_std/total": 0.19009,
+}
+HOW_TO_UPDATE = (
+    "The first step of a run has changed. If the change is meant (another model, reward, default, random stream or "
+    "order of the data), say so in CHANGELOG.md and replace GOLDEN by:\n"
+)
+METRICS = {
+    "reward/preservation", "reward/colour", "reward/acd",  # as they came
+    "reward_std/preservation", "reward_std/colour", "reward_std/acd", "reward_std/total",  # within a group
+    "background/drift", "background/error",
+    "ratio_mean", "ratio_deviation", "clip_fraction", "kl", "policy_entropy", "loss", "grad_norm",
+    "groups/zero_std", "groups/dropped",
+    "samples_per_second", "seconds/rollout", "seconds/reward", "seconds/update",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[TrainState, Path]:
+    """Four steps on one device, an image grid every three."""
+    workdir = tmp_path_factory.mktemp("run")
+    return train(small_run.make_config(train__image_every=3), workdir, jax.devices()[:1]), workdir
+
+
+def test_the_first_step_has_not_changed(run):
+    first = small_run.metrics_without_times(run[1])[0]
+    found = {name: x for name, x in first.items() if name in METRICS - {"loss"}}  # the loss is zero up to rounding
+    listing = json.dumps({name: float(f"{x:.5g}") for name, x in sorted(found.items())}, indent=4)
+    assert found == pytest.approx(GOLDEN, rel=1e-3), HOW_TO_UPDATE + listing
+    assert abs(first["loss"]) < 1e-5
+
+
+def test_every_metric_is_written_for_every_step(run):
+    lines = read_metrics(run[1] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line.keys() == METRICS | {"step", "time"}
+        assert all(math.isfinite(x) for x in line.values())  # null would be None
+        assert line["samples_per_second"] > 0
+        assert line["grad_norm"] > 0
+        assert line["ratio_deviation"] == 0.0
+        assert line["groups/zero_std"] == line["groups/dropped"] == 0
+        assert min(x for name, x in line.items() if name.startswith("reward_std/")) > 0
+        assert 0 < line["background/drift"] < line["background/error"] < 1
+
+
+def test_tensorboard_has_the_same(run):
+    (events,) = (run[1] / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert all(name.encode() in content for name in METRICS)
+    assert b"candidates" in content
+
+
+def test_grids_are_drawn_every_few_steps_and_at_the_end(run):
+    files = sorted((run[1] / "images").iterdir())
+    assert [file.name for file in files] == ["step_000003.png", "step_000004.png"]
+    for file in files:
+        picture = np.asarray(Image.open(file))
+        assert picture.shape[1] > 5 * 160  # source and four candidates side by side
+        assert picture.std() > 10
+
+
+def test_checkpoints_are_made_and_old_ones_removed(run, tmp_path):
+    state, workdir = run
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert int(state.step) == 4
+    assert state.ema is None
+    assert any(np.any(x) for x in jax.tree.leaves(state.lora))
+
+
+def test_two_updates_on_a_rollout_move_the_ratio(tmp_path):
+    config = small_run.make_config(
+        objective__updates=2, optimizer__learning_rate=1e-2, train__num_steps=1, surrogate__distance="l2",
+        objective__quasi_norm=0.8, objective__kl_weight=0.1, acd__text="instruction", surrogate__steps="early",
+    )  # fmt: skip
+    train(config, tmp_path, jax.devices()[:1])
+    (line,) = small_run.metrics_without_times(tmp_path)
+    assert line["ratio_deviation"] > 0
+    assert line["kl"] > 0
+    assert line["loss"] < 0  # the second update sees what the first has gained
