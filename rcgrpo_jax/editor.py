@@ -48,7 +48,8 @@ class Editor:
         dtype: Compute and parameter dtype of all networks.
         max_text_tokens: Length that the T5 sequence is padded to; 512 in FLUX.1-Kontext-dev.
         sharding_of: Where parameters are placed.
-        **transformer_options: Fields of `MMDiT` (attention implementation, remat, ACD).
+        keep_text_encoders: Keep them after use. T5 alone is 8.9 GiB at full size.
+        **transformer_options: Fields of `MMDiT`: `remat`, `attention`.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Editor:
         dtype: Any = jnp.float32,
         max_text_tokens: int = 512,
         sharding_of: ShardingOf = on_default_device,
+        keep_text_encoders: bool = True,
         **transformer_options: Any,
     ):
         self.folder = folder
         self.dtype = dtype
         self.max_text_tokens = max_text_tokens
+        self.keep_text_encoders = keep_text_encoders
         self.transformer = MMDiT(folder.config("transformer"), dtype=dtype, **transformer_options)
         self.vae = VAE(folder.config("vae"), dtype=dtype)
         self._load = lambda name: folder.load(name, dtype, sharding_of)
@@ -87,39 +90,25 @@ class Editor:
         tokens = tokenize(tokenizers, instructions, self.max_text_tokens)
         pooled = clip({"params": params["text_encoder"]}, tokens.clip)
         text = t5({"params": params["text_encoder_2"]}, tokens.t5)
+        if not self.keep_text_encoders:
+            del self._text
         return TextEncoding(text.astype(self.dtype), pooled.astype(self.dtype), tokens.t5_lengths)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of an image of `height x width` pixels."""
         return latents.token_grid(height, width, self.vae.config.downscale)
 
-    @cached_property
-    def _encode(self):
-        return jax.jit(lambda params, x: latents.pack(self.vae.apply({"params": params}, x, method="encode")))
-
-    @partial(jax.jit, static_argnums=(0, 3))
-    def _decode(self, params: dict, tokens: Array, grid: tuple[int, int]) -> Array:
-        return decode(self.vae, params, tokens, grid)
-
     def encode_image(self, pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P N C"]:
         """Packed, normalised latents (the mode, no sampling) of images, float32."""
-        return self._encode(self.vae_params, to_unit(pixels)).astype(jnp.float32)
+        return _encode(self.vae, self.vae_params, to_unit(pixels))
 
     def decode(self, tokens: Float[Array, "P N C"], grid: tuple[int, int]) -> UInt8[np.ndarray, "P H W 3"]:
         """Pixels of packed latents."""
-        return to_pixels(self._decode(self.vae_params, tokens, grid))
+        return to_pixels(decode(self.vae, self.vae_params, tokens, grid))
 
     def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[np.ndarray, "K+1"]:
         """The folder's schedule."""
         return schedule.sigmas(num_steps, num_image_tokens, **self.folder.schedule_options())
-
-    @partial(jax.jit, static_argnums=(0, 6))
-    def _integrate(self, params, lora, noise, condition, sigmas, grid):
-        def velocity(x, sigma):
-            sigma = jnp.broadcast_to(sigma, x.shape[:1])
-            return self.transformer.apply({"params": params, "lora": lora}, x, sigma, condition, grid)
-
-        return rollout.integrate(velocity, noise, sigmas)[-1]
 
     def edit(
         self,
@@ -148,10 +137,29 @@ class Editor:
         reference = self.encode_image(images)
         condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(images), guidance, jnp.float32))
         sigmas = self.sigmas(num_steps, grid[0] * grid[1])
-        final = self._integrate(self.transformer_params, lora or {}, jnp.asarray(noise), condition, sigmas, grid)
-        return self.decode(final, grid)
+        variables = {"params": self.transformer_params, "lora": lora or {}}
+        return self.decode(_integrate(self.transformer, variables, jnp.asarray(noise), condition, sigmas, grid), grid)
 
 
+# Compiled by module and not by editor, so that a program does not keep an editor's parameters alive.
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(vae: VAE, params: dict, images: Float[Array, "P H W 3"]) -> Float[Array, "P N C"]:
+    return latents.pack(vae.apply({"params": params}, images, method="encode")).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _integrate(
+    transformer: MMDiT, variables: dict, noise: Array, condition: Condition, sigmas: Array, grid: tuple[int, int]
+) -> Float[Array, "P N C"]:
+    def velocity(x: Array, sigma: Array) -> Array:
+        return transformer.apply(variables, x, jnp.broadcast_to(sigma, x.shape[:1]), condition, grid)
+
+    return rollout.integrate(velocity, noise, sigmas)[-1]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
 def decode(vae: VAE, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
-    """Images in [-1, 1] of packed latents, float32; traceable."""
+    """Images in [-1, 1] of packed latents, float32."""
     return vae.apply({"params": params}, latents.unpack(tokens, grid), method="decode").astype(jnp.float32)

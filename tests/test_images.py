@@ -233,9 +233,3 @@ def test_kontext_sizes_are_those_of_diffusers():
 ])  # fmt: skip
 def test_kontext_size_has_the_nearest_aspect_ratio(size, wanted):
     assert images.kontext_size(*size) == wanted
-
-
-def test_fit_size_keeps_aspect_rounds_down_and_never_vanishes():
-    assert images.fit_size(400, 600, 512 * 512, 16) == (416, 624)  # 418.04 x 627.07
-    assert images.fit_size(512, 512, 512 * 512, 16) == (512, 512)
-    assert images.fit_size(1, 5000, 256 * 256, 16) == (16, 18096)

@@ -75,6 +75,7 @@ def test_each_example_is_encoded_once(calls, tmp_path):
         {"instruction": "Make it blue."},
         {"image": np.full((64, 64, 3), 1, np.uint8)},
         {"mask": np.ones((64, 64), np.float32)},
+        {"target": np.zeros((64, 64, 3), np.uint8)},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -135,9 +136,9 @@ def test_a_mask_that_vanishes_is_refused(calls, tmp_path):
     assert not calls
 
 
-def test_an_instruction_is_checked_before_it_is_encoded(calls, tmp_path):
-    def refuse(instruction: str) -> None:
-        raise UserError(f"{instruction}: no", "")
+def test_an_example_is_checked_before_it_is_encoded(calls, tmp_path):
+    def refuse(example: EditExample) -> None:
+        raise UserError(f"{example.instruction}: no", "")
 
     with pytest.raises(UserError, match=r"Make it red\.: no"):
         EncodedSource([make_example()], make_editor(), SIZE, tmp_path, refuse)
@@ -192,3 +193,21 @@ def test_rows_of_a_batch_belong_together():
     batch = Batches(Numbers(7), prompts=4, seed=0)[2]
     for field in batch._fields[:6]:
         np.testing.assert_array_equal(getattr(batch, field)[:, 0], [int(name) for name in batch.instructions])
+
+
+def test_targets_come_along_where_every_example_has_one(calls, tmp_path):
+    target = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with_target = make_example(target=target)
+    source = EncodedSource([with_target], make_editor(), SIZE, tmp_path)
+    np.testing.assert_array_equal(Batches(source, 2, seed=0)[0].targets, np.stack([target, target]))
+    mixed = EncodedSource([with_target, make_example()], make_editor(), SIZE, tmp_path)
+    assert Batches(mixed, 2, seed=0)[0].targets is None
+
+
+def test_the_digest_tells_other_data_or_another_order(calls, tmp_path):
+    one, two = make_example(), make_example(instruction="Make it blue.")
+    digests = [
+        EncodedSource(source, make_editor(), SIZE, tmp_path).digest for source in ([one, two], [two, one], [one])
+    ]
+    assert len(set(digests)) == 3
+    assert EncodedSource([one, two], make_editor(), SIZE, tmp_path).digest == digests[0]

@@ -143,3 +143,14 @@ def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_p
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
     state = train(small_run.make_config(**SETTINGS), workdir)  # only reads the last checkpoint
     assert_bit_equal(state, straight[0])
+
+
+def test_other_data_under_the_same_path_are_refused(tmp_path):
+    data = Path(shutil.copytree(small_run.data_folder(), tmp_path / "data"))
+    config = small_run.make_config(**SETTINGS, data__path=str(data), train__num_steps=1)
+    train(config, tmp_path / "run")
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    config.train.num_steps = 2
+    with pytest.raises(UserError, match="data_digest: checkpoint"):
+        train(config, tmp_path / "run")

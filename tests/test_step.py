@@ -272,7 +272,7 @@ def test_a_step_changes_the_adapter_and_never_the_base():
 
 def test_the_average_follows_the_adapter():
     result = first_update("replay", "l2", "all", "uniform")
-    wanted = jax.tree.map(lambda ema, lora: 0.9 * ema + 0.1 * lora, result.before.ema, result.after.lora)
+    wanted = jax.tree.map(lambda ema, lora: 0.1 * ema + 0.9 * lora, result.before.ema, result.after.lora)
     assert relative_error(result.after.ema, wanted) < 1e-6
     assert relative_error(result.after.ema, result.before.ema) > 1e-4
 

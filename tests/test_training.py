@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 import small_run
+from ml_collections import ConfigDict
 from PIL import Image
 
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.training.loop import train
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.training.state import TrainState
@@ -111,3 +113,20 @@ def test_two_updates_on_a_rollout_move_the_ratio(tmp_path):
     assert line["ratio_deviation"] > 0
     assert line["kl"] > 0
     assert line["loss"] < 0  # the second update sees what the first has gained
+
+
+def test_scenes_train_under_the_oracle_and_a_weight_of_zero_leaves_a_reward_out(tmp_path):
+    """The colour reward could not score every scene, but it is not asked; the oracle gets its targets."""
+    config = small_run.make_config(data__path="scenes:train:6", train__num_steps=1)
+    config.rewards = ConfigDict({"oracle": 1.0, "preservation": 0.0, "colour": 0.0})
+    train(config, tmp_path, jax.devices()[:1])
+    (line,) = small_run.metrics_without_times(tmp_path)
+    assert {name for name in line if name.startswith("reward/")} == {"reward/oracle", "reward/acd"}
+    assert 0 <= line["reward/oracle"] <= 1
+
+
+def test_a_reward_that_needs_a_target_is_refused_without_one(tmp_path):
+    config = small_run.make_config()
+    config.rewards = ConfigDict({"oracle": 1.0})
+    with pytest.raises(UserError, match="no target image; the reward 'oracle' compares with one"):
+        train(config, tmp_path, jax.devices()[:1])

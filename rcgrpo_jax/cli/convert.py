@@ -46,3 +46,5 @@ def run(argv: list[str]) -> None:
     for name, count in counts.items():
         print(f"{name:<16} {count:>14,} parameters")
     print(f"converted to {destination}")
+    if "vae" not in counts:
+        print("only the transformer: to edit or train, convert with --base FOLDER, which gives the other networks")

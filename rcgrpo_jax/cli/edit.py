@@ -15,6 +15,8 @@ from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
@@ -100,10 +102,14 @@ def run(argv: list[str]) -> None:
     if values.lora:
         adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
         lora = scale_adapter(adapter, config.scale)
-    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens)
+    # One image makes no use of several devices but for their memory: weights are spread, activations are not.
+    mesh = make_mesh({"fsdp": -1})
+    sharding_of = parameter_sharding(mesh)
+    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens, sharding_of, keep_text_encoders=False)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))
-    edited = editor.edit(pixels[None], [values.instruction], noise[None], values.steps, values.guidance, lora)[0]
+    with jax.set_mesh(mesh):
+        edited = editor.edit(pixels[None], [values.instruction], noise[None], values.steps, values.guidance, lora)[0]
     save_image(values.out, edited)
     print(f"edited image: {values.out} ({width} x {height})")

@@ -167,24 +167,3 @@ def kontext_size(height: int, width: int, preferred: Sequence[tuple[int, int]] =
     """
     best = min(preferred, key=lambda pair: abs(width / height - pair[0] / pair[1]))
     return best[1], best[0]
-
-
-def fit_size(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
-    """Finds the size of a given area that keeps a picture's aspect ratio `a = width / height`.
-
-    `round(sqrt(area / a)) x round(sqrt(area a))`, each side then rounded down to a multiple, as diffusers does, but
-    never below one multiple.
-
-    Args:
-        height: Of the picture, pixels.
-        width: Of the picture, pixels.
-        area: Pixels wanted.
-        multiple: Pixels a side that the result must divide by: 16 for FLUX (8 of the VAE, 2 of packing).
-
-    Returns:
-        `(height, width)`.
-    """
-    aspect = width / height
-    sides = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
-    fitted_height, fitted_width = (max(side // multiple, 1) * multiple for side in sides)
-    return fitted_height, fitted_width

@@ -35,6 +35,7 @@ class EditBatch(NamedTuple):
     pixels: UInt8[np.ndarray, "P H W 3"]  # source, resized
     mask: Float[np.ndarray, "P H W"]  # edit region, resized
     instructions: tuple[str, ...]
+    targets: UInt8[np.ndarray, "P H W 3"] | None = None  # reference edits, where every example has one
 
 
 class EncodedSource:
@@ -48,7 +49,7 @@ class EncodedSource:
         editor: Encoders; not touched if everything is in the cache.
         size: (height, width) that images and masks are resized to.
         folder: The cache; created if missing.
-        validate: Called with each instruction before it is encoded; raises if it cannot be used.
+        validate: Called with each example before it is encoded; raises if it cannot be used.
         progress: Called after each example with (done, all).
 
     Raises:
@@ -61,22 +62,27 @@ class EncodedSource:
         editor: Editor,
         size: tuple[int, int],
         folder: str | Path,
-        validate: Callable[[str], None] = lambda _: None,
+        validate: Callable[[EditExample], None] = lambda _: None,
         progress: Callable[[int, int], None] = lambda *_: None,
     ):
         self.folder = Path(folder)
         self._files: list[Path] = []
-        networks = ("vae", "text_encoder", "text_encoder_2")
-        settings = [editor.folder.fingerprint(name) for name in networks]
+        parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        settings = [editor.folder.fingerprint(part) for part in parts]
         settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
         for index in range(len(source)):
             example = source[index]
-            validate(example.instruction)
+            validate(example)
             file = self.folder / f"{_content_hash(example, settings)}.safetensors"
             if not file.is_file():
                 self._write(file, example, editor, size)
             self._files.append(file)
             progress(index + 1, len(source))
+
+    @property
+    def digest(self) -> str:
+        """A hash of all examples in order: equal for runs that see the same data."""
+        return hashlib.sha256(" ".join(file.stem for file in self._files).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -112,6 +118,8 @@ class EncodedSource:
             "pixels": pixels,
             "mask": mask.astype(np.float32),
         }
+        if example.target is not None:
+            tensors["target"] = resize_image(example.target, size)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
@@ -125,7 +133,9 @@ class EncodedSource:
 
 def _content_hash(example: EditExample, settings: Sequence) -> str:
     digest = hashlib.sha256(json.dumps([example.instruction, *settings]).encode())
-    for array in (example.image, example.mask):
+    for array in (example.image, example.mask, example.target):
+        if array is None:
+            continue
         digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:32]
 
@@ -142,7 +152,7 @@ class Batches:
     def __init__(self, source: EncodedSource, prompts: int, seed: int):
         import grain
 
-        self._prompts = prompts
+        self.source, self._prompts = source, prompts
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
     def __getitem__(self, step: int) -> EditBatch:
@@ -152,7 +162,8 @@ class Batches:
             return np.stack([row[name] for row in rows])
 
         arrays = [stack(name) for name in EditBatch._fields[:6]]
-        return EditBatch(*arrays, tuple(row["instruction"] for row in rows))
+        targets = stack("target") if all("target" in row for row in rows) else None
+        return EditBatch(*arrays, tuple(row["instruction"] for row in rows), targets)
 
 
 assert ml_dtypes  # registers bfloat16 with numpy, which safetensors needs to return it

@@ -30,7 +30,8 @@ def map_samples(function: Callable[..., Any], samples: tuple, micro_batch: int, 
         function: Pure function of one sample's trees; what it closes over is shared.
         samples: Its arguments, every leaf with a leading axis S.
         micro_batch: Samples at a time over the whole mesh, a divisor of S and a multiple of data x fsdp; 0: all.
-        mesh: The mesh; inner sharding constraints keep the mapped axis spread.
+        mesh: The mesh. The function must hold its own activations (`models.mmdit.keep_whole`): constraints gain the
+            spread of the mapped axis, and without any the compiler follows the weights and gives the spread up.
 
     Returns:
         The results, stacked along a leading axis S.

@@ -25,7 +25,10 @@ class RewardInputs(NamedTuple):
 
 
 class Reward(Protocol):
-    """Scores candidates; higher is better. A candidate that cannot be scored gets NaN, never a made-up number."""
+    """Scores candidates; higher is better. A candidate that cannot be scored gets NaN, never a made-up number.
+
+    A class with `needs_target = True` is given only examples with a reference edit.
+    """
 
     def validate(self, instruction: str) -> None:
         """Raises a UserError if no edit for this instruction could be scored; called before training starts."""

@@ -92,6 +92,7 @@ class Oracle:
     """
 
     noise: float = 0.0  # standard deviation of a judge's error, in units of the reward; the sum is clipped to [0, 1]
+    needs_target = True
     seed: int = 0  # of the noise, which depends on nothing else but the candidate's pixels and the instruction
 
     def validate(self, instruction: str) -> None:

@@ -36,9 +36,9 @@ def default_config() -> ConfigDict:
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
         ),
         data=group(
-            path="",  # folder (metadata.jsonl, or images/ masks/ instructions/), .jsonl file, or tfds:DATASET[@SPLIT]
+            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[:COUNT]
             polarity="white",  # colour of the edit region in the masks: white or black
-            size=(512, 512),  # (height, width) in pixels, multiples of 16; images and masks are resized to it
+            size=(512, 512),  # (height, width) in pixels, multiples of 16; resized to it, whatever the aspect ratio
             cache="",  # folder of encoder results; empty: WORKDIR/cache
         ),
         lora=group(
@@ -80,7 +80,7 @@ def default_config() -> ConfigDict:
             kl_weight=0.0,  # beta
             updates=1,  # optimizer updates on one rollout
         ),
-        rewards=group(preservation=1.0, colour=1.0),  # name of a registered reward -> weight after its z-score
+        rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
         acd=group(
             weight=1.0,  # of R_acd after its z-score; 0 turns it off, in the rollout too
             layers=10,  # L_sel, the last blocks that count
@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
             b1=0.9,  # decay of the first moment
             b2=0.999,  # decay of the second moment
             max_grad_norm=1.0,  # global-norm clip
-            ema_decay=0.0,  # of an average of the LoRA, exported if kept; 0: none
+            ema_decay=0.0,  # of an average of the LoRA, exported if kept, warmed up; 0: none
         ),
         train=group(
             num_steps=100,  # training steps: one rollout and `objective.updates` updates each
@@ -135,7 +135,7 @@ _WITHIN = {  # field -> (lowest, highest), both allowed
     "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf), "objective.updates": (1, math.inf),
     "acd.layers": (1, math.inf), "acd.weight": (0, math.inf), "optimizer.learning_rate": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999), "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 1),
+    "optimizer.b2": (0, 0.999999), "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 0.99999),
     "train.num_steps": (1, math.inf), "train.save_every": (1, math.inf), "train.keep": (1, math.inf),
     "train.image_every": (1, math.inf),
 }  # fmt: skip
@@ -211,8 +211,8 @@ def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
     sides = config.data.size
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
         problems.append(f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted")
-    if not config.rewards and not config.acd.weight:
-        problems.append("rewards: none, and acd.weight is 0; at least one was wanted")
+    if not any(config.rewards.values()) and not config.acd.weight:
+        problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))
     spread = math.prod(shape[axis] for axis in SAMPLE_AXES)
     samples, anchors = config.rollout.prompts * g, config.rollout.prompts * b

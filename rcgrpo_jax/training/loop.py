@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.pipeline import Batches, EditBatch, EncodedSource
 from rcgrpo_jax.data.sources import open_source
@@ -60,7 +61,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
-    rewards = {name: reward_registry.make(name) for name in config.rewards}
+    rewards = {name: reward_registry.make(name) for name, weight in config.rewards.items() if weight}
     folder = ModelFolder(config.model.path)
     check_model_fits(config, folder)
     try:
@@ -74,14 +75,20 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         ) as checkpointer,
     ):
         saved = checkpointer.latest_step()
-        if saved is not None:
-            check_same_config(checkpointer.saved_config(), config.to_dict(), MAY_DIFFER)
+        described = config.to_dict()
+        if saved is not None:  # before the data are encoded, which may take long
+            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
         batches = encode(config, folder, workdir, rewards, mesh)
+        described["data_digest"] = batches.source.digest
         state = init_state(config, abstract_params("transformer", folder.config("transformer")))
         state = jax.device_put(state, replicated(mesh))
         if saved is not None:
+            check_same_config(checkpointer.saved_config(), described, MAY_DIFFER)
             state = checkpointer.restore(state)
-            logger.info("resumed from step %d of %s", saved, checkpointer.directory)
+            logger.warning("resuming from step %d of %s", saved, checkpointer.directory)
+        if (first := int(state.step)) >= config.train.num_steps:
+            logger.warning("nothing to do: train.num_steps is %d", config.train.num_steps)
+            return state
         editor = Editor(
             folder,
             jnp.dtype(config.model.dtype),
@@ -92,22 +99,22 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
             ),
         )
         trainer = Trainer(config, editor, mesh, rewards)
-        first = int(state.step)
         with (
             MetricsWriter(workdir, resume_step=first) as writer,
             Progress(config.train.num_steps, first, "train") as progress,
             termination() as stop,
         ):
             for step in range(first, config.train.num_steps):
-                state, metrics, rows = trainer.step(state, batches[step])
+                draw = (step + 1) % config.train.image_every == 0 or step + 1 == config.train.num_steps
+                state, metrics, rows = trainer.step(state, batches[step], draw)
                 check_finite(metrics, step + 1)  # before saving: a lost run must not replace a good checkpoint
                 writer.scalars(step + 1, metrics)
-                if (step + 1) % config.train.image_every == 0 or step + 1 == config.train.num_steps:
-                    grid = comparison_grid(rows(), f"step {step + 1}")
+                if draw:
+                    grid = comparison_grid(rows, f"step {step + 1}")
                     save_image(workdir / "images" / f"step_{step + 1:06d}.png", grid)
                     writer.images(step + 1, {"candidates": grid})
                 last = step + 1 == config.train.num_steps or stop.is_set()
-                checkpointer.save(step + 1, state, config.to_dict(), force=last)
+                checkpointer.save(step + 1, state, described, force=last)
                 shown = {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
                 progress.update(shown, samples=config.rollout.prompts * config.rollout.group_size)
                 if stop.is_set():
@@ -137,9 +144,14 @@ def encode(config: ConfigDict, folder: ModelFolder, workdir: Path, rewards: dict
     """Runs the encoders over the data, once; they are freed before the transformer is loaded."""
     source = open_source(config.data.path, config.data.polarity)
 
-    def check(instruction: str) -> None:
-        for reward in rewards.values():
-            reward.validate(instruction)
+    def check(example: EditExample) -> None:
+        for name, reward in rewards.items():
+            reward.validate(example.instruction)
+            if getattr(reward, "needs_target", False) and example.target is None:
+                raise UserError(
+                    f"{example.name}: no target image; the reward {name!r} compares with one.",
+                    f"Add targets, or set --config.rewards.{name}=0.",
+                )
 
     with Progress(len(source), description="encode", lines=10) as progress:
         encoded = EncodedSource(
@@ -182,15 +194,22 @@ class Trainer:
         self.params = editor.transformer_params
         self.decoder = {"decoder": editor.vae_params["decoder"]}
         self.programs = Programs(config, editor, mesh)
-        self.weights = {name: float(weight) for name, weight in config.rewards.items()}
+        self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
 
-    def step(self, state: TrainState, batch: EditBatch):
+    def step(
+        self, state: TrainState, batch: EditBatch, draw: bool = False
+    ) -> tuple[TrainState, dict[str, float], list[GridRow]]:
         """Explore, roll out, score, update.
 
+        Args:
+            state: Donated.
+            batch: The prompts.
+            draw: Whether to return rows for the image grid.
+
         Returns:
-            The new state, metrics (name -> float), and a function that gives the rows of the image grid.
+            The new state, metrics, and the rows.
         """
         programs, times = self.programs, [time.monotonic()]
         prompts = programs.prompts(batch)
@@ -205,6 +224,9 @@ class Trainer:
         advantages = grpo.group_advantages(
             total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
         )
+        rows = grid_rows(batch, images, scores) if draw else []
+        measured = reward_metrics(scores, total) | drift_metrics(batch, images)
+        del images  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 
         log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
@@ -217,15 +239,18 @@ class Trainer:
         metrics = {name: float(x) for name, x in metrics.items()}
         times.append(time.monotonic())
 
-        metrics |= reward_metrics(scores, total) | drift_metrics(batch, images)
+        metrics |= measured
         metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
         metrics["samples_per_second"] = total.size / (times[-1] - times[0])
-        return state, metrics, lambda: grid_rows(batch, images, scores)
+        return state, metrics, rows
 
     def score(self, batch: EditBatch, images: jax.Array, rollout: Rollout) -> dict[str, np.ndarray]:
         """Every reward of every candidate, `[P, G]` each; NaN where one could not be scored."""
         source = jnp.asarray(batch.pixels, jnp.float32) / 255
-        inputs = reward_registry.RewardInputs(source, images, jnp.asarray(batch.mask), batch.instructions)
+        targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
+        inputs = reward_registry.RewardInputs(
+            source, images, jnp.asarray(batch.mask), batch.instructions, targets=targets
+        )
         scores = reward_registry.score_all(self.rewards, inputs)
         if "acd" in self.weights:
             scores["acd"] = np.asarray(rollout.acd)

@@ -55,8 +55,14 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._lines.name}: cannot be written ({error}).",
+                "Free some space, then run the same command: it resumes from the last checkpoint.",
+            ) from None
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()

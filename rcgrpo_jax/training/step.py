@@ -174,12 +174,18 @@ class Programs:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def _anchor_states(self, velocity: Velocity, old: Float[Array, "K+1 N C"], steps: Int[Array, "T"]) -> Array:
-        """`xbar_s^(k)` at the given steps under theta, the only path that carries gradient (Eq. 13), `[T, N, C]`."""
+    def _anchor_states(self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, "T"]) -> Array:
+        """`xbar_s^(k)` at the given steps under theta, the only path that carries gradient (Eq. 13), `[T, N, C]`.
+
+        `states` `[G, K+1, N, C]` are the old rollout's.
+        """
         sigmas = jnp.asarray(self.sigmas)
         if self.config.surrogate.anchor_mode == "integrate":
-            return flow_rollout.integrate(jax.checkpoint(velocity), old[0], sigmas)[steps]
-        return euler_step(velocity, old[steps[0] - 1], sigmas[steps[0] - 1], sigmas[steps[0]])[None]
+            if self.config.surrogate.steps == "early":
+                sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
+            return flow_rollout.integrate(jax.checkpoint(velocity), states[anchor, 0], sigmas)[steps]
+        k = steps[0]
+        return euler_step(velocity, states[anchor, k - 1], sigmas[k - 1], sigmas[k])[None]
 
     def _unit_loss(
         self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
@@ -187,14 +193,14 @@ class Programs:
         """`-J` of one unit (Eq. 5, 14, 15) with its log-policy and metrics."""
         index, anchor_index, steps, log_old = unit
         options, objective = self.config.surrogate, self.config.objective
-        prompt, states = _row(prompts, index), states[index]
+        prompt = _row(prompts, index)
         velocity = self._velocity(params, scale_adapter(lora, self.lora_scale), prompt.condition)
-        anchor = self._anchor_states(velocity, states[anchor_index], steps)
-        candidates = jnp.swapaxes(states[:, steps], 0, 1)  # [T, G, N, C]
+        anchor = self._anchor_states(velocity, states[index], anchor_index, steps)
+        candidates = states[index, :, steps]  # [T, G, N, C]
         distance = surrogate.distance_function(options.distance, prompt.region, options.tau_edit, options.tau_base)
         temperature = 1.0
         if options.weighting == "policy":
-            stored = states[anchor_index][steps][:, None]
+            stored = states[index, anchor_index, steps][:, None]
             temperature = surrogate.calibrated_temperature(distance(candidates, stored), options.target_entropy)
         log_pi = surrogate.anchor_log_policy(anchor, candidates, distance, temperature)
         # The first update compares the policy with itself through one forward: the ratio is 1 by construction.
@@ -254,7 +260,9 @@ class Programs:
         lora = optax.apply_updates(state.lora, updates)
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(lora, ema, 1.0 - self.config.optimizer.ema_decay)
+            # Warmed up: a fixed decay would keep the untrained adapter in the average for 1 / (1 - decay) steps.
+            decay = jnp.minimum(self.config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(lora, ema, 1.0 - decay)
         scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         log_pi = log_pi.reshape(log_old.shape)

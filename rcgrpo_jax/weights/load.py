@@ -89,6 +89,9 @@ class ModelFolder:
 
     def fingerprint(self, name: str) -> str:
         """A hash of a network's config and weights; a conversion without a cast keeps it."""
+        if name.startswith("tokenizer"):
+            files = sorted(file for file in (self.path / name).iterdir() if file.is_file())
+            return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
         if self.converted:
             return read_json(self.path / MANIFEST)["fingerprints"][name]
         return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
