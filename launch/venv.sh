@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment that works on a bare Debian.
 # Usage: make_venv DIRECTORY
 

@@ -434,3 +434,8 @@ def test_memory_stays_near_the_largest_leaf(folder, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 0.6 * sum(sizes), f"{result.stdout} MiB of {sum(sizes):.0f} MiB"
+
+
+def test_a_relative_path_is_as_good_as_an_absolute_one(converted, monkeypatch):
+    monkeypatch.chdir(converted.parent)
+    assert_same(ModelFolder(converted.name).load("vae"), ModelFolder(converted).load("vae"))
