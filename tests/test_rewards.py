@@ -182,7 +182,7 @@ def test_colour_score_of_a_flat_region_has_its_closed_form(photo, mask):
 
 
 def test_unknown_rewards_and_options_name_the_nearest():
-    with pytest.raises(UsageError, match="'color' found; one of colour, preservation was wanted") as caught:
+    with pytest.raises(UsageError, match="'color' found; one of colour, oracle, preservation was wanted") as caught:
         rewards.make("color")
     assert caught.value.remedy == "Did you mean 'colour'?"
     with pytest.raises(UsageError, match="'scal'; the options scale, lightness were wanted"):

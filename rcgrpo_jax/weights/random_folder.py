@@ -7,6 +7,7 @@ before the gated weights are at hand. It has learned nothing.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +64,8 @@ def build(path: str | Path, seed: int = 0, configs: Mapping[str, Any] = SMALL) -
     configs = dict(configs)
     configs["text_encoder"] = replace(configs["text_encoder"], vocab_size=clip_size, eos_token_id=clip_size - 1)
     configs["text_encoder_2"] = replace(configs["text_encoder_2"], vocab_size=t5_size)
-    for index, name in enumerate(NETWORKS):
-        params = _draw(np.random.default_rng([seed, index]), abstract_params(name, configs[name]))
+    for name in NETWORKS:
+        params = _draw(seed, name, abstract_params(name, configs[name]))
         save_network(path, name, configs[name], params)
     (path / "scheduler").mkdir(exist_ok=True)
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
@@ -72,10 +73,11 @@ def build(path: str | Path, seed: int = 0, configs: Mapping[str, Any] = SMALL) -
     return path
 
 
-def _draw(rng: np.random.Generator, shapes: dict) -> dict:
-    """Kernels with variance 1 / fan-in, unit scales, zero biases, unit-variance embeddings."""
+def _draw(seed: int, name: str, shapes: dict) -> dict:
+    """Kernels with variance 1 / fan-in, unit scales, zero biases, unit-variance embeddings, each from its own name."""
     params = {}
     for path, leaf in flatten_dict(shapes).items():
+        rng = np.random.default_rng([seed, zlib.crc32("/".join((name, *path)).encode())])
         match path[-1]:
             case "kernel":
                 fan_in = np.prod(leaf.shape[1 if is_stacked(path) else 0 : -1])
