@@ -44,7 +44,7 @@ def test_diffusers_makes_the_same_edit_with_the_exported_lora(out):
     size = (128, 128)
     ours = read_image(out / "edits" / f"{example.name}_lora.png").astype(np.float32)
     base = read_image(out / "edits" / f"{example.name}_base.png").astype(np.float32)
-    noise = np.asarray(jax.random.normal(jax.random.key(0), (1, 64, 64)))
+    noise = np.array(jax.random.normal(jax.random.key(0), (1, 64, 64)))
     pipe = FluxKontextPipeline.from_pretrained(out / "kontext-small", dtype=torch.float32)
     pipe.load_lora_weights(out / "lora")
     pipe.set_progress_bar_config(disable=True)
