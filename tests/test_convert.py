@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
@@ -439,3 +440,16 @@ def test_memory_stays_near_the_largest_leaf(folder, tmp_path):
 def test_a_relative_path_is_as_good_as_an_absolute_one(converted, monkeypatch):
     monkeypatch.chdir(converted.parent)
     assert_same(ModelFolder(converted.name).load("vae"), ModelFolder(converted).load("vae"))
+
+
+def test_a_damaged_converted_model_is_two_lines(converted, tmp_path, capfd):
+    model = Path(shutil.copytree(converted, tmp_path / "model"))
+    blocks = max((model / "transformer" / "params").rglob("*"), key=lambda file: file.stat().st_size)
+    blocks.write_bytes(blocks.read_bytes()[:1000])
+    Image.new("RGB", (32, 32)).save(tmp_path / "in.png")
+    files = [f"--image={tmp_path / 'in.png'}", f"--out={tmp_path / 'out.png'}"]
+    assert main(["edit", f"--model={model}", "--instruction=Make it red.", "--size=32x32", "--steps=1", *files]) == 1
+    error = capfd.readouterr().err
+    assert "transformer/params: not a complete Orbax checkpoint" in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 2

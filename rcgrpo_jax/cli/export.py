@@ -25,15 +25,16 @@ ABOUT = "Writes a trained LoRA as diffusers loads it (pytorch_lora_weights.safet
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "directory of the run", values)
     flags.DEFINE_string("out", None, "folder to write", values)
+    flags.DEFINE_string("model", None, "the base, if it has moved since; only its config.json is read", values)
     flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", flag_values=values)
 
 
-def export(workdir: str | Path, out: str | Path, step: int | None = None) -> Path:
-    """Writes the LoRA of a run's checkpoint and returns the file."""
+def export(workdir: str | Path, out: str | Path, step: int | None = None, model: str | None = None) -> Path:
+    """Writes the LoRA of a run's checkpoint and returns the file; `model` says where the base is if it has moved."""
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
     config = default_config()
     config.update(ConfigDict(checkpointer.saved_config(step)))
-    params = abstract_params("transformer", ModelFolder(config.model.path).config("transformer"))
+    params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
     try:
         return save_lora(Path(out), state.lora if state.ema is None else state.ema, LoRAConfig(**config.lora))
@@ -43,4 +44,4 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None) -> Pat
 
 def run(argv: list[str]) -> None:
     values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
-    print(f"LoRA: {export(values.workdir, values.out, values.step)}")
+    print(f"LoRA: {export(values.workdir, values.out, values.step, values.model)}")

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     debug = "--debug" in argv
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="rcgrpo: %(message)s")
-    quiet()
+    if not debug:
+        quiet()
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
@@ -70,7 +71,9 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the tasks of a failed read; its error is raised as well
+    # `main` prints its own errors. What would come here are the background tasks of a read that failed, one by one.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = sys.unraisablehook = lambda *_: None
 
 
 if __name__ == "__main__":
