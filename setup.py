@@ -27,7 +27,6 @@ setup(
         "jax>=0.10",
         "jaxtyping>=0.3",
         "ml_collections>=1.1",
-        "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

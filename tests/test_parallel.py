@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
-from rcgrpo_jax.parallel.mesh import AXES, make_mesh, mesh_shape
-from rcgrpo_jax.parallel.microbatch import map_samples
-from rcgrpo_jax.parallel.sharding import over_samples, parameter_sharding, parameter_spec, replicated
+from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, make_mesh, mesh_shape
+from rcgrpo_jax.parallel.microbatch import map_samples, split
+from rcgrpo_jax.parallel.sharding import parameter_sharding, parameter_spec, replicated
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.random_folder import SMALL, build
@@ -147,7 +147,9 @@ def test_weights_are_loaded_in_parts(tmp_path_factory, sizes, shards):
 
 def test_samples_spread_over_data_and_fsdp():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    assert over_samples(mesh).shard_shape((8, 5)) == (2, 5)
+    chunks = jax.jit(lambda x: split(x, 4, mesh))(jnp.zeros((8, 5)))
+    assert chunks.shape == (2, 4, 5)
+    assert chunks.sharding.shard_shape(chunks.shape) == (2, 1, 5)
     assert replicated(mesh).shard_shape((8, 5)) == (8, 5)
 
 
@@ -172,7 +174,7 @@ def test_samples_and_heads_are_spread_in_the_compiled_program(sizes, logits):
         return map_samples(one, (x, reference, text), 0, mesh)
 
     def samples(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over_samples(mesh))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(SAMPLE_AXES)))
 
     params = unflatten_dict(
         {

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -164,6 +163,3 @@ class Batches:
         arrays = [stack(name) for name in EditBatch._fields[:6]]
         targets = stack("target") if all("target" in row for row in rows) else None
         return EditBatch(*arrays, tuple(row["instruction"] for row in rows), targets)
-
-
-assert ml_dtypes  # registers bfloat16 with numpy, which safetensors needs to return it

@@ -7,8 +7,6 @@ import re
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
-
 MESH_AXIS = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}  # logical axis -> mesh axis
 
 # Path of a parameter -> logical names of its last axes; the first match counts. What is not named is replicated.
@@ -43,8 +41,3 @@ def parameter_sharding(mesh: Mesh):
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
-
-
-def over_samples(mesh: Mesh) -> NamedSharding:
-    """The first axis, samples or prompts, spread over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(SAMPLE_AXES))

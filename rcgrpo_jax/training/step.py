@@ -26,6 +26,7 @@ from rcgrpo_jax.models.mmdit import Condition, sown_masses
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import map_samples, split
 from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.training.config import num_trained_steps
 from rcgrpo_jax.training.state import TrainState, make_optimizer
 
 
@@ -109,7 +110,7 @@ class Programs:
         steps = jnp.arange(1, self.config.rollout.num_steps + 1)
         match self.config.surrogate.steps:
             case "early":
-                return steps[: (len(steps) + 1) // 2]
+                return steps[: num_trained_steps(self.config)]
             case "random":
                 return jnp.sort(jax.random.choice(key, steps, (self.config.surrogate.num_random_steps,), replace=False))
         return steps
@@ -270,16 +271,10 @@ class Programs:
 
     def log_policy_shape(self) -> tuple[int, int, int]:
         """(units, steps of a unit, G), the shape of `log_old`."""
-        abstract = jax.eval_shape(
-            lambda: self.units(
-                Exploration(
-                    jnp.zeros(()),
-                    jnp.zeros((self.config.rollout.prompts, self.config.surrogate.anchors), jnp.int32),
-                    self._trained_steps(jax.random.key(0)),
-                )
-            )
-        )
-        return (*abstract[2].shape, self.config.rollout.group_size)
+        anchors = self.config.rollout.prompts * self.config.surrogate.anchors
+        trained, group = num_trained_steps(self.config), self.config.rollout.group_size
+        replay = self.config.surrogate.anchor_mode == "replay"
+        return (anchors * trained, 1, group) if replay else (anchors, trained, group)
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:
