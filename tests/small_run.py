@@ -27,7 +27,8 @@ from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.config import default_config, validate
-from rcgrpo_jax.training.loop import Trainer, encode
+from rcgrpo_jax.training.encode import encode
+from rcgrpo_jax.training.loop import Trainer, check_example
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.weights import random_folder
@@ -142,7 +143,9 @@ def make_batch(trainer: Trainer, step: int = 0) -> EditBatch:
     """The batch of a step; encoders run once a session."""
     mesh = trainer.programs.mesh
     with jax.set_mesh(mesh):
-        return encode(trainer.config, ModelFolder(model_folder()), workspace(), trainer.rewards, mesh)[step]
+        config, folder = trainer.config, ModelFolder(model_folder())
+        check = functools.partial(check_example, trainer.rewards)
+        return encode(config, folder, workspace(), mesh, config.rollout.prompts, check)[step]
 
 
 def make_state(trainer: Trainer, seed: int = 0) -> TrainState:
@@ -153,7 +156,7 @@ def make_state(trainer: Trainer, seed: int = 0) -> TrainState:
     def draw(path, x):
         return jnp.asarray(0.05 * rng.standard_normal(x.shape, np.float32)) if path[-1].key == "B" else x
 
-    state = state.replace(lora=jax.tree_util.tree_map_with_path(draw, state.lora))
+    state = state.replace(params=jax.tree_util.tree_map_with_path(draw, state.params))
     return jax.device_put(state, replicated(trainer.programs.mesh))
 
 

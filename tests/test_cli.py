@@ -347,7 +347,7 @@ def workdir(tmp_path_factory) -> Path:
     with Checkpointer(path / "checkpoints", save_every=2, keep=2) as checkpointer:
         for step in (2, 4):
             state = small_run.make_state(trainer, seed=step)
-            state = state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda x: x / 2, state.lora))
+            state = state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda x: x / 2, state.params))
             checkpointer.save(step, state, trainer.config.to_dict())
     return path
 
@@ -361,7 +361,7 @@ def test_export_writes_the_average_of_a_step(capsys, tmp_path, workdir, step):
     trainer = small_run.make_trainer(optimizer__ema_decay=0.9)
     adapter, config = load_lora(tmp_path / "lora", trainer.params)
     assert (config.rank, config.alpha) == (4, 8.0)
-    wanted = flatten_dict(small_run.make_state(trainer, seed=step or 4).lora)
+    wanted = flatten_dict(small_run.make_state(trainer, seed=step or 4).params)
     for path, x in flatten_dict(adapter).items():
         np.testing.assert_array_equal(x, wanted[path] / 2)
 

@@ -21,6 +21,7 @@ LAYERS = [
     ("rewards", "parallel", "weights"),
     ("editor",),
     ("data",),
+    ("evaluation",),
     ("training",),
     ("cli",),
 ]

@@ -56,7 +56,7 @@ def explore_and_roll_out(trainer: Trainer) -> Step:
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
         exploration = programs.explore(jax.random.key(1), prompts)
-        rollout = programs.rollout(trainer.params, small_run.make_state(trainer).lora, prompts, exploration.noise)
+        rollout = programs.rollout(trainer.params, small_run.make_state(trainer).params, prompts, exploration.noise)
     rewards = np.random.default_rng(2).standard_normal(rollout.acd.shape).astype(np.float32)
     advantages = (rewards - rewards.mean(-1, keepdims=True)) / rewards.std(-1, keepdims=True)
     return Step(prompts, exploration, rollout, jnp.asarray(advantages))
@@ -189,8 +189,8 @@ def test_the_first_gradient_is_the_closed_form(combination):
     trained = np.isin(np.arange(1, len(programs.sigmas)), exploration.steps).astype(np.float32)
     with jax.set_mesh(programs.mesh):
         wanted = closed_form_gradient(
-            programs.editor, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params, result.before.lora,
-            lora.alpha / lora.rank, prompts, rollout.states, exploration.anchors, trained, pulls,
+            programs.editor, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params,
+            result.before.params, lora.alpha / lora.rank, prompts, rollout.states, exploration.anchors, trained, pulls,
         )  # fmt: skip
     found = gradient(result)
     assert relative_error(found, wanted) <= 1e-5
@@ -225,7 +225,7 @@ def test_one_small_update_raises_the_surrogate_objective(seed):
     state = small_run.make_state(trainer, seed)
     first = update(trainer, step, state)
     # A short way along the optimizer's direction.
-    nearby = jax.tree.map(lambda a, b: a + 1e-3 * (b - a), state.lora, first.after.lora)
+    nearby = jax.tree.map(lambda a, b: a + 1e-3 * (b - a), state.params, first.after.params)
     again = update(trainer, step, first.after.replace(lora=nearby), first.log_pi)
     assert again.metrics["clip_fraction"] == 0
     assert again.metrics["loss"] < first.metrics["loss"] - 1e-6
@@ -237,7 +237,7 @@ def test_one_small_update_raises_the_surrogate_objective(seed):
 def test_groups_without_signal_leave_the_adapter_as_it_is():
     trainer = small_run.make_trainer(**BASE)
     result = update(trainer, base_step()._replace(advantages=jnp.zeros((2, 4))), small_run.make_state(trainer))
-    assert leaves_equal(result.after.lora, result.before.lora)
+    assert leaves_equal(result.after.params, result.before.params)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_failed_and_equal_rewards_teach_nothing(monkeypatch, score, counter):
     assert metrics[counter] == trainer.config.rollout.prompts
     assert metrics["grad_norm"] == 0
     assert np.isfinite(metrics["loss"])
-    assert leaves_equal(after.lora, state.lora)
+    assert leaves_equal(after.params, state.params)
 
 
 def test_a_step_changes_the_adapter_and_never_the_base():
@@ -266,13 +266,13 @@ def test_a_step_changes_the_adapter_and_never_the_base():
     assert leaves_equal((trainer.params, trainer.decoder), before)
     assert int(after.step) == int(state.step) + 1
     assert metrics["ratio_deviation"] == 0.0
-    for path, x in jax.tree_util.tree_leaves_with_path(optax.tree.sub(after.lora, state.lora)):
+    for path, x in jax.tree_util.tree_leaves_with_path(optax.tree.sub(after.params, state.params)):
         assert np.any(x), path
 
 
 def test_the_average_follows_the_adapter():
     result = first_update("replay", "l2", "all", "uniform")
-    wanted = jax.tree.map(lambda ema, lora: 0.1 * ema + 0.9 * lora, result.before.ema, result.after.lora)
+    wanted = jax.tree.map(lambda ema, lora: 0.1 * ema + 0.9 * lora, result.before.ema, result.after.params)
     assert relative_error(result.after.ema, wanted) < 1e-6
     assert relative_error(result.after.ema, result.before.ema) > 1e-4
 
@@ -285,7 +285,7 @@ def test_bfloat16_keeps_float32_states_and_an_exact_ratio():
     assert not np.array_equal(step.rollout.states, rounded)  # not float32 by name only
     result = update(trainer, step, small_run.make_state(trainer))
     assert result.metrics["ratio_deviation"] == 0.0
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(result.after.lora))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(result.after.params))
 
 
 # Micro-batches and meshes
@@ -306,7 +306,7 @@ def assert_same_step(trainer: Trainer, tolerance: float):
         assert found.metrics[name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
     np.testing.assert_allclose(found.log_pi, wanted.log_pi, rtol=10 * tolerance, atol=10 * tolerance)
     assert relative_error(*jax.device_get((gradient(found), gradient(wanted)))) < 10 * tolerance
-    changes = [optax.tree.sub(*jax.device_get((x.after.lora, x.before.lora))) for x in (found, wanted)]
+    changes = [optax.tree.sub(*jax.device_get((x.after.params, x.before.params))) for x in (found, wanted)]
     assert relative_error(*changes) < 1e-4  # Adam divides by gradients that may be near zero
 
 

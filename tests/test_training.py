@@ -83,7 +83,7 @@ def test_tensorboard_has_the_same(run):
     (events,) = (run[1] / "tensorboard").glob("events.out.tfevents.*")
     content = events.read_bytes()
     assert all(name.encode() in content for name in METRICS)
-    assert b"candidates" in content
+    assert b"pictures" in content
 
 
 def test_grids_are_drawn_every_few_steps_and_at_the_end(run):
@@ -100,7 +100,7 @@ def test_checkpoints_are_made_and_old_ones_removed(run, tmp_path):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     assert int(state.step) == 4
     assert state.ema is None
-    assert any(np.any(x) for x in jax.tree.leaves(state.lora))
+    assert any(np.any(x) for x in jax.tree.leaves(state.params))
 
 
 def test_two_updates_on_a_rollout_move_the_ratio(tmp_path):

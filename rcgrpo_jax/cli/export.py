@@ -37,7 +37,7 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None, model:
     params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
     try:
-        return save_lora(Path(out), state.lora if state.ema is None else state.ema, LoRAConfig(**config.lora))
+        return save_lora(Path(out), state.averaged, LoRAConfig(**config.lora))
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
         raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None
 

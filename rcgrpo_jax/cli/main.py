@@ -12,13 +12,17 @@ from rcgrpo_jax.errors import UsageError, UserError
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
     "edit": "edit one image",
+    "pretrain": "supervised training: autoencoder, flow, or a LoRA on your own triples",
     "train": "post-train a LoRA with RC-GRPO",
+    "evaluate": "how well a model edits, with and without a LoRA",
+    "ablate": "variants of a run against each other, several seeds each",
+    "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",
     "data": "write a data set of synthetic editing tasks",
     "demo": "the whole way on photographs and a small random editor",
 }
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
-    f"  {name:<8} {about}" for name, about in COMMANDS.items()
+    f"  {name:<9} {about}" for name, about in COMMANDS.items()
 )
 
 

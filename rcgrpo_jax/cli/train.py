@@ -2,83 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import re
-import runpy
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict, config_flags
-
-from rcgrpo_jax.cli.arguments import one_line, parse
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.cli.config_file import parse_run, print_records
 from rcgrpo_jax.training.loop import train
 
 ABOUT = "Post-trains a LoRA. The same command resumes an interrupted run; SIGTERM saves and stops."
 
 
-def load_config(path: str) -> ConfigDict:
-    """What the `get_config()` of a Python file returns.
-
-    Raises:
-        UserError: If there is no such file or function, or it fails; the message names the file and its line.
-    """
-    try:
-        config = runpy.run_path(path)["get_config"]()
-        if not isinstance(config, ConfigDict):
-            raise TypeError(f"get_config() gave a {type(config).__name__}; a ConfigDict was wanted")
-        return config
-    except OSError as error:
-        raise UserError(f"--config: {path} cannot be read ({error.strerror}).", "Correct the path.") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        where = path if line is None else f"{path}, line {line}"
-        raise UserError(
-            f"--config: {where}: {type(error).__name__}: {one_line(error)}",
-            "Correct the file; its get_config() starts from rcgrpo_jax.training.config.default_config().",
-        ) from error
-
-
-def check_config(argv: Sequence[str]) -> None:
-    """Runs the file of `--config` by itself and looks up the overridden fields, for messages that name either.
-
-    Raises:
-        UserError: As `load_config`.
-        UsageError: If `--config.FIELD` names a field that the configuration does not have.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "", values)
-    with contextlib.suppress(flags.Error):  # reported by `parse`
-        values(["train", *argv], known_only=True)
-    if not values["config"].value:
-        return
-    fields = list(flatten_dict(load_config(values["config"].value).to_dict(), sep="."))
-    for name in re.findall(r"^--?config\.([^=\n]+)", "\n".join(argv), re.MULTILINE):
-        if not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            near = difflib.get_close_matches(name, fields, n=1)
-            raise UsageError(
-                f"--config.{name}: there is no such field." + (f" Did you mean --config.{near[0]}?" if near else ""),
-                "`default_config` in rcgrpo_jax/training/config.py lists the fields.",
-            )
-
-
 def run(argv: list[str]) -> None:
-    def define(values: flags.FlagValues) -> None:
-        config_flags.DEFINE_config_file(
-            "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=argv
-        )
-        flags.DEFINE_string("workdir", None, "directory of the run", values)
-
-    check_config(argv)
-    values, _ = parse("train", ABOUT, argv, define, required=("config", "workdir"))
-    state = train(values.config, values.workdir)
-    workdir = Path(values.workdir)
+    config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.training.config")
+    state = train(config, workdir)
     print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
-    print(f"metrics      {workdir / 'metrics.jsonl'}")
-    print(f"tensorboard  {workdir / 'tensorboard'}")
-    print(f"images       {workdir / 'images'}")
+    print_records(workdir)

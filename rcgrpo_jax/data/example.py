@@ -21,7 +21,7 @@ class EditExample:
     mask: Float[np.ndarray, "H W"]  # float32 in [0, 1], 1 where the edit belongs
     instruction: str  # any Unicode text, passed on as it is
     caption: str | None = None  # describes the edited image
-    target: UInt8[np.ndarray, "H W 3"] | None = None  # a reference edit, for evaluation only
+    target: UInt8[np.ndarray, "H W 3"] | None = None  # the right result, where one is known
 
 
 def check_example(example: EditExample) -> EditExample:

@@ -18,6 +18,9 @@ Polarity = Literal["white", "black"]
 _PORTRAIT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
 KONTEXT_SIZES = (*_PORTRAIT, (1024, 1024), *((height, width) for width, height in reversed(_PORTRAIT)))
 
+DISPLAY_SIDES = (160, 320)  # least and most pixels of the longer side of a picture for people
+_OUTLINE, _RED = 2, (230, 30, 30)  # of a region: pixels, colour
+
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     """Reads a picture as 8-bit RGB, upright.
@@ -152,6 +155,29 @@ def resize_mask(mask: Float[np.ndarray, "H W"], size: tuple[int, int]) -> Float[
     """Resamples a mask to `size = (height, width)` by the nearest pixel, so that no new values appear at its edge."""
     height, width = size
     return np.array(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
+
+
+def for_display(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Brings a picture's longer side into `DISPLAY_SIDES`: small ones by a whole factor (nearest), large by Lanczos."""
+    smallest, largest = DISPLAY_SIDES
+    longest = max(image.shape[:2])
+    if longest < smallest:
+        factor = -(-smallest // longest)
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    if longest > largest:
+        return resize_image(image, tuple(max(1, side * largest // longest) for side in image.shape[:2]))
+    return image
+
+
+def outline(image: UInt8[np.ndarray, "H W 3"], mask: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws the inner rim of a mask's region, all that is above 0, onto a picture of any size: red, two pixels wide."""
+    inside = np.asarray(Image.fromarray(np.asarray(mask) > 0).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    window = 2 * _OUTLINE + 1
+    # Padding counts as outside: a region that reaches the border, or fills the image, is outlined there too.
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, _OUTLINE), (window, window))
+    pixels = image.copy()
+    pixels[inside & ~around.all(axis=(-2, -1))] = _RED
+    return pixels
 
 
 def kontext_size(height: int, width: int, preferred: Sequence[tuple[int, int]] = KONTEXT_SIZES) -> tuple[int, int]:

@@ -7,6 +7,7 @@ the same bytes in every run, but for the last bit of numpy's sines on another pr
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -139,12 +140,15 @@ class Scenes:
 
 
 def parse_scenes(text: str) -> Scenes:
-    """Opens the scenes that `SPLIT[:COUNT]` names, such as `train:5000`.
+    """Opens the scenes that `SPLIT[:COUNT[:FLAWS]]` names, such as `train:5000` or `train:5000:0.4`.
 
     Raises:
-        UsageError: As `Scenes`, or the count is not a number.
+        UsageError: As `Scenes`, or the count or the share of flaws is not a number.
     """
-    split, colon, count = text.partition(":")
-    if colon and not count.isdecimal():
-        raise UsageError(f"scenes: {text!r} found; SPLIT[:COUNT] was wanted.", "Write train:5000.")
-    return Scenes(split, int(count)) if colon else Scenes(split)
+    found = re.fullmatch(r"([^:]+)(?::(\d+)(?::(\d*\.?\d+))?)?", text)
+    if not found:
+        raise UsageError(
+            f"scenes: {text!r} found; SPLIT[:COUNT[:FLAWS]] was wanted.", "Write train:5000, or train:5000:0.4."
+        )
+    split, count, flaws = found.groups()
+    return Scenes(split, int(count), flaws=float(flaws or 0)) if count else Scenes(split)

@@ -193,8 +193,16 @@ class VAE(nn.Module):
         Returns:
             `[..., H / downscale, W / downscale, latent_channels]` in `dtype`, about unit variance on photographs.
         """
-        mean, _ = jnp.split(self.encoder(pixels), 2, axis=-1)
-        return (mean - self.config.shift_factor) * self.config.scaling_factor
+        return self.normalise(self.moments(pixels)[0])
+
+    def normalise(self, raw: Float[Array, "... h w C"]) -> Float[Array, "... h w C"]:
+        """`(raw - shift_factor) * scaling_factor`."""
+        return (raw - self.config.shift_factor) * self.config.scaling_factor
+
+    def moments(self, pixels: Float[Array, "... H W 3"]) -> tuple[Float[Array, "... h w C"], Float[Array, "... h w C"]]:
+        """Mean and log-variance of the posterior, not normalised; what pre-training samples from."""
+        mean, log_variance = jnp.split(self.encoder(pixels), 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: Float[Array, "... h w C"]) -> Float[Array, "... H W 3"]:
         """Pixels of normalised latents, `decoder(z / scaling_factor + shift_factor)`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -77,6 +77,41 @@ def make(name: str, **options: Any) -> Reward:
             "Correct the options.",
         ) from None
     return _FACTORIES[name](**options)
+
+
+def option_problems(name: str, options: Any) -> list[str]:
+    """What is wrong with the options that a configuration gives a reward, a line each.
+
+    Args:
+        name: The reward's.
+        options: Option -> value. A value of another type than the option's default is a problem, but an int is a float.
+    """
+    if name not in _FACTORIES:
+        return [f"{name}: no such reward; {_nearest(name, _FACTORIES)}"]
+    if not isinstance(options, Mapping):
+        return [f"{name}: {options!r} found; a group of options was wanted"]
+    parameters = inspect.signature(_FACTORIES[name]).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    problems = []
+    for option, value in options.items():
+        if option not in parameters and not takes_any:
+            problems.append(f"{name}.{option}: no such option; {_nearest(option, parameters)}")
+        elif option in parameters and not _fits(value, parameters[option].default):
+            wanted = type(parameters[option].default).__name__
+            problems.append(f"{name}.{option}: {value!r} found; {wanted} was wanted")
+    return problems
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(known)) or '(none)'} was wanted"
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value can stand for a default; any can where there is none."""
+    if default is None or default is inspect.Parameter.empty or type(value) is type(default):
+        return True
+    return type(value) is int and type(default) is float
 
 
 def score_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> dict[str, Float[np.ndarray, "P G"]]:

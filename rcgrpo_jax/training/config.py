@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.models.attention import IMPLEMENTATIONS
-from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
+from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, get_field, refusal, size_problems
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
@@ -36,7 +33,7 @@ def default_config() -> ConfigDict:
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
         ),
         data=group(
-            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[:COUNT]
+            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[:COUNT[:FLAWS]]
             polarity="white",  # colour of the edit region in the masks: white or black
             size=(512, 512),  # (height, width) in pixels, multiples of 16; resized to it, whatever the aspect ratio
             cache="",  # folder of encoder results; empty: WORKDIR/cache
@@ -81,6 +78,19 @@ def default_config() -> ConfigDict:
             updates=1,  # optimizer updates on one rollout
         ),
         rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
+        reward_options=group(  # registered reward -> options of its factory, where not its defaults
+            preservation=group(
+                cap=50.0,  # dB of PSNR outside the mask that count as perfect
+            ),
+            colour=group(
+                scale=40.0,  # CIELAB units at which a pixel's score falls to 1 / e
+                lightness=0.5,  # weight of lightness differences
+            ),
+            oracle=group(
+                noise=0.0,  # standard deviation of the judge's error, in units of the reward
+                seed=0,  # of that error
+            ),
+        ),
         acd=group(
             weight=1.0,  # of R_acd after its z-score; 0 turns it off, in the rollout too
             layers=10,  # L_sel, the last blocks that count
@@ -90,6 +100,7 @@ def default_config() -> ConfigDict:
         optimizer=group(
             learning_rate=1e-4,  # AdamW, after the warm-up
             warmup_steps=0,  # updates of linear warm-up from 0
+            decay_steps=0,  # updates of cosine decay to 0 after the warm-up; 0: none
             weight_decay=1e-4,  # decoupled
             b1=0.9,  # decay of the first moment
             b2=0.999,  # decay of the second moment
@@ -111,10 +122,7 @@ def default_config() -> ConfigDict:
 
 
 _CHOICES = {
-    "model.dtype": ("bfloat16", "float32"),
-    "model.attention": tuple(IMPLEMENTATIONS),
-    "model.remat": tuple(REMAT_POLICIES),
-    "data.polarity": ("white", "black"),
+    **MODEL_CHOICES,
     "explore.kind": ("region", "global"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
@@ -122,22 +130,17 @@ _CHOICES = {
     "surrogate.weighting": ("uniform", "policy"),
     "acd.text": ("all", "instruction"),
 }
-_WITHIN = {  # field -> (lowest, highest), both allowed
-    "seed": (0, 2**32 - 1), "model.max_text_tokens": (1, 512), "model.guidance": (0, math.inf),
-    "lora.rank": (1, math.inf), "lora.alpha": (1e-9, math.inf), "explore.alpha_edit": (0, 1),
-    "explore.alpha_base": (0, 1), "explore.sigma": (0, 1), "explore.mask_threshold": (0, 1),
-    "explore.mask_dilation": (0, math.inf),
+_RANGES = {
+    **SHARED_RANGES,
+    "explore.alpha_edit": (0, 1), "explore.alpha_base": (0, 1), "explore.sigma": (0, 1),
+    "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, math.inf),
     "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf), "rollout.num_steps": (1, math.inf),
     "rollout.micro_batch": (0, math.inf), "rollout.decode_micro_batch": (0, math.inf),
     "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf), "surrogate.anchors": (1, math.inf),
     "surrogate.num_random_steps": (1, math.inf), "surrogate.micro_batch": (0, math.inf),
     "objective.clip": (1e-9, math.inf), "objective.advantage_clip": (1e-9, math.inf),
     "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf), "objective.updates": (1, math.inf),
-    "acd.layers": (1, math.inf), "acd.weight": (0, math.inf), "optimizer.learning_rate": (0, math.inf),
-    "optimizer.warmup_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999), "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 0.99999),
-    "train.num_steps": (1, math.inf), "train.save_every": (1, math.inf), "train.keep": (1, math.inf),
-    "train.image_every": (1, math.inf),
+    "acd.layers": (1, math.inf), "acd.weight": (0, math.inf),
 }  # fmt: skip
 
 
@@ -153,50 +156,22 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     Raises:
         UsageError: With every problem found, a line each.
     """
-    known, found = _fields(default_config()), _fields(config)
-    if missing := sorted(known - found):
-        raise _refusal([f"{field}: missing" for field in missing])
-    problems = [_unknown(field, known) for field in sorted(found - known)]
+    problems = check_fields(config, default_config(), _CHOICES, _RANGES, free=("rewards", "reward_options"))
     problems += [
-        f"{field}: {_get(config, field)!r} found; one of {', '.join(choices)} was wanted"
-        for field, choices in _CHOICES.items()
-        if _get(config, field) not in choices
-    ]
-    problems += [
-        f"{field}: {_get(config, field)!r} found; {low} {'or more' if high == math.inf else f'to {high}'} was wanted"
-        for field, (low, high) in _WITHIN.items()
-        if not low <= _get(config, field) <= high
-    ]
-    problems += [
-        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not _get(config, field)
+        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not get_field(config, field)
     ]
     problems += [
         f"rewards.{name}: {weight!r} found; a finite number was wanted"
         for name, weight in config.rewards.items()
         if not math.isfinite(weight)
     ]
-    if problems := problems or _size_problems(config, num_devices):
-        raise _refusal(problems)
+    for name, options in config.reward_options.to_dict().items():
+        problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
+    if problems := problems or _spread_problems(config, num_devices):
+        raise refusal(problems)
 
 
-def _refusal(problems: list[str]) -> UsageError:
-    return UsageError(
-        "config: " + "\n        ".join(problems), "Correct these fields in the file or with --config.FIELD=VALUE."
-    )
-
-
-def _fields(config: ConfigDict) -> set[str]:
-    """Dotted names of all fields but the rewards, which are the user's to name."""
-    return {name for name in flatten_dict(config.to_dict(), sep=".") if not name.startswith("rewards.")}
-
-
-def _unknown(field: str, known: set[str]) -> str:
-    """A ConfigDict takes any new field: a misspelt one in a file would leave the default in force."""
-    near = difflib.get_close_matches(field, known, n=1)
-    return f"{field}: no such field" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
+def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     problems = []
     g, b, k = config.rollout.group_size, config.surrogate.anchors, config.rollout.num_steps
     if b > g - 1:
@@ -208,9 +183,7 @@ def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
             f"{math.log(g):.3f}"
         )
-    sides = config.data.size
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
-        problems.append(f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted")
+    problems += size_problems(config)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))
@@ -227,10 +200,3 @@ def _size_problems(config: ConfigDict, num_devices: int) -> list[str]:
         if count % micro or micro % spread:
             problems.append(f"{field} = {count} in micro-batches of {micro} does not divide over {where}")
     return list(dict.fromkeys(problems))
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    value = config
-    for name in field.split("."):
-        value = value[name]
-    return value

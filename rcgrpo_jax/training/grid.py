@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-_SMALLEST, _LARGEST = 160, 320  # pixels of a cell's longer side
-_GAP, _MARGIN, _OUTLINE = 8, 16, 2  # pixels between cells, between rows, of the red line
+from rcgrpo_jax.data.images import DISPLAY_SIDES, for_display, outline
+
+_GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
-_PAPER, _INK, _FAINT, _RED = (255, 255, 255), (24, 24, 24), (104, 104, 104), (230, 30, 30)
+_PAPER, _INK, _FAINT = (255, 255, 255), (24, 24, 24), (104, 104, 104)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
     cells = [_cells(row) for row in rows]
     # An upright image may be narrower than its caption.
     column = _GAP + max(
-        _SMALLEST, *(max(image.width, int(font.getlength(text))) for row in cells for text, image in row)
+        DISPLAY_SIDES[0], *(max(image.width, int(font.getlength(text))) for row in cells for text, image in row)
     )
     width = 2 * _MARGIN - _GAP + column * max((len(row) for row in cells), default=1)
     heading, *texts = (_wrap(text, font, width - 2 * _MARGIN) for text in [title, *(row.instruction for row in rows)])
@@ -81,29 +82,8 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
 
 def _cells(row: GridRow) -> list[tuple[str, Image.Image]]:
     """(caption, image) from left to right: the source, then the candidates."""
-    images = [_fit(Image.fromarray(image)) for image in row.candidates]
-    return [("source", _outlined(row.source, row.mask)), *zip(row.captions, images, strict=True)]
-
-
-def _outlined(source: UInt8[np.ndarray, "h w 3"], mask: Float[np.ndarray, "h w"]) -> Image.Image:
-    """The source with the inner rim of the mask in red, two pixels wide on paper whatever the size of the image."""
-    image = _fit(Image.fromarray(source))
-    inside = np.asarray(Image.fromarray(np.asarray(mask) > 0).resize(image.size, Image.Resampling.NEAREST))
-    window = 2 * _OUTLINE + 1
-    # Padding counts as outside: a region that reaches the border, or fills the image, is outlined there too.
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, _OUTLINE), (window, window))
-    pixels = np.array(image)
-    pixels[inside & ~around.all(axis=(-2, -1))] = _RED
-    return Image.fromarray(pixels)
-
-
-def _fit(image: Image.Image) -> Image.Image:
-    longest = max(image.size)
-    if longest < _SMALLEST:
-        return image.resize([side * -(-_SMALLEST // longest) for side in image.size], Image.Resampling.NEAREST)
-    if longest > _LARGEST:
-        return image.resize([max(1, side * _LARGEST // longest) for side in image.size], Image.Resampling.LANCZOS)
-    return image
+    pictures = [outline(for_display(row.source), row.mask), *(for_display(image) for image in row.candidates)]
+    return [(text, Image.fromarray(x)) for text, x in zip(["source", *row.captions], pictures, strict=True)]
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:

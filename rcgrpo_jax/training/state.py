@@ -19,30 +19,67 @@ class TrainState:
     """Everything that a checkpoint holds; the position in the data follows from `step`."""
 
     step: Array  # int32, training steps done
-    lora: dict  # adapter, B not scaled, float32
+    params: dict  # what is trained, float32: for a LoRA the adapter, B not scaled
     opt_state: Any  # of optax
-    ema: dict | None  # exponential moving average of `lora`, if kept
+    ema: dict | None  # exponential moving average of `params`, if kept
     key: Array  # random key of the run; step t uses fold_in(key, t)
+
+    @property
+    def averaged(self) -> dict:
+        """The average if one is kept, else the parameters."""
+        return self.params if self.ema is None else self.ema
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW under a global-norm clip, with linear warm-up; counts are optimizer updates."""
-    rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps) if config.warmup_steps else None
+    """AdamW under a global-norm clip, with linear warm-up and cosine decay; counts are optimizer updates."""
+    parts, ends = [optax.constant_schedule(config.learning_rate)], []
+    if config.decay_steps:
+        parts = [optax.cosine_decay_schedule(config.learning_rate, config.decay_steps)]
+    if config.warmup_steps:
+        parts.insert(0, optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps))
+        ends = [config.warmup_steps]
+    rate = optax.join_schedules(parts, ends)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(rate or config.learning_rate, config.b1, config.b2, weight_decay=config.weight_decay),
+        optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
     )
 
 
+def new_state(config: ConfigDict, params: dict, key: Array) -> TrainState:
+    """The state before the first step: zero moments, the average at the parameters.
+
+    Args:
+        config: The group `optimizer`.
+        params: What is trained, float32, on its shardings.
+        key: Random key of the run.
+    """
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema, key)
+
+
 def init_state(config: ConfigDict, params: dict) -> TrainState:
-    """The state before the first step: a fresh adapter (B = 0) and zero moments.
+    """The state of a LoRA run before the first step: a fresh adapter (B = 0).
 
     Args:
         config: The run's configuration.
         params: Base parameters of the transformer, arrays or shapes.
     """
-    lora = LoRAConfig(**config.lora)
     key_lora, key = jax.random.split(jax.random.key(config.seed))
-    adapter = init_adapter(key_lora, params, lora)
-    ema = jax.tree.map(jnp.copy, adapter) if config.optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), adapter, make_optimizer(config.optimizer).init(adapter), ema, key)
+    return new_state(config.optimizer, init_adapter(key_lora, params, LoRAConfig(**config.lora)), key)
+
+
+def apply_gradients(state: TrainState, grads: dict, config: ConfigDict) -> TrainState:
+    """One optimizer update of parameters and average; `step` is left to the caller.
+
+    Args:
+        state: Before.
+        grads: Of the loss with respect to `state.params`.
+        config: The group `optimizer`.
+    """
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if ema is not None:
+        # Warmed up: a fixed decay would keep the first parameters in the average for 1 / (1 - decay) steps.
+        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, ema, 1.0 - decay)
+    return state.replace(params=params, opt_state=opt_state, ema=ema)

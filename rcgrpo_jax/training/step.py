@@ -27,7 +27,7 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import map_samples, split
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.training.config import num_trained_steps
-from rcgrpo_jax.training.state import TrainState, make_optimizer
+from rcgrpo_jax.training.state import TrainState, apply_gradients
 
 
 class Prompts(NamedTuple):
@@ -68,7 +68,6 @@ class Programs:
         self.grid = editor.grid(*config.data.size)
         self.sigmas = editor.sigmas(config.rollout.num_steps, self.grid[0] * self.grid[1])
         self.lora_scale = LoRAConfig(**config.lora).scale
-        self.optimizer = make_optimizer(config.optimizer)
         whole = replicated(mesh)
         self.explore = jax.jit(self._explore, out_shardings=whole)
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
@@ -250,24 +249,18 @@ class Programs:
             return losses.mean(), aux
 
         def accumulate(grads: dict, chunk: tuple) -> tuple[dict, tuple]:
-            (loss, (log_pi, metrics)), new = jax.value_and_grad(chunk_loss, has_aux=True)(state.lora, chunk)
+            (loss, (log_pi, metrics)), new = jax.value_and_grad(chunk_loss, has_aux=True)(state.params, chunk)
             return jax.tree.map(jnp.add, grads, new), (loss, log_pi, metrics)
 
         chunks = split((*self.units(exploration), log_old), self.config.surrogate.micro_batch, self.mesh)
-        zeros = jax.tree.map(jnp.zeros_like, state.lora)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, (losses, log_pi, metrics) = jax.lax.scan(accumulate, zeros, chunks)
         grads = jax.tree.map(lambda g: g / losses.shape[0], grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
-        ema = state.ema
-        if ema is not None:
-            # Warmed up: a fixed decay would keep the untrained adapter in the average for 1 / (1 - decay) steps.
-            decay = jnp.minimum(self.config.optimizer.ema_decay, (1 + state.step) / (10 + state.step))
-            ema = optax.incremental_update(lora, ema, 1.0 - decay)
+        state = apply_gradients(state, grads, self.config.optimizer)
         scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         log_pi = log_pi.reshape(log_old.shape)
-        return state.replace(lora=lora, opt_state=opt_state, ema=ema), log_pi, scalars
+        return state, log_pi, scalars
 
     def log_policy_shape(self) -> tuple[int, int, int]:
         """(units, steps of a unit, G), the shape of `log_old`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -42,6 +44,26 @@ def save_network(folder: Path, name: str, config: Any, params: Mapping) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(network_json(name, config), indent=2) + "\n")
     save_file(diffusers_tensors(params), target / f"{network.file}.safetensors", metadata={"format": "pt"})
+
+
+def save_folder(start: Path, target: Path, networks: Mapping[str, tuple[Any, Mapping]], dtype: Any) -> Path:
+    """Writes a diffusers folder with new networks and everything else as in `start`; one at `target` is replaced.
+
+    Args:
+        start: A diffusers folder.
+        target: The folder to write; it is never there in part.
+        networks: Name -> config and parameters.
+
+    Raises:
+        OSError, SafetensorError: If it cannot be written; a full disk is either.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(start, partial, ignore=shutil.ignore_patterns(*networks, partial.name))  # it may lie in `start`
+    for name, (config, params) in networks.items():
+        save_network(partial, name, config, jax.tree.map(lambda x: np.asarray(x).astype(dtype), params))
+    shutil.rmtree(target, ignore_errors=True)
+    return partial.rename(target)
 
 
 def network_json(name: str, config: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from rcgrpo_jax.weights.files import TensorFiles, tensor_problems
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 
 MANIFEST = "rcgrpo.json"  # marks a converted directory
+SMALL_EDITOR = Path(__file__).parents[1] / "assets" / "small-editor"
 ShardingOf = Callable[[keymap.Path, tuple[int, ...]], Sharding | None]
 
 
@@ -36,14 +37,14 @@ class ModelFolder:
     """A model on disk, opened for reading.
 
     Args:
-        path: A diffusers folder or a converted directory.
+        path: A diffusers folder or a converted directory; `small-editor` is the editor that ships with the package.
 
     Raises:
         UserError: If it is neither.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = SMALL_EDITOR if str(path) == SMALL_EDITOR.name else Path(path)
         if not self.path.is_dir():
             raise UserError(
                 f"model: {self.path} is not a folder.",

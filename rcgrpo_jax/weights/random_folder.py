@@ -34,6 +34,19 @@ SMALL: Mapping[str, Any] = {
     "text_encoder_2": T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
 }  # fmt: skip
 
+# The editor that ships with the package, before it has learned; images of 128 x 128 pixels are 8 x 8 tokens.
+EDITOR: Mapping[str, Any] = {
+    "transformer": MMDiTConfig(
+        num_layers=2, num_single_layers=4, num_attention_heads=3, attention_head_dim=64, joint_attention_dim=128,
+        pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
+    ),
+    "vae": VAEConfig(block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4),
+    "text_encoder": CLIPTextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+    ),
+    "text_encoder_2": T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
+}  # fmt: skip
+
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,

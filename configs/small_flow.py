@@ -1,0 +1,31 @@
+"""The transformer and text encoders of the small editor that ships with the package: stage 2 of 2.
+
+    rcgrpo pretrain --config configs/small_flow.py --workdir runs/small_flow --config.model.path=runs/small_vae/model
+
+30 % of the targets are flawed (half of these spill, the others have the wrong shape or colour or leave a ghost), so
+that the editor has something left to learn from a reward.
+"""
+
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.training.pretrain_config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.stage = "flow"
+    config.save_dtype = "float16"
+    config.model.dtype = "float32"
+    config.model.remat = "dots"
+    config.model.max_text_tokens = 24  # the longest instruction of the scenes has 20
+    config.data.path = "scenes:train:400000:0.3"
+    config.data.size = (128, 128)
+    config.batch.size = 16
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b2 = 0.99
+    config.optimizer.warmup_steps = 100
+    config.optimizer.ema_decay = 0.999
+    config.train.num_steps = 10000
+    config.train.save_every = 200
+    config.train.image_every = 500
+    return config

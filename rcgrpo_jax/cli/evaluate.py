@@ -1,0 +1,107 @@
+"""`rcgrpo evaluate`: how well a model edits, with and without a LoRA, on examples whose right result is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
+from rcgrpo_jax.cli.edit import check_output
+from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
+from rcgrpo_jax.data.pipeline import Source
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
+from rcgrpo_jax.evaluation.lpips import MISSING
+from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
+from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.weights.export import load_lora
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+ABOUT = """Edits examples that have targets, and measures the edits: success inside the region, background outside.
+
+With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals."""
+PICTURED = 8  # examples in the grid
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
+    flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
+    flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[:COUNT]", values)
+    flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
+    flags.DEFINE_string("out", None, "directory to write", values)
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
+    flags.DEFINE_integer("batch", 50, "edits at a time", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
+    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", 1, 512, flag_values=values)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
+
+
+def run(argv: list[str]) -> None:
+    values, _ = parse("evaluate", ABOUT, argv, _flags, required=("model", "data", "out"))
+    if not math.isfinite(values.guidance):
+        raise UsageError(f"--guidance: {values.guidance} found; a number was wanted.", "For example --guidance 2.5.")
+    size, out = parse_size(values.size) if values.size else None, Path(values.out)
+    check_output(str(out / "grid.png"))
+    folder = ModelFolder(values.model)
+    adapters = {"base": None}
+    if values.lora:
+        adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
+        adapters["lora"] = scale_adapter(adapter, config.scale)
+    source = open_source(values.data, values.polarity)
+    mesh = make_mesh({"fsdp": -1})
+    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens, parameter_sharding(mesh))
+    evaluations = {}
+    for name, lora in adapters.items():
+        with Progress(len(source), description=name, lines=10) as progress:
+            evaluations[name] = evaluate(
+                editor,
+                source,
+                range(len(source)),
+                num_steps=values.steps,
+                guidance=values.guidance,
+                seed=values.seed,
+                lora=lora,
+                batch=values.batch,
+                size=size,
+                mesh=mesh,
+                progress=progress.update,
+            )
+        evaluations[name].save(out / f"{name}.npz")
+    tables = make_tables({name: [evaluation] for name, evaluation in evaluations.items()})
+    notes = [] if "lpips" in evaluations["base"].measures else [MISSING]
+    try:
+        (out / "table.md").write_text("\n".join([markdown(tables), *notes]), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None
+    title = f"{values.steps} solver steps, guidance {values.guidance}, one noise"
+    save_image(out / "grid.png", comparison_grid(grid_rows(source, evaluations), title))
+    print("\n".join([plain(tables), *notes]))
+    print(f"measures  {', '.join(str(out / f'{name}.npz') for name in evaluations)}")
+    print(f"table     {out / 'table.md'}")
+    print(f"grid      {out / 'grid.png'}")
+
+
+def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[GridRow]:
+    """The first examples, each with the edit of every model and the target."""
+    (height, width), rows = next(iter(evaluations.values())).images.shape[1:3], []
+    for i in range(min(PICTURED, len(source))):
+        example = source[i]
+        image, target = (resize_image(x, (height, width)) for x in (example.image, example.target))
+        edits = np.stack([*(evaluation.images[i] for evaluation in evaluations.values()), target])
+        captions = [f"{name}  success {x.measures['success'][i]:.2f}" for name, x in evaluations.items()]
+        mask = resize_mask(example.mask, (height, width))
+        rows.append(GridRow(example.instruction, image, mask, edits, [*captions, "target"]))
+    return rows

@@ -1,0 +1,205 @@
+"""`rcgrpo report`: a run, and an evaluation of it, as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from rcgrpo_jax import __version__
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.run_record import SCRIPT, commands, config_script, facts, read_run
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_mask
+from rcgrpo_jax.data.pipeline import Source
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.heatmaps import attention_maps, overlay
+from rcgrpo_jax.evaluation.report import Report, Row, write_report
+from rcgrpo_jax.evaluation.statistics import Interval, paired_interval
+from rcgrpo_jax.evaluation.tables import COLUMNS, make_tables
+from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+ABOUT = """Writes a run as one HTML page that needs no network: settings, curves and the last pictures, and with
+--evaluation the results of `rcgrpo evaluate`. The run may still go on."""
+PICTURED = 8  # examples
+CAPTIONED = ("success", "psnr")  # measures under an edit
+
+
+def _flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run", values)
+    flags.DEFINE_string("evaluation", None, "directory that `rcgrpo evaluate` wrote", values)
+    flags.DEFINE_string("data", None, "the examples of that evaluation, to show its edits beside their sources", values)
+    flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
+    flags.DEFINE_integer("attention", 0, "examples to draw attention maps of; loads the model", 0, flag_values=values)
+    flags.DEFINE_string("out", None, "file to write; WORKDIR/report.html by default", values)
+
+
+def run(argv: list[str]) -> None:
+    values, _ = parse("report", ABOUT, argv, _flags, required=("workdir",))
+    if values.attention and not (values.evaluation and values.data):
+        raise UsageError(
+            "--attention: --evaluation and --data are missing; their settings and examples are used.", "Give both."
+        )
+    workdir = Path(values.workdir)
+    out = Path(values.out or workdir / "report.html")
+    record = read_run(workdir)
+    config, found = record.config, {**facts(record), "Written by": f"rcgrpo_jax {__version__}"}
+    sections: dict[str, Any] = {}
+    settings = None
+    if values.evaluation:
+        evaluations = read_evaluations(Path(values.evaluation))
+        first = next(iter(evaluations.values()))
+        settings = first.settings
+        variants = {name: [evaluation] for name, evaluation in evaluations.items()}
+        sections |= {"tables": make_tables(variants), "differences": differences(evaluations)}
+        (height, width), told = settings["size"], "{steps} solver steps, guidance {guidance}, seed {seed}"
+        found["Evaluation"] = f"{len(first.names)} edits of {width} x {height} pixels, {told.format(**settings)}"
+        if values.data:
+            source = open_source(values.data, values.polarity)
+            examples = read_examples(source, first)
+            found["Pictures"] = f"the first {len(examples)} of {values.data}"
+            sections["examples"] = [example_row(i, example, evaluations) for i, example in enumerate(examples)]
+            if values.attention:
+                rows, top = attention_rows(workdir, config, examples[: values.attention], settings)
+                sections |= {"attention": rows, "attention_top": top}
+    if config:
+        described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
+        recipe = {"settings": described, "script": (SCRIPT, config_script(config))}
+        sections |= {**recipe, "commands": commands(config, values.data, settings)}
+    grids = dict([record.picture]) if record.picture else {}
+    title = f"{found.get('Method', 'Training')}: {workdir.absolute().name}"
+    write_report(out, Report(title, found, metrics=record.metrics, grids=grids, **sections))
+    print(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+def read_evaluations(folder: Path) -> dict[str, Evaluation]:
+    """The evaluations that `rcgrpo evaluate` wrote, by name, the base first.
+
+    Raises:
+        UserError: There are none.
+    """
+    files = sorted(folder.glob("*.npz"), key=lambda path: (path.stem != "base", path.stem))
+    if not files:
+        raise UserError(f"--evaluation: {folder} has no .npz files.", "Name the --out of `rcgrpo evaluate`.")
+    return {path.stem: Evaluation.load(path) for path in files}
+
+
+def differences(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Interval]]:
+    """Measure -> evaluation -> its paired difference from the first."""
+    (base, reference), *others = evaluations.items()
+    return {
+        f"{column.header} {column.better}, difference from {base}": {
+            name: paired_interval(x.measures[column.measure][None], reference.measures[column.measure][None])
+            for name, x in others
+        }
+        for column in COLUMNS
+        if others and all(column.measure in x.measures for x in evaluations.values())
+    }
+
+
+def read_examples(source: Source, evaluation: Evaluation) -> list[EditExample]:
+    """The first examples, in the size of the edits.
+
+    Raises:
+        UserError: The source is not that of the evaluation.
+    """
+    examples, size = [], evaluation.images.shape[1:3]
+    for i, name in enumerate(evaluation.names[:PICTURED]):
+        example = source[i] if i < len(source) else None
+        if example is None or example.name != name:
+            raise UserError(
+                f"--data: example {i} is {example.name if example else 'missing'}; the evaluation's is {name}.",
+                "Name the --data of `rcgrpo evaluate`.",
+            )
+        pictures = (x if x is None else resize_image(x, size) for x in (example.image, example.target))
+        image, target = pictures
+        mask = resize_mask(example.mask, size)
+        examples.append(EditExample(name, image, mask, example.instruction, target=target))
+    return examples
+
+
+def example_row(index: int, example: EditExample, evaluations: Mapping[str, Evaluation]) -> Row:
+    """An example's source with its region outlined, all edits of it, and the target."""
+
+    def caption(name: str, evaluation: Evaluation) -> str:
+        shown = [column for column in COLUMNS if column.measure in CAPTIONED and column.measure in evaluation.measures]
+        return ", ".join([name, *(f"{c.header} {evaluation.measures[c.measure][index]:.{c.decimals}f}" for c in shown)])
+
+    pictures = [("source", outline(for_display(example.image), example.mask))]
+    pictures += [(caption(name, x), for_display(x.images[index])) for name, x in evaluations.items()]
+    if example.target is not None:
+        pictures.append(("target", for_display(example.target)))
+    return Row(example.instruction, pictures)
+
+
+def attention_rows(
+    workdir: Path, config: Mapping[str, Any], examples: Sequence[EditExample], settings: Mapping[str, Any]
+) -> tuple[list[Row], float]:
+    """Attention maps of base and LoRA, and what their brightest colour stands for: the 99th percentile of all.
+
+    Edits start from the noise of the evaluation.
+
+    Raises:
+        UserError: The run has no checkpoint of a post-training.
+    """
+    if not config or "stage" in config:
+        raise UserError(
+            f"--attention: {workdir} has no checkpoint of `rcgrpo train`; one was wanted.", "Leave --attention out."
+        )
+    whole = default_config()
+    whole.update(ConfigDict(config))
+    folder, mesh = ModelFolder(whole.model.path), make_mesh({"fsdp": -1})
+    params = abstract_params("transformer", folder.config("transformer"))
+    checkpointer = Checkpointer(workdir / "checkpoints", save_every=1, keep=1)
+    state = checkpointer.restore(jax.eval_shape(lambda: init_state(whole, params)))
+    editor = Editor(
+        folder,
+        jnp.dtype(whole.model.dtype),
+        whole.model.max_text_tokens,
+        parameter_sharding(mesh),
+        attention=AttentionOptions(acd_layers=whole.acd.layers),
+    )
+    images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
+    grid = editor.grid(*images.shape[1:3])
+    shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
+    key = jax.random.key(settings["seed"])
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(len(examples))])
+    lora = scale_adapter(state.averaged, LoRAConfig(**whole.lora).scale)
+    instructions = [x.instruction for x in examples]
+    with jax.set_mesh(mesh):
+        found = {
+            name: attention_maps(
+                editor, images, instructions, masks, noise, settings["steps"], settings["guidance"], adapter
+            )
+            for name, adapter in (("base", None), ("trained", lora))
+        }
+    top = float(np.percentile([x.relative() for x in found.values()], 99))
+    rows = [
+        Row(
+            instruction,
+            [
+                (f"{name}, ACD {x.acd[i]:.2f}", overlay(x.edited[i], x.relative()[i], grid, masks[i], top))
+                for name, x in found.items()
+            ],
+        )
+        for i, instruction in enumerate(instructions)
+    ]
+    return rows, top

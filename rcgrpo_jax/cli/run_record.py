@@ -1,0 +1,148 @@
+"""What the directory of a run says about it: settings in words, and what gives the run again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.images import read_image
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training import config as train_config
+from rcgrpo_jax.training import pretrain_config
+from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.metrics import read_metrics
+
+SCRIPT = "run.py"  # name of the configuration file in the commands
+_SHARED = {
+    "Model": "{model[path]}, {model[dtype]}, guidance {model[guidance]}",
+    "Data": "{data[path]}, {data[size][1]} x {data[size][0]} pixels",
+    "Seed": "{seed}",
+    "LoRA": "rank {lora[rank]}, alpha {lora[alpha]}, on {lora[targets]}",
+    "Optimizer": "AdamW, learning rate {optimizer[learning_rate]}",
+}
+_POST_TRAINING = {
+    "Method": "RC-GRPO post-training",
+    **_SHARED,
+    "Rollouts": "{rollout[prompts]} prompts x {rollout[group_size]} candidates, {rollout[num_steps]} solver steps",
+    "Surrogate": "{surrogate[distance]} distance, {surrogate[anchors]} anchors, {surrogate[anchor_mode]} of {surrogate["
+    "steps]} steps, clip {objective[clip]}",
+    "ACD": "weight {acd[weight]}, last {acd[layers]} blocks",
+}
+_EXPLORATION = {
+    "region": "region-decoupled, {explore[alpha_edit]} inside and {explore[alpha_base]} outside the mask",
+    "global": "global, {explore[sigma]}",
+}
+_PRETRAINING = {"Method": "supervised training, stage {stage}", **_SHARED, "Batch": "{batch[size]} examples"}
+
+
+class RunRecord(NamedTuple):
+    """What was found in the directory of a run."""
+
+    config: dict[str, Any]  # as saved with the latest checkpoint; empty before the first one
+    metrics: list[dict[str, Any]]
+    picture: tuple[str, UInt8[np.ndarray, "_ _ 3"]] | None  # the last image grid and its name
+
+
+def read_run(workdir: Path) -> RunRecord:
+    """Reads a run, one that still goes on too.
+
+    Raises:
+        UserError: There is no such directory, nothing of a run in it, or something damaged.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir} is no directory; that of a run was wanted.", "Correct the path.")
+    file, checkpointer = workdir / "metrics.jsonl", Checkpointer(workdir / "checkpoints", save_every=1, keep=1)
+    metrics = read_metrics(file) if file.exists() else []
+    config = checkpointer.saved_config() if checkpointer.latest_step() is not None else {}
+    if not metrics and not config:
+        raise UserError(
+            f"--workdir: {workdir} has neither steps in metrics.jsonl nor a checkpoint; a run was wanted.",
+            "Name the --workdir of `rcgrpo train` or `rcgrpo pretrain`, after its first step.",
+        )
+    return RunRecord(config, metrics, _last_picture(workdir))
+
+
+def _last_picture(workdir: Path) -> tuple[str, UInt8[np.ndarray, "_ _ 3"]] | None:
+    for path in sorted(workdir.glob("images/step_[0-9]*.png"), reverse=True):
+        try:
+            return f"step {int(path.stem.removeprefix('step_'))}", read_image(path)
+        except UserError:  # it is being written
+            continue
+    return None
+
+
+def facts(record: RunRecord) -> dict[str, str]:
+    """The run in a few lines, name -> value."""
+    config, found = record.config, {}
+    if config:
+        lines = _PRETRAINING if "stage" in config else _POST_TRAINING
+        if config.get("stage") in ("vae", "flow"):
+            lines = {name: line for name, line in lines.items() if name != "LoRA"}
+        found |= {name: line.format(**config) for name, line in lines.items()}
+    if "explore" in config:
+        found["Exploration"] = _EXPLORATION[config["explore"]["kind"]].format(**config)
+        weights = {name: weight for name, weight in config["rewards"].items() if weight}
+        found["Rewards"] = ", ".join(f"{name} (weight {weight})" for name, weight in weights.items())
+    if record.metrics:
+        first, last = record.metrics[0], record.metrics[-1]
+        found["Steps"] = f"{last['step']} of {config['train']['num_steps']}" if config else str(last["step"])
+        times = [datetime.fromtimestamp(entry["time"], UTC) for entry in (first, last) if "time" in entry]
+        found["Time"] = " to ".join(f"{time:%Y-%m-%d %H:%M}" for time in times) + " UTC"
+    return found
+
+
+def default_of(config: Mapping[str, Any]) -> tuple[str, ConfigDict]:
+    """The module whose defaults a saved configuration started from, and these."""
+    module = pretrain_config if "stage" in config else train_config
+    return module.__name__, module.default_config()
+
+
+def config_script(config: Mapping[str, Any]) -> str:
+    """A configuration file that gives a saved configuration again; it names what differs from the defaults.
+
+    What was saved beside the configuration, such as a digest of the data, is left out.
+    """
+    module, default = default_of(config)
+    changes = _changes(config, json.loads(json.dumps(default.to_dict())), "config")
+    body = "".join(f"    {line}\n" for line in changes)
+    return (
+        f"from ml_collections import ConfigDict\n\nfrom {module} import default_config\n\n\n"
+        f"def get_config() -> ConfigDict:\n    config = default_config()\n{body}    return config\n"
+    )
+
+
+def _changes(config: Mapping[str, Any], default: Mapping[str, Any], name: str) -> Iterator[str]:
+    for field, value in config.items():
+        if field not in default or default[field] == value:
+            continue
+        if isinstance(value, Mapping) and field not in ("rewards", "reward_options"):  # whose fields a user names
+            yield from _changes(value, default[field], f"{name}.{field}")
+        elif isinstance(value, Mapping):
+            yield f"{name}.{field} = ConfigDict({dict(value)!r})"
+        else:
+            yield f"{name}.{field} = {tuple(value) if isinstance(value, list) else value!r}"
+
+
+def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, Any] | None = None) -> list[str]:
+    """The commands that train with that file and export, and with the `settings` of an evaluation evaluate on `data`."""
+    train, workdir = "pretrain" if "stage" in config else "train", "again"
+    lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
+    if train == "train":
+        lines.append(["rcgrpo", "export", f"--workdir={workdir}", f"--out={workdir}/lora"])
+    if settings:
+        model, (height, width) = config["model"], settings["size"]
+        options = {
+            "model": model["path"], "lora": f"{workdir}/lora", "data": data or "DATA", "steps": settings["steps"],
+            "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
+            "text_tokens": model["max_text_tokens"], "dtype": model["dtype"], "out": f"{workdir}/evaluation",
+        }  # fmt: skip
+        lines.append(["rcgrpo", "evaluate", *(f"--{name}={value}" for name, value in options.items())])
+    return [shlex.join(line) for line in lines]

@@ -1,0 +1,242 @@
+"""Edits every example of a source as a user would, and measures the edits. All models see the same noise."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.images import resize_image, resize_mask
+from rcgrpo_jax.data.pipeline import Source
+from rcgrpo_jax.data.scenes import KINDS, Scenes
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.evaluation.caption import caption_scores, read_region
+from rcgrpo_jax.evaluation.lpips import load_weights
+from rcgrpo_jax.evaluation.metrics import background_scores, edit_scores
+from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.method import concentration, region
+from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_masses
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.microbatch import map_samples
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The edits of one model, and what was measured of each."""
+
+    names: tuple[str, ...]  # of the examples
+    measures: Mapping[str, Float[np.ndarray, "N"]]  # float32; NaN where something could not be measured
+    images: UInt8[np.ndarray, "N H W 3"]  # the edits
+    settings: Mapping[str, Any]  # what the edits depend on besides the model: solver steps, guidance, seed, size
+
+    @property
+    def kinds(self) -> tuple[str | None, ...]:
+        """The kind of each edit (add, remove, replace) where its name ends in one, as those of scenes do."""
+        ends = (name.rpartition("-")[2] for name in self.names)
+        return tuple(end if end in KINDS else None for end in ends)
+
+    def save(self, path: str | Path) -> None:
+        """Writes all into one `.npz` file, whole or not at all.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.partial")
+        described = json.dumps({"names": self.names, "settings": dict(self.settings)})
+        measures = {f"measures/{name}": values for name, values in self.measures.items()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, described=np.array(described), images=self.images, **measures)
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error}).", "Choose a folder you can write to.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: The file is missing, damaged, or something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                described = json.loads(str(file["described"]))
+                measures = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("measures/")}
+                return cls(tuple(described["names"]), measures, file["images"], described["settings"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not an evaluation ({error}).", "Remove the file, and evaluate again.") from None
+
+
+def evaluate(
+    editor: Editor,
+    source: Source,
+    indices: Sequence[int],
+    *,
+    num_steps: int = 28,
+    guidance: float = 2.5,
+    seed: int = 0,
+    lora: dict | None = None,
+    batch: int = 50,
+    size: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Edits examples from unperturbed noise, and measures the edits.
+
+    The measures are `success` and `overall`, `psnr`, `ssim` and `lpips` (`evaluation.metrics`), `caption` and
+    `caption_top1` (`evaluation.caption`), and `acd`. An example's noise depends on the seed and its index alone, so that different models can be compared in pairs.
+    Everything is measured of the 8-bit pictures, except `acd`: R_acd (Eq. 18) of the same rollout, over all text tokens
+    and the last `acd_layers` blocks of the editor (or as many as it has). `lpips` is left out where its weights are not
+    installed, and the captions where the source is not scenes in their own size.
+
+    Args:
+        editor: The model.
+        source: Examples with targets.
+        indices: Which of them.
+        num_steps: K.
+        guidance: Guidance scale.
+        seed: Of the noise.
+        lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
+        batch: Examples at a time; rounded up to what the mesh divides. Memory depends on it, results do not.
+        size: (height, width) that images are brought to; that of the first example by default.
+        mesh: Where the editor's parameters lie; one device by default.
+        progress: Called for each example, after its batch.
+
+    Returns:
+        One value a measure and example, in the order of the indices.
+
+    Raises:
+        UserError: An example has no target, or cannot be read.
+        UsageError: There are no examples, or the size is not a whole number of tokens.
+    """
+    if not len(indices):
+        raise UsageError("evaluate: no examples found; at least one was wanted.", "Name more examples.")
+    size = source[indices[0]].image.shape[:2] if size is None else size
+    check_size(editor, size)
+    mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+    spread = int(np.prod([mesh.shape[axis] for axis in SAMPLE_AXES]))
+    batch = -(-min(batch, len(indices)) // spread) * spread
+    weights = load_weights()
+    has_captions = isinstance(source, Scenes) and size == (source.size, source.size)
+    names, images, measures = [], [], []
+    with jax.set_mesh(mesh):
+        for start in range(0, len(indices), batch):
+            chunk = list(indices[start : start + batch])
+            rows = np.array(chunk + chunk[-1:] * (batch - len(chunk)))  # one shape, so one compilation
+            examples = [_check(source[index]) for index in rows]
+            pixels, targets = (
+                np.stack([resize_image(getattr(x, field), size) for x in examples]) for field in ("image", "target")
+            )
+            mask = np.stack([resize_mask(x.mask, size) for x in examples])
+            instructions = [x.instruction for x in examples]
+            edited, acd = _edit(editor, pixels, mask, instructions, rows, num_steps, guidance, seed, lora or {}, mesh)
+            found = {"acd": acd, **_measure(pixels, edited, mask, targets, weights)}
+            if has_captions:
+                regions = [read_region(source, index) for index in rows]
+                found |= caption_scores(_unit(edited), jax.tree.map(lambda *x: np.stack(x), *regions))
+            names += [x.name for x in examples[: len(chunk)]]
+            images.append(edited[: len(chunk)])
+            measures.append({name: np.asarray(x, np.float32)[: len(chunk)] for name, x in found.items()})
+            for _ in chunk:
+                progress()
+    settings = {"steps": num_steps, "guidance": float(guidance), "seed": seed, "size": list(size)}
+    joined = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
+    return Evaluation(tuple(names), joined, np.concatenate(images), settings)
+
+
+def check_size(editor: Editor, size: tuple[int, int]) -> None:
+    """Refuses a (height, width) that is not a whole number of the editor's tokens."""
+    side = 2 * editor.vae.config.downscale
+    if any(x % side or x < side for x in size):
+        height, width = (max(x // side, 1) * side for x in size)
+        raise UsageError(
+            f"evaluate: images of {size[1]} x {size[0]} pixels found; multiples of {side} were wanted.",
+            f"Choose a size for them, for example {width}x{height}.",
+        )
+
+
+def _check(example: EditExample) -> EditExample:
+    if example.target is None:
+        raise UserError(
+            f"{example.name}: no target image; the success of an edit is measured against one.",
+            "Add targets, or evaluate on scenes:heldout:500.",
+        )
+    return example
+
+
+def _edit(
+    editor: Editor, pixels: UInt8[np.ndarray, "P H W 3"], mask: Float[np.ndarray, "P H W"], instructions: list[str],
+    indices: np.ndarray, num_steps: int, guidance: float, seed: int, lora: dict, mesh: Mesh,
+) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, "P"]]:  # fmt: skip
+    """The edits of a batch, and R_acd of each."""
+    grid = editor.grid(*pixels.shape[1:3])
+    encoding, reference = editor.encode_text(instructions), editor.encode_image(pixels)
+    condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(pixels), guidance, jnp.float32))
+    inputs = (condition, jnp.asarray(mask), _noise(seed, indices, reference.shape[1:]))
+    sigmas = editor.sigmas(num_steps, grid[0] * grid[1])
+    tokens, acd = _rollout(editor.transformer, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
+    return editor.decode(tokens, grid), acd
+
+
+# Compiled by module, as those of `editor`: parameters and adapter are arguments, and all adapters share one program.
+
+
+@partial(jax.jit, static_argnums=2)
+def _noise(seed: int, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _rollout(
+    transformer: MMDiT, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
+) -> tuple[Float[Array, "P N C"], Float[Array, "P"]]:
+    """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
+
+    def one(condition: Condition, mask: Array, noise: Array) -> tuple[Array, Array]:
+        tokens = region.token_mask(mask, grid)
+
+        def velocity_and_density(x: Array, sigma: Array) -> tuple[Array, Array]:
+            v, sown = transformer.apply(
+                {"params": params, "lora": lora}, x, sigma, condition, grid, tokens, mutable=["intermediates"]
+            )
+            inside, total = (
+                sown_masses(sown["intermediates"], name, transformer.attention.acd_layers)
+                for name in ("acd_inside", "acd_total")
+            )
+            return v, concentration.density_from_masses(inside, total, tokens)
+
+        states, densities = rollout.integrate_with_aux(velocity_and_density, noise, sigmas)
+        return states[-1], concentration.reward(densities)
+
+    return map_samples(one, inputs, 0, mesh)
+
+
+@jax.jit
+def _scores(source: Array, edited: Array, mask: Array, target: Array, lpips_weights: Any) -> dict[str, Array]:
+    scores = edit_scores(source, edited, mask, target)
+    return scores | background_scores(source, edited, mask, lpips_weights)
+
+
+def _measure(
+    source: UInt8[np.ndarray, "P H W 3"], edited: UInt8[np.ndarray, "P H W 3"], mask: Float[np.ndarray, "P H W"],
+    target: UInt8[np.ndarray, "P H W 3"], lpips_weights: Any,
+) -> dict[str, Float[Array, "P"]]:  # fmt: skip
+    return _scores(_unit(source), _unit(edited), jnp.asarray(mask), _unit(target), lpips_weights)
+
+
+def _unit(pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P H W 3"]:
+    return jnp.asarray(pixels, jnp.float32) / 255

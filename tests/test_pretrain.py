@@ -1,0 +1,512 @@
+"""Supervised training: each stage learns, resumes bit for bit, and leaves what diffusers loads."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_run
+import torch
+from diffusers import FluxKontextPipeline
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+from PIL import Image
+from safetensors.numpy import load_file
+
+from rcgrpo_jax.cli.data import write_folder
+from rcgrpo_jax.data.images import read_image, resize_image, resize_mask
+from rcgrpo_jax.data.scenes import Scenes
+from rcgrpo_jax.data.triples import TripleBatches
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.config import VAEConfig
+from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.metrics import MetricsWriter
+from rcgrpo_jax.training.pretrain import open_folder, pretrain
+from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, default_config, validate
+from rcgrpo_jax.training.stages import FlowStage, unit
+from rcgrpo_jax.weights import export, random_folder
+from rcgrpo_jax.weights.load import MANIFEST, ModelFolder
+from rcgrpo_jax.weights.networks import NETWORKS
+from rcgrpo_jax.weights.tokenizers import load_tokenizers
+
+STAGES = ("vae", "flow", "lora")
+STEPS, BEFORE = 16, 14  # of the runs, and of the checkpoint before the last
+SIZE = 32  # pixels; a token of the small autoencoder has 4 a side
+TOKENS = 24
+# Two resolutions instead of four: the autoencoder is what takes long to compile.
+CONFIGS = small_run.TINY | {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes longer than running here, so LLVM need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def start_folder() -> Path:
+    return random_folder.build(small_run.workspace() / "pretrain-start", configs=CONFIGS)
+
+
+def make_config(stage: str, **changes) -> ConfigDict:
+    """Eight scenes in one batch, float32; `vae` starts at random, the others from its result. `__` stands for dots."""
+    config = default_config()
+    config.stage = stage
+    config.model.update(dtype="float32", max_text_tokens=TOKENS, remat="none")
+    config.model.path = changes.pop("model__path", None) or str(start_folder() if stage == "vae" else trained("vae"))
+    config.data.update(path="scenes:train:8", size=(SIZE, SIZE))
+    config.batch.size = 8
+    config.flow.picture_steps = 2
+    config.lora.update(rank=4, alpha=8.0, targets="all-linear")
+    config.optimizer.update(learning_rate=5e-3, weight_decay=0.0)
+    config.train.update(num_steps=STEPS, save_every=BEFORE, image_every=STEPS)
+    for name, value in changes.items():
+        *groups, field = name.split("__")
+        functools.reduce(getattr, groups, config)[field] = value
+    return config
+
+
+@functools.cache
+def trained(stage: str) -> Path:
+    """The result of a run on one device; its workdir is the parent."""
+    workdir = small_run.workspace() / f"pretrain-{stage}"
+    pretrain(make_config(stage), workdir, jax.devices()[:1])
+    return workdir / ("lora" if stage == "lora" else "model")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Of all safetensors in a folder."""
+    return {
+        f"{file.parent.name}/{name}": x
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
+
+
+def losses(stage: str) -> np.ndarray:
+    lines = small_run.metrics_without_times(trained(stage).parent)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return np.array([line["loss"] for line in lines])
+
+
+# What is learned
+
+
+@pytest.mark.parametrize(("stage", "share"), [("vae", 0.5), ("flow", 0.7), ("lora", 0.85)])
+def test_the_loss_falls(stage, share):
+    assert losses(stage)[-4:].mean() < share * losses(stage)[:4].mean()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_picture_shows_what_the_networks_make(stage):
+    picture = np.asarray(Image.open(trained(stage).parent / "images" / f"step_{STEPS:06d}.png"))
+    assert picture.std() > 20
+
+
+def test_the_flow_trains_transformer_and_text_encoders_and_leaves_the_rest():
+    before, after = (tensors(folder) for folder in (trained("vae"), trained("flow")))
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        same = np.array_equal(x, after[name])
+        assert same == name.startswith("vae/") or not np.any(x), name  # a bias may be 0 and stay so
+    assert all(np.isfinite(x).all() for x in after.values())
+    assert files(trained("flow") / "vae") == files(trained("vae") / "vae")
+
+
+def test_the_autoencoder_is_all_that_its_stage_changes():
+    before, after = files(start_folder()), files(trained("vae"))
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {
+        "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+
+
+def test_the_adapter_leaves_its_base_alone():
+    untouched = files(trained("vae"))
+    assert sorted(files(trained("lora"))) == [export.LORA_FILE]
+    assert all(np.any(x) for x in tensors(trained("lora")).values())  # B too
+    pretrain(make_config("lora"), trained("lora").parent, jax.devices()[:1])
+    assert files(trained("vae")) == untouched
+
+
+# Stopped and resumed, on more devices, in smaller batches
+
+
+def resume(stage: str, folder: Path, devices: int, **changes) -> Path:
+    """The last steps once more, from the checkpoint before the end."""
+    workdir = Path(shutil.copytree(trained(stage).parent, folder))
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    shutil.rmtree(workdir / trained(stage).name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FlowStage, "picture", lambda self, trained, frozen, example: unit(example.source))  # to save time
+        result = pretrain(make_config(stage, **changes), workdir, jax.devices()[:devices])
+    assert result in (workdir / "model", workdir / "lora" / export.LORA_FILE)
+    return workdir / trained(stage).name
+
+
+@pytest.mark.parametrize("stage", ["flow", "lora"])
+def test_a_resumed_run_ends_where_the_first_did_bit_for_bit(stage, tmp_path):
+    result = resume(stage, tmp_path / "run", devices=1)
+    assert files(result) == files(trained(stage))
+    assert small_run.metrics_without_times(result.parent) == small_run.metrics_without_times(trained(stage).parent)
+
+
+def test_eight_devices_and_micro_batches_compute_the_same(tmp_path):
+    jax.config.update("jax_disable_most_optimizations", False)  # eight devices on few cores are slow enough
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    result = resume("lora", tmp_path / "run", devices=8, batch__micro_batch=4, **mesh)
+    jax.config.update("jax_disable_most_optimizations", True)
+    found, wanted = (small_run.metrics_without_times(path.parent) for path in (result, trained("lora")))
+    assert found[-2] == pytest.approx(wanted[-2], rel=1e-5)  # from the same parameters
+    assert found[-1] == pytest.approx(wanted[-1], rel=1e-3)
+    found, wanted = (np.concatenate([x.ravel() for x in tensors(path).values()]) for path in (result, trained("lora")))
+    assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, caplog):
+    scalars = MetricsWriter.scalars
+
+    def interrupt(self, step, metrics):
+        scalars(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "scalars", interrupt)
+    assert pretrain(make_config("vae"), tmp_path, jax.devices()[:1]) is None
+    assert "stopped at step 3 on request" in caplog.text
+    assert not (tmp_path / "model").exists()
+    assert pretrain(make_config("vae"), tmp_path, jax.devices()[:1]) == tmp_path / "model"
+    assert files(tmp_path / "model") == files(trained("vae"))
+
+
+def test_another_configuration_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    workdir = shutil.copytree(trained("lora").parent, tmp_path / "run")
+    monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"flow.region_weight: checkpoint 1.0, config 2.0"):
+        pretrain(make_config("lora", flow__region_weight=2.0), workdir)
+    assert files(workdir) == files(trained("lora").parent)
+
+
+def test_other_data_are_refused(tmp_path):
+    """Under the same path; only the stage that has read all of them beforehand can tell."""
+    data = tmp_path / "data"
+    write_folder(Scenes("train", 8, SIZE), data)
+    config = make_config("lora", data__path=str(data), train__num_steps=1)
+    pretrain(config, tmp_path / "run", jax.devices()[:1])
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match="data_digest: checkpoint"):
+        pretrain(config, tmp_path / "run", jax.devices()[:1])
+
+
+# What diffusers makes of the results
+
+
+@functools.cache
+def pipeline(stage: str) -> FluxKontextPipeline:
+    pipeline = FluxKontextPipeline.from_pretrained(trained("vae" if stage == "lora" else stage), dtype=torch.float32)
+    if stage == "lora":
+        pipeline.load_lora_weights(trained("lora"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b.astype(float)).mean(), 1e-4))
+
+
+@pytest.mark.parametrize("stage", ["flow", "lora"])
+def test_an_edit_is_that_of_diffusers(stage, tmp_path, capsys):
+    scene, noise = Scenes("train", 8, SIZE)[1], np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    Image.fromarray(scene.image).save(tmp_path / "in.png")
+    np.save(tmp_path / "noise.npy", noise)
+
+    def edit(*more: str) -> np.ndarray:
+        code, _, err = small_run.run_command(
+            capsys, "edit", f"--image={tmp_path / 'in.png'}", f"--instruction={scene.instruction}", "--steps=2",
+            f"--out={tmp_path / 'out.png'}", f"--size={SIZE}x{SIZE}", f"--noise={tmp_path / 'noise.npy'}",
+            "--dtype=float32", f"--text_tokens={TOKENS}", *more,
+        )  # fmt: skip
+        assert (code, err) == (0, "")
+        return read_image(tmp_path / "out.png")
+
+    (theirs,) = pipeline(stage)(
+        image=Image.fromarray(scene.image), prompt=scene.instruction, latents=torch.from_numpy(noise)[None],
+        height=SIZE, width=SIZE, num_inference_steps=2, guidance_scale=2.5, max_sequence_length=TOKENS,
+        max_area=SIZE * SIZE, _auto_resize=False,
+    ).images  # fmt: skip
+    before = edit(f"--model={trained('vae')}")
+    after = edit(f"--model={trained('flow')}" if stage == "flow" else f"--model={trained('vae')}", *(
+        [f"--lora={trained('lora')}"] if stage == "lora" else []
+    ))  # fmt: skip
+    assert psnr(after, np.asarray(theirs)) > 60
+    assert psnr(after, before) < 40
+
+
+def test_the_autoencoder_of_diffusers_has_latents_of_unit_variance():
+    scenes, vae = Scenes("train", 8), pipeline("flow").vae
+    images = np.stack([resize_image(x, (SIZE, SIZE)) for i in range(8) for x in (scenes[i].image, scenes[i].target)])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        raw = vae.encode(pixels).latent_dist.mode()
+        made = vae.decode(raw).sample
+    latents = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+    assert (latents.mean().item(), latents.std().item()) == pytest.approx((0, 1), abs=1e-3)
+    assert (made - pixels).abs().mean() < 0.6 * (pixels - pixels.mean()).abs().mean()
+
+
+# The command
+
+
+def test_the_command_says_where_the_result_is(tmp_path, capsys):
+    workdir = Path(shutil.copytree(trained("flow").parent, tmp_path / "run"))
+    shutil.rmtree(workdir / "model")
+    code, out, err = small_run.run_command(capsys, *command(tmp_path, workdir, make_config("flow")))
+    assert code == 0, err
+    assert f"nothing to do: train.num_steps is {STEPS}" in err
+    assert out.splitlines() == [
+        f"model        {workdir / 'model'}",
+        f"checkpoints  {workdir / 'checkpoints'}",
+        f"metrics      {workdir / 'metrics.jsonl'}",
+        f"tensorboard  {workdir / 'tensorboard'}",
+        f"images       {workdir / 'images'}",
+    ]
+    assert files(workdir / "model") == files(trained("flow"))
+
+
+def command(folder: Path, workdir: Path, config: ConfigDict) -> list[str]:
+    """`rcgrpo pretrain` of a configuration, which is written out to a file."""
+    file = folder / "config.py"
+    file.write_text(
+        "import json\n"
+        "from rcgrpo_jax.training.pretrain_config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.update(json.loads({json.dumps(config.to_dict())!r}))\n"
+        "    return config\n"
+    )
+    return ["pretrain", f"--config={file}", f"--workdir={workdir}"]
+
+
+def test_messages_name_the_right_defaults(tmp_path, capsys):
+    argv = command(tmp_path, tmp_path / "run", make_config("vae"))
+    code, _, err = small_run.run_command(capsys, *argv, "--config.flow.region_wieght=2")
+    assert code == 2
+    assert "Did you mean --config.flow.region_weight?" in err
+    assert "rcgrpo_jax/training/pretrain_config.py lists the fields" in err
+    (tmp_path / "config.py").write_text("def get_config(): return {}")
+    code, _, err = small_run.run_command(capsys, *argv)
+    assert code == 1
+    assert "starts from rcgrpo_jax.training.pretrain_config.default_config()" in err
+
+
+def test_fields_that_may_differ_on_resume_exist():
+    for name in MAY_DIFFER:
+        functools.reduce(lambda value, part: value[part], name.split("."), default_config())
+
+
+# Data
+
+
+def test_batches_follow_from_the_step_alone():
+    tokenizers = load_tokenizers(start_folder())
+
+    def make(seed: int) -> TripleBatches:
+        return TripleBatches(Scenes("train", 6), (SIZE, 2 * SIZE), 4, seed, tokenizers, TOKENS)
+
+    one, other = make(0), make(0)
+    forward, backward = [one[i] for i in range(3)], [other[i] for i in (2, 1, 0)][::-1]
+    for a, b in zip(forward, backward, strict=True):
+        assert a.instructions == b.instructions
+        for x, y in zip(a[:5], b[:5], strict=True):
+            np.testing.assert_array_equal(x, y)
+    epoch = [text for batch in forward for text in batch.instructions]
+    scenes = [Scenes("train", 6)[i] for i in range(6)]
+    assert sorted(epoch[:6]) == sorted(epoch[6:]) == sorted(scene.instruction for scene in scenes)
+    assert [text for i in range(3) for text in make(1)[i].instructions] != epoch
+
+    scene = next(scene for scene in scenes if scene.instruction == epoch[0])
+    np.testing.assert_array_equal(forward[0].source[0], resize_image(scene.image, (SIZE, 2 * SIZE)))
+    np.testing.assert_array_equal(forward[0].target[0], resize_image(scene.target, (SIZE, 2 * SIZE)))
+    np.testing.assert_array_equal(forward[0].mask[0], resize_mask(scene.mask, (SIZE, 2 * SIZE)))
+    assert forward[0].clip.shape == (4, 77)
+    assert forward[0].t5.shape == (4, TOKENS)
+
+
+@pytest.fixture
+def broken_data(tmp_path) -> Path:
+    """Eight examples, of which one has no readable image."""
+    write_folder(Scenes("train", 8, SIZE), tmp_path / "data")
+    (image,) = (tmp_path / "data" / "images").glob("*00005*")
+    image.write_text("text")
+    return tmp_path / "data"
+
+
+def test_an_unreadable_image_is_reported_by_the_step_that_needs_it(broken_data):
+    from rcgrpo_jax.data.folder import EditFolder
+
+    batches = TripleBatches(EditFolder(broken_data), (SIZE, SIZE), 1, 0, load_tokenizers(start_folder()), TOKENS)
+    failed = []
+    for step in range(8):
+        try:
+            batches[step]
+        except UserError as error:
+            failed.append((step, error.problem))
+    ((step, problem),) = failed
+    assert "00005-add.png: the file is not an image" in problem or "00005" in problem
+    with pytest.raises(UserError, match="00005"):  # again when asked again
+        batches[step]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unreadable_image_ends_a_run_in_two_lines(stage, broken_data, tmp_path, capsys):
+    config = make_config(stage, data__path=str(broken_data))
+    code, out, err = small_run.run_command(capsys, *command(tmp_path, tmp_path / "run", config))
+    lines = [line for line in err.splitlines() if not line.startswith("encode: ")]
+    assert (code, out, len(lines)) == (1, "", 2)
+    assert "the file is not an image" in lines[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_examples_without_targets_are_refused(stage, tmp_path):
+    config = make_config(stage, data__path=str(small_run.data_folder()), data__size=(64, 64))
+    with pytest.raises(UserError, match=r"0000\d-.*: no target image; supervised training needs one"):
+        pretrain(config, tmp_path, jax.devices()[:1])
+
+
+# Models and disks
+
+
+@pytest.mark.parametrize("stage", ["vae", "flow"])
+def test_a_converted_model_is_no_start_for_networks(stage, tmp_path):
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=f"is a converted model; stage {stage} writes a diffusers folder"):
+        pretrain(make_config(stage, model__path=str(tmp_path)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("field", ["data__size", "vae__crop"])
+def test_sizes_that_are_no_multiples_of_the_models_token_are_refused(field, tmp_path, monkeypatch):
+    monkeypatch.setattr(VAEConfig, "downscale", 16)
+    change = (48, 64) if field == "data__size" else 16
+    config = make_config("vae", **{"data__size": (64, 64), field: change})
+    with pytest.raises(UsageError, match="this model's tokens are 32 pixels a side"):
+        open_folder(config, tmp_path)
+
+
+def test_targets_that_match_no_layer_are_refused_before_texts_are_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match="'nothing' matches no linear layer"):
+        pretrain(make_config("lora", lora__targets="nothing"), tmp_path)
+
+
+def test_a_run_without_a_model_starts_a_small_editor_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_folder, "EDITOR", CONFIGS)
+    config = make_config("vae")
+    config.model.path = ""
+    (tmp_path / "start").mkdir()  # what a kill in the middle leaves
+    folder = open_folder(config, tmp_path)
+    assert files(folder.path) == files(start_folder())
+    assert open_folder(config, tmp_path).path == folder.path
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    step = lambda state, index, draw: (state.replace(step=state.step + 1), {"loss": 0.0}, None)  # noqa: E731
+    monkeypatch.setattr("rcgrpo_jax.training.pretrain.make_step", lambda *_: step)
+    monkeypatch.setattr(Checkpointer, "_free_bytes", lambda self: 10)
+    with pytest.raises(UserError, match=f"No space left on device: the checkpoint of step {STEPS}") as error:
+        resume("vae", tmp_path / "run", devices=1)
+    assert error.value.remedy.endswith(f"it resumes from step {BEFORE}.")
+
+
+@pytest.mark.parametrize("stage", ["flow", "lora"])
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(stage, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    workdir = Path(shutil.copytree(trained(stage).parent, tmp_path / "run"))
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(UserError, match=r"result cannot be written to .*No space left") as error:
+        pretrain(make_config(stage), workdir, jax.devices()[:1])
+    assert "run the same command" in error.value.remedy
+    assert files(workdir / trained(stage).name) == files(trained(stage))
+
+
+def test_a_folder_is_replaced_whole_and_may_hold_its_copy(tmp_path):
+    start = Path(shutil.copytree(start_folder(), tmp_path / "start"))
+    vae = ModelFolder(start).load("vae")
+    config = ModelFolder(start).config("vae")
+    for i in range(2):
+        target = export.save_folder(start, start / "model", {"vae": (config, jax.tree.map(lambda x: x + i, vae))})  # noqa: B023
+    assert not list(start.glob(".*"))
+    found = flatten_dict(ModelFolder(target).load("vae"))
+    for path, x in flatten_dict(vae).items():
+        np.testing.assert_array_equal(found[path], x + 1)
+    assert files(target / "transformer") == files(start / "transformer")
+    assert all((target / name / "config.json").is_file() for name in NETWORKS)
+
+
+# Configurations
+
+
+def problems(devices: int = 1, **changes) -> list[str]:
+    """The lines of the refusal; none if there is none."""
+    stage = changes.pop("stage", "vae")
+    config = make_config(stage, **({"model__path": "somewhere"} | changes))
+    try:
+        validate(config, devices)
+    except UsageError as error:
+        return error.problem.removeprefix("config: ").split("\n        ")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"stage": "vea"}, "stage: 'vea' found; one of vae, flow, lora was wanted"),
+        ({"data__path": ""}, "data.path: empty; a path was wanted"),
+        ({"vae__crop": 48}, "vae.crop: 48; a multiple of 16 up to 32 was wanted"),
+        ({"vae__crop": 24}, "vae.crop: 24; a multiple of 16 up to 32 was wanted"),
+        ({"vae__crop": -16}, "vae.crop: -16 found; 0 or more was wanted"),
+        ({"batch__size": 0}, "batch.size: 0 found; 1 or more was wanted"),
+        ({"batch__micro_batch": 3}, "batch.size: 8 in micro-batches of 3 does not divide over data x fsdp = 1 devices"),
+        ({"data__size": (40, 32)}, "data.size: (40, 32); two multiples of 16 pixels were wanted"),
+        ({"flow__region_weight": -1.0}, "flow.region_weight: -1.0 found; 0 or more was wanted"),
+        ({"flow__picture_steps": 0}, "flow.picture_steps: 0 found; 1 or more was wanted"),
+        ({"vae__kl_weight": -1.0}, "vae.kl_weight: -1.0 found; 0 or more was wanted"),
+        ({"batch__sise": 8}, "batch.sise: no such field; did you mean batch.size?"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_configuration_that_cannot_run_is_refused(changes, line):
+    assert problems(**changes) == [line]
+
+
+def test_what_is_right_is_not_refused():
+    assert problems() == []
+    assert problems(vae__crop=32, batch__micro_batch=2) == []
+    assert problems(devices=8, mesh__fsdp=2, mesh__tensor=2, batch__micro_batch=4) == []
+    assert problems(devices=8, batch__micro_batch=4) == [
+        "batch.size: 8 in micro-batches of 4 does not divide over data x fsdp = 8 devices"
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_is_needed_but_for_a_new_autoencoder(stage):
+    config = make_config("vae")
+    config.model.path, config.stage = "", stage
+    if stage == "vae":
+        validate(config, 1)
+    else:
+        with pytest.raises(UsageError, match=f"model.path: empty; stage {stage} starts from a model folder"):
+            validate(config, 1)
