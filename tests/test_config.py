@@ -2,15 +2,20 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_run
 from ml_collections import ConfigDict
 
+from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.rewards.base import register
+from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
+from rcgrpo_jax.training.loop import make_rewards
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -45,7 +50,7 @@ def test_the_defaults_are_valid():
 def test_the_configs_that_come_with_the_package_are_valid(file):
     config = runpy.run_path(str(file))["get_config"]()
     config.model.path = config.data.path = "somewhere"
-    assert problems(config, 8) == []
+    (pretrain_config.validate if "stage" in config else validate)(config, 8)
 
 
 def test_every_problem_is_listed_at_once():
@@ -100,7 +105,7 @@ def test_choices(field, choices):
     ("field", "good", "bad"),
     [
         ("seed", [0, 2**32 - 1], [-1, 2**32]),
-        ("model.max_text_tokens", [1, 512], [0, 513]),
+        ("model.max_text_tokens", [0, 512], [-1, 513]),
         ("model.guidance", [0.0, 10.0], [-1.0, float("nan")]),
         ("lora.rank", [1], [0]),
         ("lora.alpha", [1.0], [0.0]),
@@ -184,6 +189,42 @@ def test_a_run_without_any_reward_is_refused():
     assert line.startswith("rewards: none")
 
 
+def test_the_options_of_rewards_are_listed_with_their_defaults():
+    for name, options in default_config().reward_options.items():
+        assert rewards.make(name, **options) == rewards.make(name)
+        assert rewards.option_problems(name, options.to_dict()) == []
+    assert default_config().reward_options.keys() == rewards.base._FACTORIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({"colour": {"scale": 30, "lightness": 0.2}}, []),
+        ({"colour": {}}, []),
+        ({"color": {"scale": 3.0}}, ["color: no such reward; did you mean colour?"]),
+        ({"zzz": {}}, ["zzz: no such reward; one of colour, oracle, preservation was wanted"]),
+        ({"oracle": {"nois": 0.1}}, ["oracle.nois: no such option; did you mean noise?"]),
+        ({"oracle": {"zzz": 0.1}}, ["oracle.zzz: no such option; one of noise, seed was wanted"]),
+        ({"oracle": {"noise": "much", "seed": 0.5}},
+         ["oracle.noise: 'much' found; float was wanted", "oracle.seed: 0.5 found; int was wanted"]),
+        ({"oracle": {"noise": True}}, ["oracle.noise: True found; float was wanted"]),
+        ({"oracle": 0.1}, ["oracle: 0.1 found; a group of options was wanted"]),
+    ],
+)  # fmt: skip
+def test_options_that_a_reward_does_not_take(options, lines):
+    assert problems(make(reward_options=ConfigDict(options))) == [f"reward_options.{line}" for line in lines]
+
+
+def test_a_reward_of_ones_own_may_have_any_options(monkeypatch):
+    monkeypatch.setattr(rewards.base, "_FACTORIES", dict(rewards.base._FACTORIES))
+    register("mine")(lambda server, retries=3, **more: None)
+    options = {"mine": {"server": "http://judge", "retries": 5, "timeout": 2.0}}
+    assert problems(make(reward_options=ConfigDict(options))) == []
+    options["mine"]["retries"] = "often"
+    (line,) = problems(make(reward_options=ConfigDict(options)))
+    assert line == "reward_options.mine.retries: 'often' found; int was wanted"
+
+
 def test_misspelt_and_missing_fields_in_a_file_are_named():
     config = make(explore__alpha_edti=0.5, nothing_like_it=1)
     assert problems(config) == [
@@ -235,8 +276,10 @@ def config_file(tmp_path):
         ("explore.alpha_edit=much", "flag --config.explore.alpha_edit=much: could not convert string to float"),
         ("rollout.prompts=1.5", "flag --config.rollout.prompts=1.5: invalid literal for int() with base 10"),
         ("acd.reference_keys=perhaps", "flag --config.acd.reference_keys=perhaps: ('Non-boolean argument"),
+        ("reward_options.oracle.nois=1", "--config.reward_options.oracle.nois: there is no such field. "
+                                         "Did you mean --config.reward_options.oracle.noise?"),
     ],
-    ids=["field", "group", "nothing-near", "float", "int", "bool"],
+    ids=["field", "group", "nothing-near", "float", "int", "bool", "option"],
 )  # fmt: skip
 def test_overrides_that_do_not_fit(capsys, config_file, tmp_path, override, message):
     code, lines = run_train(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'w'}", f"--config.{override}")
@@ -255,6 +298,17 @@ def test_overrides_reach_the_check(capsys, config_file, tmp_path):
     assert lines[0].endswith("explore.alpha_edit: 2.0 found; 0 to 1 was wanted")
     assert lines[1].strip() == "data.path: empty; a path was wanted"
     assert len(lines) == 3
+
+
+def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rcgrpo_jax.cli.train.train", lambda config, _: seen.append(config) or SimpleNamespace(step=0))
+    code, _, err = small_run.run_command(
+        capsys, "train", f"--config={config_file}", f"--workdir={tmp_path}", "--config.reward_options.colour.scale=30",
+        "--config.rewards.preservation=0",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert make_rewards(seen[0]) == {"colour": rewards.Colour(scale=30.0)}
 
 
 @pytest.mark.parametrize(

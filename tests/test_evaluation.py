@@ -37,14 +37,8 @@ TASKS = 30
 
 
 @cache
-def editor(devices: int = 1, **attention) -> Editor:
-    return Editor(
-        ModelFolder(small_run.model_folder()),
-        jnp.float32,
-        16,
-        parameter_sharding(mesh(devices)),
-        attention=AttentionOptions(**attention),
-    )
+def editor(devices: int = 1) -> Editor:
+    return Editor(ModelFolder(small_run.model_folder()), jnp.float32, 16, parameter_sharding(mesh(devices)))
 
 
 def mesh(devices: int = 1) -> Mesh:
@@ -253,19 +247,22 @@ def test_a_lora_edits_from_the_same_noise():
 
 
 def test_acd_is_the_density_of_the_attention_map():
-    model, layers = editor(acd_layers=2, acd_map=True), 2
-    example, grid = scenes()[0], (4, 4)
-    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (1, 16, 64))
-    text = model.encode_text([example.instruction])
-    condition = Condition(text.text, text.pooled, model.encode_image(example.image[None]), jnp.array([2.5]))
-    tokens = region.token_mask(jnp.asarray(example.mask), grid)
+    model, example = editor(), scenes()[0]
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (16, 64))
+    text = model.encode_text([example.instruction] * BATCH)
+    reference = model.encode_image(np.stack([example.image] * BATCH))
+    condition = Condition(text.text[0], text.pooled[0], reference[0], jnp.float32(2.5))
+    tokens = region.token_mask(jnp.asarray(example.mask), (4, 4))
+    with_map = model.transformer.clone(attention=AttentionOptions(acd_map=True))
     variables = {"params": model.transformer_params}
-    _, sown = model.transformer.apply(
-        variables, noise, jnp.ones(1), condition, grid, tokens[None], mutable=["intermediates"]
-    )
-    maps = sown_masses(sown["intermediates"], "acd_map", layers)
-    wanted = concentration.density(maps, tokens).mean()
-    found = run(indices=[0], model=model, num_steps=1).measures["acd"][0]
+
+    @jax.jit
+    def sown():
+        args = (noise, jnp.float32(1), condition, (4, 4), tokens)
+        return with_map.apply(variables, *args, mutable=["intermediates"])[1]["intermediates"]
+
+    wanted = concentration.density(sown_masses(sown(), "acd_map", 10), tokens).mean()
+    found = run(indices=range(BATCH), num_steps=1).measures["acd"][0]
     assert found == pytest.approx(float(wanted), rel=1e-4)
     assert abs(found - 1) > 1e-3
 

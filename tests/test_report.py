@@ -1,9 +1,9 @@
 """A page that a person can read anywhere and trust: nothing from outside, nothing unescaped, the maps as they are."""
 
-import html
+import base64
+import io
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.state import init_state
 
-HOSTILE = """<script>alert("1")</script><img src='http://x.test/a.png'> & " ' {{ 7 * 7 }}"""
+HOSTILE = """<script>alert("1")</script><img src='http://x.test/a.png'> & " ' {{ 7 * 7 }} $\\x$"""
 METRICS = [
     {"step": step, "reward/oracle": 0.5 + step / 100, "reward/acd": 1.1, "grad_norm": 0.1 * step, "loss": None}
     for step in range(1, 31)
@@ -112,10 +112,9 @@ def test_the_page_is_well_formed_and_asks_nothing_of_the_network():
 
 
 def test_what_a_user_wrote_is_shown_and_never_interpreted():
-    page, plain = Page(render(whole_report(HOSTILE))), Page(render(whole_report()))
-    assert page.tags == plain.tags
-    shown = "".join(page.texts)
-    assert shown.count(HOSTILE) == "".join(plain.texts).replace("text-", "").count("text")
+    page, harmless = Page(render(whole_report(HOSTILE))), Page(render(whole_report("HARMLESS")))
+    assert page.tags == harmless.tags
+    assert "".join(page.texts).count(HOSTILE) == "".join(harmless.texts).count("HARMLESS") == 21
     assert page.values("alt").count(HOSTILE) == 2
     assert HOSTILE in page.values("aria-label")
 
@@ -146,15 +145,12 @@ def test_a_page_of_large_photographs_stays_small(tmp_path):
     large = np.asarray(noise.resize((2300, 1280), Image.Resampling.BICUBIC))
     photograph = np.asarray(noise.resize((320, 320), Image.Resampling.BICUBIC))
     row = Row("Make it rain.", [("source", photograph)] * 4)
-    write_report(tmp_path / "new" / "page.html", Report("large", examples=[row] * 12, grids={"last": large}))
+    write_report(tmp_path / "new" / "page.html", Report("large", examples=[row] * 8, grids={"last": large}))
     assert (tmp_path / "new" / "page.html").stat().st_size < 5e6
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
 def test_small_pictures_keep_their_pixels():
-    import base64
-    import io
-
     kind, _, content = data_url(PICTURE).partition(",")
     assert kind == "data:image/webp;base64"
     np.testing.assert_array_equal(Image.open(io.BytesIO(base64.b64decode(content))), PICTURE)
@@ -192,7 +188,6 @@ def test_plots_take_the_pages_ink_and_leave_matplotlib_as_it_was():
     assert "global, median 2<" in svg
     assert "region, median 0.5<" in svg
     assert dict(matplotlib.rcParams) == before
-    assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_a_full_mark_excludes_zero():
@@ -208,6 +203,14 @@ def test_a_full_mark_excludes_zero():
 
 STEPS, GUIDANCE = 2, 2.5
 GRID = (4, 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling takes longer than running here, so LLVM need not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -324,8 +327,7 @@ def write_evaluation(folder, shift: float = 0.1) -> None:
 
 def page_of(*argv: object) -> tuple[Page, str]:
     command.run([str(arg) for arg in argv])
-    out = next(str(arg) for arg in argv if str(arg).endswith(".html"))
-    page = Page(open(out, encoding="utf-8").read())
+    page = Page(next(arg for arg in argv if str(arg).endswith(".html")).read_text(encoding="utf-8"))
     return page, "".join(page.texts)
 
 
@@ -394,7 +396,7 @@ def test_attention_maps_of_base_and_checkpoint(tmp_path, edits):
         (["--workdir={}/none"], "none is no directory"),
         (["--workdir={}/empty"], "neither steps in metrics.jsonl nor a checkpoint"),
         (["--workdir={}/run", "--evaluation={}/empty"], "empty has no .npz files"),
-        (["--workdir={}/run", "--evaluation={}/evaluation", "--data=scenes:heldout:5"], "example 0 is heldout-00000-add"),
+        (["--workdir={}/run", "--evaluation={}/evaluation", "--data=scenes:train:5"], "example 0 is train-00000-add"),
         (["--workdir={}/run", "--attention=2"], "--evaluation and --data are missing"),
         (["--workdir={}/run", "--evaluation={}/evaluation", f"--data={small_run.data_folder()}", "--attention=1"],
          "no checkpoint of `rcgrpo train`"),

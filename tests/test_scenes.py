@@ -347,12 +347,36 @@ def test_bad_options_are_refused(options, problem, remedy):
     assert remedy in caught.value.remedy
 
 
-def test_scenes_are_named_by_split_and_count():
-    assert (parse_scenes("heldout:12").split, len(parse_scenes("heldout:12"))) == ("heldout", 12)
-    assert len(parse_scenes("photo")) == len(Scenes())
-    for text in ("train:", "train:many", "train:-3", ":5"):
-        with pytest.raises(UsageError):
-            parse_scenes(text)
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("photo", ("photo", 1000, 0)),
+        ("heldout:12", ("heldout", 12, 0)),
+        ("train:12:0.4", ("train", 12, 0.4)),
+        ("train:12:.4", ("train", 12, 0.4)),
+        ("train:12:1", ("train", 12, 1)),
+    ],
+)
+def test_scenes_are_named_by_split_count_and_flaws(text, wanted):
+    scenes = parse_scenes(text)
+    assert (scenes.split, len(scenes), scenes.flaws) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        *((text, r"found; SPLIT\[:COUNT\[:FLAWS\]\] was wanted") for text in (
+            "", ":5", "train:", "train:many", "train:-3", "train::0.4", "train:5:", "train:5:some", "train:5:-0.4",
+            "train:5:40%", "train:5:nan", "train:5:0.4:1",
+        )),
+        ("trian:5:0.4", "the split 'trian' found"),
+        ("train:0:0.4", "count 0 found; at least 1"),
+        ("train:5:40", r"flaws 40\.0 found; a share in \[0, 1\]"),
+    ],
+)  # fmt: skip
+def test_names_of_scenes_that_cannot_be_read(text, problem):
+    with pytest.raises(UsageError, match=problem):
+        parse_scenes(text)
 
 
 @pytest.mark.parametrize("flags", [(), ("--split=photo", "--size=64", "--seed=3", "--flaws=0.5")])

@@ -17,7 +17,15 @@ from rcgrpo_jax.evaluation.lpips import MISSING
 from rcgrpo_jax.evaluation.plots import distributions
 from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
 from rcgrpo_jax.training.ablation import (
-    BASE, COMPONENTS, TAUS, Protocol, configure, explore, parse_variant, run_base, run_variant,
+    BASE,
+    COMPONENTS,
+    TAUS,
+    Protocol,
+    configure,
+    explore,
+    parse_variant,
+    run_base,
+    run_variant,
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
 

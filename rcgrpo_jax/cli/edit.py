@@ -37,7 +37,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "noise", None, ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values
     )
-    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", 1, 512, flag_values=values)
+    flags.DEFINE_integer("text_tokens", 0, "padded length of the T5 sequence; 0: default", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
 
 

@@ -45,7 +45,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_integer("batch", 50, "edits at a time", lower_bound=1, flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
-    flags.DEFINE_integer("text_tokens", 512, "length the T5 sequence is padded to", 1, 512, flag_values=values)
+    flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
 
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",
     "data": "write a data set of synthetic editing tasks",
-    "demo": "the whole way on photographs and a small random editor",
+    "demo": "the whole way on the small editor that ships with the package",
 }
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()

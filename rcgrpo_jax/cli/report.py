@@ -30,7 +30,7 @@ from rcgrpo_jax.evaluation.tables import COLUMNS, make_tables
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.state import init_state
@@ -182,7 +182,7 @@ def attention_rows(
     shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
     key = jax.random.key(settings["seed"])
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(len(examples))])
-    lora = scale_adapter(state.averaged, LoRAConfig(**whole.lora).scale)
+    lora = jax.device_put(scale_adapter(state.averaged, LoRAConfig(**whole.lora).scale), replicated(mesh))
     instructions = [x.instruction for x in examples]
     with jax.set_mesh(mesh):
         found = {

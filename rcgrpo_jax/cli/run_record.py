@@ -132,7 +132,7 @@ def _changes(config: Mapping[str, Any], default: Mapping[str, Any], name: str) -
 
 
 def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, Any] | None = None) -> list[str]:
-    """The commands that train with that file and export, and with the `settings` of an evaluation evaluate on `data`."""
+    """The commands that train with that file, export, and, with the `settings` of an evaluation, evaluate on `data`."""
     train, workdir = "pretrain" if "stage" in config else "train", "again"
     lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
     if train == "train":

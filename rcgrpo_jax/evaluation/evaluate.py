@@ -98,10 +98,11 @@ def evaluate(
     """Edits examples from unperturbed noise, and measures the edits.
 
     The measures are `success` and `overall`, `psnr`, `ssim` and `lpips` (`evaluation.metrics`), `caption` and
-    `caption_top1` (`evaluation.caption`), and `acd`. An example's noise depends on the seed and its index alone, so that different models can be compared in pairs.
-    Everything is measured of the 8-bit pictures, except `acd`: R_acd (Eq. 18) of the same rollout, over all text tokens
-    and the last `acd_layers` blocks of the editor (or as many as it has). `lpips` is left out where its weights are not
-    installed, and the captions where the source is not scenes in their own size.
+    `caption_top1` (`evaluation.caption`), all of the 8-bit pictures, and `acd`: R_acd (Eq. 18) of the same rollout,
+    over all text tokens and the last `acd_layers` blocks of the editor, or as many as it has. LPIPS is left out where
+    its weights are not installed, and the captions where the source is not scenes in their own size.
+
+    An example's noise depends on the seed and its index alone, so that different models can be compared in pairs.
 
     Args:
         editor: The model.

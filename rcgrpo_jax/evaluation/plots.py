@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from rcgrpo_jax.evaluation.statistics import Interval
 
@@ -25,6 +25,7 @@ _NUMBERS = FuncFormatter(lambda x, _: f"{x:.4g}")  # without a common factor abo
 _INK = "#010203"  # stands for the page's text colour while matplotlib draws
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a name may hold any characters
     "font.family": ["DejaVu Sans"],  # for its widths; the page writes in its own
     "font.size": 9,
     "text.color": _INK,
@@ -38,7 +39,6 @@ _STYLE = {
     "xtick.major.width": 0.6,
     "ytick.color": _INK,
     "ytick.major.size": 0,
-    "ytick.minor.size": 0,
 }
 
 
@@ -80,7 +80,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     plots = []
     for panel in PANELS:
         series = {
-            name.rpartition("/")[2]: np.array([entry.get(name) for entry in metrics], float)  # None becomes NaN
+            name.split("/", 1)[-1]: np.array([entry.get(name) for entry in metrics], float)  # None becomes NaN
             for name in present
             if any(name == wanted or (wanted.endswith("/") and name.startswith(wanted)) for wanted in panel.names)
         }
@@ -149,10 +149,11 @@ def _curve_panel(panel: Panel, steps: np.ndarray, series: Mapping[str, Float[np.
             ends[name] = mean[np.isfinite(mean)][-1]
         if panel.log and lowest > 0:
             axes.set_yscale("log")
-        else:
-            axes.yaxis.set_major_formatter(_NUMBERS)
-            if axes.get_ylim()[0] < 0 <= lowest:
-                axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif axes.get_ylim()[0] < 0 <= lowest:
+            axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_NUMBERS)
         for text, size, height in ((panel.title, 10.5, 20), (panel.unit, 9, 8)):
             axes.annotate(text, (0, 1), (0, height), "axes fraction", textcoords="offset points", size=size)
         axes.set_xlabel("step")

@@ -134,6 +134,7 @@ def _evaluate(config: ConfigDict, protocol: Protocol, file: Path, name: str, lor
             guidance=config.model.guidance,
             seed=protocol.seed,
             lora=lora,
+            size=tuple(config.data.size),
             mesh=mesh,
             progress=progress.update,
         )

@@ -27,7 +27,7 @@ def default_config() -> ConfigDict:
         model=group(
             path="",  # diffusers folder or converted directory
             dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
-            max_text_tokens=512,  # length the T5 sequence is padded to; 512 in FLUX.1-Kontext-dev
+            max_text_tokens=0,  # length the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev
             guidance=2.5,  # scale given to the distilled model
             attention="xla",  # implementation, a name of models.attention.IMPLEMENTATIONS
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update

@@ -24,7 +24,7 @@ MODEL_CHOICES: Choices = {
     "data.polarity": ("white", "black"),
 }
 SHARED_RANGES: Ranges = {
-    "seed": (0, 2**32 - 1), "model.max_text_tokens": (1, 512), "model.guidance": (0, math.inf),
+    "seed": (0, 2**32 - 1), "model.max_text_tokens": (0, 512), "model.guidance": (0, math.inf),
     "lora.rank": (1, math.inf), "lora.alpha": (1e-9, math.inf),
     "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": (0, math.inf),
     "optimizer.decay_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),

@@ -79,8 +79,9 @@ def open_folder(config: ConfigDict, workdir: Path) -> ModelFolder:
     """The model that training starts from; without a path, a new small editor in `workdir/start`."""
     if not config.model.path:
         path = workdir / "start"
-        whole = (path / "model_index.json").is_file()  # written last
-        return ModelFolder(path if whole else random_folder.build(path, config.seed, random_folder.EDITOR))
+        if not (path / "model_index.json").is_file():  # written last
+            random_folder.build(path, config.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
+        return ModelFolder(path)
     folder = ModelFolder(config.model.path)
     if config.stage != "lora" and folder.converted:
         raise UserError(

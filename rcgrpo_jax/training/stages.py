@@ -64,7 +64,7 @@ class Stage:
         tokenizers = load_tokenizers(self.folder.path)
         source = open_source(config.data.path, config.data.polarity)
         return TripleBatches(
-            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, config.model.max_text_tokens
+            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
         )
 
     def arrays(self, batch: Any) -> Any:

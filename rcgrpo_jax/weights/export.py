@@ -53,6 +53,7 @@ def save_folder(start: Path, target: Path, networks: Mapping[str, tuple[Any, Map
         start: A diffusers folder.
         target: The folder to write; it is never there in part.
         networks: Name -> config and parameters.
+        dtype: Of the files of these networks.
 
     Raises:
         OSError, SafetensorError: If it cannot be written; a full disk is either.

@@ -23,6 +23,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.files import TensorFiles, tensor_problems
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
+from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
 MANIFEST = "rcgrpo.json"  # marks a converted directory
 SMALL_EDITOR = Path(__file__).parents[1] / "assets" / "small-editor"
@@ -75,6 +76,12 @@ class ModelFolder:
                 "Use a folder of FLUX.1-Kontext-dev or of a model with the same blocks.",
             )
         return network.config.from_json(config)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The length of the T5 sequence that the model was trained with, by its tokenizer; at most FLUX's 512."""
+        file = self.path / "tokenizer_2" / "tokenizer_config.json"
+        return min(read_json(file).get("model_max_length", T5_LENGTH), T5_LENGTH) if file.is_file() else T5_LENGTH
 
     def schedule_options(self) -> dict[str, float]:
         """The scheduler's shift, as `flow.schedule.sigmas` takes it."""

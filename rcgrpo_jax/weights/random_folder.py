@@ -20,7 +20,7 @@ from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEC
 from rcgrpo_jax.weights.export import save_network
 from rcgrpo_jax.weights.keymap import is_stacked
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
-from rcgrpo_jax.weights.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+from rcgrpo_jax.weights.tokenizers import T5_LENGTH, write_clip_tokenizer, write_t5_tokenizer
 
 SMALL: Mapping[str, Any] = {
     "transformer": MMDiTConfig(
@@ -35,6 +35,7 @@ SMALL: Mapping[str, Any] = {
 }  # fmt: skip
 
 # The editor that ships with the package, before it has learned; images of 128 x 128 pixels are 8 x 8 tokens.
+EDITOR_TEXT_TOKENS = 24  # the longest instruction of the scenes has 20
 EDITOR: Mapping[str, Any] = {
     "transformer": MMDiTConfig(
         num_layers=2, num_single_layers=4, num_attention_heads=3, attention_head_dim=64, joint_attention_dim=128,
@@ -59,13 +60,16 @@ SCHEDULER = {
 }
 
 
-def build(path: str | Path, seed: int = 0, configs: Mapping[str, Any] = SMALL) -> Path:
+def build(
+    path: str | Path, seed: int = 0, configs: Mapping[str, Any] = SMALL, max_text_tokens: int = T5_LENGTH
+) -> Path:
     """Writes a folder that diffusers' `FluxKontextPipeline.from_pretrained` and `rcgrpo convert` read.
 
     Args:
         path: Folder to write; files of the same names are replaced.
         seed: Of all weights; equal seeds give equal files.
         configs: A config for each of `weights.networks.NETWORKS`; vocabulary sizes are those of the small tokenizers.
+        max_text_tokens: N_txt, the length that T5 sequences are padded to.
 
     Returns:
         The folder.
@@ -73,7 +77,7 @@ def build(path: str | Path, seed: int = 0, configs: Mapping[str, Any] = SMALL) -
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     clip_size = write_clip_tokenizer(path / "tokenizer")
-    t5_size = write_t5_tokenizer(path / "tokenizer_2")
+    t5_size = write_t5_tokenizer(path / "tokenizer_2", max_text_tokens)
     configs = dict(configs)
     configs["text_encoder"] = replace(configs["text_encoder"], vocab_size=clip_size, eos_token_id=clip_size - 1)
     configs["text_encoder_2"] = replace(configs["text_encoder_2"], vocab_size=t5_size)

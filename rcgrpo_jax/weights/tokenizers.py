@@ -196,13 +196,14 @@ def write_clip_tokenizer(folder: Path) -> int:
     return len(tokens)
 
 
-def write_t5_tokenizer(folder: Path) -> int:
+def write_t5_tokenizer(folder: Path, length: int = T5_LENGTH) -> int:
     """Writes a small T5 tokenizer: words of the lists, common suffixes, and the characters of European scripts.
 
     Ids are `<pad>`, `</s>`, `<unk>`, then pieces. FLUX never uses T5's sentinels (`<extra_id_0>`, ...): there are none.
 
     Args:
         folder: The `tokenizer_2/` folder to write.
+        length: That its model pads sequences to.
 
     Returns:
         The size of the vocabulary.
@@ -227,7 +228,7 @@ def write_t5_tokenizer(folder: Path) -> int:
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
     )
     _write_json(folder / "tokenizer.json", json.loads(model.to_str()))
-    _write_config(folder, special, tokenizer_class="T5Tokenizer", model_max_length=T5_LENGTH, extra_ids=0)
+    _write_config(folder, special, tokenizer_class="T5Tokenizer", model_max_length=length, extra_ids=0)
     return len(scores)
 
 

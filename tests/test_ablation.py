@@ -1,0 +1,116 @@
+"""Ablations: variants change what they say, pieces are made once, and all rows see the same edits."""
+
+import numpy as np
+import pytest
+import small_run
+
+from rcgrpo_jax.cli.main import main
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.training import ablation
+from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Variant, configure, parse_variant
+from rcgrpo_jax.training.config import validate
+from rcgrpo_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two variants, two seeds, two steps each; the directory and what was printed."""
+    folder = tmp_path_factory.mktemp("ablation")
+    (folder / "config.py").write_text(
+        "from rcgrpo_jax.training.config import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+        f"    c.model.update(path={str(small_run.model_folder())!r}, dtype='float32', max_text_tokens=16)\n"
+        "    c.data.update(path='scenes:train:4', size=(64, 64))\n"
+        "    c.lora.update(rank=2, alpha=4.0)\n"
+        "    c.rollout.update(prompts=2, group_size=4, num_steps=2)\n"
+        "    c.surrogate.anchors = 2\n    c.acd.layers = 2\n    c.rewards.update(preservation=1.0, colour=0.0)\n"
+        "    c.optimizer.learning_rate = 0.01\n    c.train.num_steps = 2\n    return c\n"
+    )
+    arguments = [
+        "ablate", f"--config={folder / 'config.py'}", f"--out={folder / 'out'}", "--seeds=2", "--steps=2",
+        "--data=scenes:heldout:3", "--variant=global: explore.kind=global acd.weight=0",
+        "--variant=RDP: acd.weight=0", "--batches=2",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    return folder / "out", arguments
+
+
+def test_variants_of_the_paper_are_valid_runs():
+    config = small_run.make_config()
+    for variant in (*COMPONENTS, *TAUS):
+        changed = configure(config, variant, seed=3)
+        validate(changed, 1)
+        assert changed.seed == 3
+        for field, value in variant.changes.items():
+            group, name = field.split(".")
+            assert changed[group][name] == value
+    assert config == small_run.make_config()
+
+
+def test_a_variant_is_a_name_and_fields():
+    found = parse_variant("strong RDP: explore.alpha_edit=0.5 acd.weight=0 explore.kind=region")
+    changes = {"explore.alpha_edit": 0.5, "acd.weight": 0, "explore.kind": "region"}
+    assert found == Variant("strong RDP", changes)
+
+
+@pytest.mark.parametrize("text", ["no fields", ": a.b=1", "x: a.b", "x: a.b=1 c"])
+def test_another_form_is_refused(text):
+    with pytest.raises(UsageError, match="FIELD=VALUE"):
+        parse_variant(text)
+
+
+@pytest.mark.parametrize("changes", [{"explore.alpha": 0.1}, {"explore.kind": 3}, {"nothing": 1}])
+def test_a_field_that_is_not_there_or_of_another_type_is_refused(changes):
+    with pytest.raises(UsageError, match="variant 'x'"):
+        configure(small_run.make_config(), Variant("x", changes), 0)
+
+
+def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
+    out, _ = run
+    files = ["base.npz", *(f"{name}/{seed}.npz" for name in ("global", "rdp") for seed in (0, 1))]
+    found = {file: Evaluation.load(out / "evaluations" / file) for file in files}
+    assert len({evaluation.names for evaluation in found.values()}) == 1
+    edits = [evaluation.images for evaluation in found.values()]
+    for i, a in enumerate(edits):
+        assert all(np.any(a != b) for b in edits[:i]), "two of the runs made the same edits"
+    for name in ("global", "rdp"):
+        assert len(read_metrics(out / "runs" / name / "0" / "metrics.jsonl")) == 2
+    table = (out / "table.md").read_text()
+    assert all(name in table for name in ("base", "global", "RDP"))
+
+
+def test_global_exploration_moves_the_background_more(run, tmp_path):
+    """Fig. 5b, of an untrained model."""
+    out, _ = run
+    assert all("<svg" in (out / f"{plot}.svg").read_text() for plot in ("drift", "reward_std"))
+    config = small_run.make_config(data__path="scenes:train:4", rewards__colour=0.0)
+    everywhere, inside = (ablation.explore(config, variant, 0, tmp_path, num_batches=1) for variant in COMPONENTS[:2])
+    assert (everywhere.drift > 3 * inside.drift).all()
+    assert (everywhere.reward_std > 0).all()
+
+
+def test_what_is_there_is_not_made_again(run, monkeypatch, capsys):
+    _, arguments = run
+
+    def refuse(*_, **__):
+        raise AssertionError("trained or evaluated again")
+
+    monkeypatch.setattr(ablation, "train", refuse)
+    monkeypatch.setattr(ablation, "evaluate", refuse)
+    assert main([x for x in arguments if not x.startswith("--batches")]) == 0
+    assert "global" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--variant=global: acd.weight=0", "different names"),
+        ("--variant=bad: explore.alpha_edit=2", "explore.alpha_edit"),
+        ("--data=scenes:heldout:0", "scenes"),
+    ],
+)
+def test_mistakes_are_told_before_training(run, change, message, capsys, monkeypatch):
+    _, arguments = run
+    monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained"))
+    assert main([*arguments, change]) == 2
+    assert message in capsys.readouterr().err

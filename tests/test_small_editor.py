@@ -1,0 +1,71 @@
+"""The editor that ships with the package is a Kontext model to diffusers, and one that edits its scenes."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+
+from rcgrpo_jax.data.scenes import Scenes
+from rcgrpo_jax.editor import Editor, to_pixels, to_unit
+from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
+
+SIDE, STEPS = 128, 8
+MEGABYTES = 24
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor(ModelFolder("small-editor"))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return Scenes("heldout", 32)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over the first axis, dB of 8 bits."""
+    errors = np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-6))))
+
+
+def test_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in SMALL_EDITOR.rglob("*") if file.is_file()) <= MEGABYTES * 1e6
+
+
+def test_pads_text_as_it_was_trained(editor):
+    assert editor.max_text_tokens == 24
+
+
+def test_autoencoder_keeps_held_out_scenes(editor, scenes):
+    images = np.stack([scenes[i].image for i in range(32)])
+    decode = jax.jit(lambda params, x: editor.vae.apply({"params": params}, x))
+    assert psnr(images, to_pixels(decode(editor.vae_params, to_unit(images)))) >= 30
+
+
+def test_diffusers_makes_the_same_edit(editor, scenes):
+    example = scenes[2]
+    noise = np.array(jax.random.normal(jax.random.key(0), (1, (SIDE // 16) ** 2, 64)))
+    ours = editor.edit(example.image[None], [example.instruction], noise, STEPS)
+    pipe = FluxKontextPipeline.from_pretrained(SMALL_EDITOR, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        image=Image.fromarray(example.image), prompt=example.instruction, latents=torch.from_numpy(noise),
+        height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=2.5,
+        max_sequence_length=editor.max_text_tokens, max_area=SIDE * SIDE, _auto_resize=False, output_type="np",
+    ).images  # fmt: skip
+    assert psnr(ours, np.round(theirs * 255)) >= 55
+
+
+def test_edits_scenes_of_objects_it_never_saw(editor, scenes):
+    """The region changes much more than the background, which stays recognisable."""
+    examples = [scenes[i] for i in range(12)]
+    sources, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
+    noise = jax.random.normal(jax.random.key(1), (len(examples), (SIDE // 16) ** 2, 64))
+    edits = editor.edit(sources, [x.instruction for x in examples], noise, STEPS)
+    change = np.abs(edits.astype(float) - sources).mean(-1)
+    inside, outside = ((change * m).sum((1, 2)) / m.sum((1, 2)) for m in (masks, 1 - masks))
+    assert np.median(inside / outside) > 3
+    assert np.median(outside) < 12
