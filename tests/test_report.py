@@ -398,7 +398,7 @@ def test_attention_maps_of_base_and_checkpoint(tmp_path, edits):
         (["--workdir={}/run", "--evaluation={}/empty"], "empty has no .npz files"),
         (["--workdir={}/run", "--evaluation={}/evaluation", "--data=scenes:train:5"], "example 0 is train-00000-add"),
         (["--workdir={}/run", "--attention=2"], "--evaluation and --data are missing"),
-        (["--workdir={}/run", "--evaluation={}/evaluation", f"--data={small_run.data_folder()}", "--attention=1"],
+        (["--workdir={}/run", "--evaluation={}/evaluation", "--data={data}", "--attention=1"],
          "no checkpoint of `rcgrpo train`"),
         ([], "missing --workdir"),
     ],
@@ -409,7 +409,7 @@ def test_mistakes_are_told(tmp_path, argv, problem):
     write_run(tmp_path / "run", {})
     write_evaluation(tmp_path / "evaluation")
     with pytest.raises(UserError if argv else UsageError, match=re.escape(problem)):
-        command.run([arg.format(tmp_path) for arg in argv])
+        command.run([arg.format(tmp_path, data=small_run.data_folder()) for arg in argv])
     assert not list(tmp_path.glob("**/*.html"))
 
 

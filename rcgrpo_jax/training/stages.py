@@ -60,12 +60,14 @@ class Stage:
 
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
-        config = self.config
-        tokenizers = load_tokenizers(self.folder.path)
+        return self.triples()
+
+    def triples(self, **options: Any) -> TripleBatches:
+        """Batches of the data as they are; `options` are `TripleBatches`' own."""
+        config, tokenizers = self.config, load_tokenizers(self.folder.path)
         source = open_source(config.data.path, config.data.polarity)
-        return TripleBatches(
-            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
-        )
+        size, length = tuple(config.data.size), self.editor.max_text_tokens
+        return TripleBatches(source, size, config.batch.size, config.seed, tokenizers, length, **options)
 
     def arrays(self, batch: Any) -> Any:
         """What the loss reads of a batch: a NamedTuple with `source`, `target` and `mask` among its `[S, ...]`."""
@@ -159,6 +161,11 @@ class FlowStage(Stage):
         self.t5 = T5Encoder(folder.config("text_encoder_2"), dtype=dtype)
         self.shift_options = folder.schedule_options()
 
+    def batches(self):
+        # On one device, so that the thread's program has no collectives that could meet those of the step.
+        encoder = Editor(self.folder, jnp.dtype(self.config.model.dtype))
+        return self.triples(encode=encoder.encode_image)
+
     def initial(self, key):
         return {name: self._float32(name) for name in ("transformer", "text_encoder", "text_encoder_2")}
 
@@ -173,12 +180,8 @@ class FlowStage(Stage):
         """What the transformer reads of one example, and the packed latents of its target."""
         pooled = self.clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
         text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
-        reference, target = self._latents(params, jnp.stack([example.source, example.target]))
+        reference, target = example.latents
         return Condition(text, pooled, reference, jnp.asarray(self.config.model.guidance)), target
-
-    def _latents(self, params: dict, pixels: Array) -> Float[Array, "2 N C"]:
-        encoded = self.editor.vae.apply({"params": params["vae"]}, unit(pixels), method="encode")
-        return jax.lax.stop_gradient(latents.pack(encoded).astype(jnp.float32))
 
     def loss(self, trained, frozen, key, example):
         params, lora = self.networks(trained, frozen)
@@ -218,6 +221,7 @@ class Encoded(NamedTuple):
     mask: Array
     text: Array
     pooled: Array
+    reference: Array
 
 
 class LoRAStage(FlowStage):
@@ -238,7 +242,7 @@ class LoRAStage(FlowStage):
         return {"data_digest": batches.source.digest}
 
     def arrays(self, batch: EditBatch) -> Encoded:
-        return Encoded(batch.pixels, batch.targets, batch.mask, batch.text, batch.pooled)
+        return Encoded(batch.pixels, batch.targets, batch.mask, batch.text, batch.pooled, batch.reference)
 
     def initial(self, key):
         adapter = init_adapter(key, self.editor.transformer_params, LoRAConfig(**self.config.lora))
@@ -251,8 +255,9 @@ class LoRAStage(FlowStage):
         return frozen, scale_adapter(trained, LoRAConfig(**self.config.lora).scale)
 
     def condition(self, params, example):
-        reference, target = self._latents(params, jnp.stack([example.source, example.target]))
-        return Condition(example.text, example.pooled, reference, jnp.asarray(self.config.model.guidance)), target
+        target = self.editor.vae.apply({"params": params["vae"]}, unit(example.target), method="encode")
+        condition = Condition(example.text, example.pooled, example.reference, jnp.asarray(self.config.model.guidance))
+        return condition, latents.pack(target).astype(jnp.float32)
 
     def save(self, trained, examples):
         return save_lora(self.workdir / "lora", trained, LoRAConfig(**self.config.lora))
