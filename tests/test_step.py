@@ -226,7 +226,7 @@ def test_one_small_update_raises_the_surrogate_objective(seed):
     first = update(trainer, step, state)
     # A short way along the optimizer's direction.
     nearby = jax.tree.map(lambda a, b: a + 1e-3 * (b - a), state.params, first.after.params)
-    again = update(trainer, step, first.after.replace(lora=nearby), first.log_pi)
+    again = update(trainer, step, first.after.replace(params=nearby), first.log_pi)
     assert again.metrics["clip_fraction"] == 0
     assert again.metrics["loss"] < first.metrics["loss"] - 1e-6
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
@@ -24,7 +23,6 @@ class Triples(NamedTuple):
     clip: Int[np.ndarray, "S 77"]
     t5: Int[np.ndarray, "S N_txt"]
     instructions: tuple[str, ...]
-    latents: Float[np.ndarray, "S 2 N C"] | None = None  # packed, of source and target, where they were encoded
 
 
 class TripleBatches:
@@ -39,23 +37,14 @@ class TripleBatches:
         seed: Of the order, which is drawn anew each epoch.
         tokenizers: Of the model folder.
         max_text_tokens: N_txt.
-        encode: Images `[S, H, W, 3]` to packed latents `[S, N, C]`; called in the thread.
     """
 
     def __init__(
-        self,
-        source: Source,
-        size: tuple[int, int],
-        count: int,
-        seed: int,
-        tokenizers: Tokenizers,
-        max_text_tokens: int,
-        encode: Callable[[UInt8[np.ndarray, "S H W 3"]], Float[Array, "S N C"]] | None = None,
+        self, source: Source, size: tuple[int, int], count: int, seed: int, tokenizers: Tokenizers, max_text_tokens: int
     ):
         import grain
 
         self._size, self._count, self._tokenizers, self._length = size, count, tokenizers, max_text_tokens
-        self._encode = encode
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         self._thread = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[Triples]] = -1, Future()
@@ -78,8 +67,11 @@ class TripleBatches:
                 raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
         instructions = tuple(example.instruction for example in examples)
         tokens = tokenize(self._tokenizers, instructions, self._length)
-        images = [np.stack([resize_image(x, self._size) for x in (e.image, e.target)]) for e in examples]
-        source, target = np.stack(images, axis=1)
-        mask = np.stack([resize_mask(example.mask, self._size) for example in examples])
-        latents = self._encode and np.stack([self._encode(x) for x in (source, target)], axis=1)
-        return Triples(source, target, mask, tokens.clip, tokens.t5, instructions, latents)
+        return Triples(
+            np.stack([resize_image(example.image, self._size) for example in examples]),
+            np.stack([resize_image(example.target, self._size) for example in examples]),
+            np.stack([resize_mask(example.mask, self._size) for example in examples]),
+            tokens.clip,
+            tokens.t5,
+            instructions,
+        )

@@ -88,7 +88,7 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
     Raises:
         UsageError: The variant names an unknown field, or a value of another type.
     """
-    changed = config.copy_and_resolve_references()
+    changed = config.copy_and_resolve_references().lock()  # against new fields
     try:
         changed.update_from_flattened_dict({**variant.changes, "seed": seed})
     except (KeyError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import to_pixels
@@ -56,6 +56,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
+    whole = replicated(mesh)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict()
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
@@ -65,9 +66,10 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         described |= stage.identity(batches)
         key_params, key = jax.random.split(jax.random.key(config.seed))
         state = new_state(config.optimizer, stage.initial(key_params), key)
-        state = restore(checkpointer, state, described, MAY_DIFFER)
+        shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
+        state = restore(checkpointer, jax.device_put(state, shardings), described, MAY_DIFFER)
         if not finished(state, config):
-            step = make_step(config, stage, mesh, batches)
+            step = make_step(config, stage, mesh, batches, shardings)
             size = config.batch.size
             state = run_steps(state, step, config, described, workdir, checkpointer, config.stage, size, _shown)
         if int(state.step) < config.train.num_steps:
@@ -98,15 +100,18 @@ def open_folder(config: ConfigDict, workdir: Path) -> ModelFolder:
     return folder
 
 
-def make_update(config: ConfigDict, stage: Stage, mesh: Mesh) -> Any:
-    """The compiled (state, frozen, arrays) -> (state, metrics): one optimizer update; the state is donated."""
+def make_update(config: ConfigDict, stage: Stage, mesh: Mesh, shardings: TrainState) -> Any:
+    """The compiled (state, frozen, arrays) -> (state, metrics): one optimizer update.
+
+    The state is donated, and stays on its `shardings`.
+    """
 
     def chunk_loss(trained: dict, frozen: dict, keys: Any, examples: Any) -> tuple[Any, dict]:
         one = partial(stage.loss, trained, frozen)
         losses, metrics = jax.vmap(one, spmd_axis_name=SAMPLE_AXES)(keys, examples)
         return losses.mean(), metrics | {"loss": losses}
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def update(state: TrainState, frozen: dict, examples: Any) -> tuple[TrainState, dict]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.batch.size)
 
@@ -121,9 +126,9 @@ def make_update(config: ConfigDict, stage: Stage, mesh: Mesh) -> Any:
     return update
 
 
-def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any) -> StepFunction:
+def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardings: TrainState) -> StepFunction:
     """One step on the batch of its index, as `run_steps` takes it; pictures are those of the averaged parameters."""
-    update, frozen = make_update(config, stage, mesh), stage.frozen()
+    update, frozen = make_update(config, stage, mesh, shardings), stage.frozen()
     draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)))
 
     def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:

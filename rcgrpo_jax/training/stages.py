@@ -60,14 +60,12 @@ class Stage:
 
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
-        return self.triples()
-
-    def triples(self, **options: Any) -> TripleBatches:
-        """Batches of the data as they are; `options` are `TripleBatches`' own."""
-        config, tokenizers = self.config, load_tokenizers(self.folder.path)
+        config = self.config
+        tokenizers = load_tokenizers(self.folder.path)
         source = open_source(config.data.path, config.data.polarity)
-        size, length = tuple(config.data.size), self.editor.max_text_tokens
-        return TripleBatches(source, size, config.batch.size, config.seed, tokenizers, length, **options)
+        return TripleBatches(
+            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
+        )
 
     def arrays(self, batch: Any) -> Any:
         """What the loss reads of a batch: a NamedTuple with `source`, `target` and `mask` among its `[S, ...]`."""
@@ -161,11 +159,6 @@ class FlowStage(Stage):
         self.t5 = T5Encoder(folder.config("text_encoder_2"), dtype=dtype)
         self.shift_options = folder.schedule_options()
 
-    def batches(self):
-        # On one device, so that the thread's program has no collectives that could meet those of the step.
-        encoder = Editor(self.folder, jnp.dtype(self.config.model.dtype))
-        return self.triples(encode=encoder.encode_image)
-
     def initial(self, key):
         return {name: self._float32(name) for name in ("transformer", "text_encoder", "text_encoder_2")}
 
@@ -180,8 +173,13 @@ class FlowStage(Stage):
         """What the transformer reads of one example, and the packed latents of its target."""
         pooled = self.clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
         text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
-        reference, target = example.latents
+        reference, target = self.encode(params, jnp.stack([example.source, example.target]))
         return Condition(text, pooled, reference, jnp.asarray(self.config.model.guidance)), target
+
+    def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
+        """Packed latents of pictures."""
+        encoded = self.editor.vae.apply({"params": params["vae"]}, unit(pixels), method="encode")
+        return latents.pack(encoded).astype(jnp.float32)
 
     def loss(self, trained, frozen, key, example):
         params, lora = self.networks(trained, frozen)
@@ -214,18 +212,18 @@ class FlowStage(Stage):
 
 
 class Encoded(NamedTuple):
-    """What the device reads of an `EditBatch`; the texts were encoded before."""
+    """What the device reads of an `EditBatch`; texts and sources were encoded before."""
 
     source: Array
     target: Array
     mask: Array
+    reference: Array
     text: Array
     pooled: Array
-    reference: Array
 
 
 class LoRAStage(FlowStage):
-    """Flow matching of an adapter alone: supervised fine-tuning. Texts are encoded once and cached."""
+    """Flow matching of an adapter alone: supervised fine-tuning. Texts and sources are encoded once and cached."""
 
     def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
         super().__init__(config, folder, mesh, workdir)
@@ -242,7 +240,7 @@ class LoRAStage(FlowStage):
         return {"data_digest": batches.source.digest}
 
     def arrays(self, batch: EditBatch) -> Encoded:
-        return Encoded(batch.pixels, batch.targets, batch.mask, batch.text, batch.pooled, batch.reference)
+        return Encoded(batch.pixels, batch.targets, batch.mask, batch.reference, batch.text, batch.pooled)
 
     def initial(self, key):
         adapter = init_adapter(key, self.editor.transformer_params, LoRAConfig(**self.config.lora))
@@ -255,9 +253,8 @@ class LoRAStage(FlowStage):
         return frozen, scale_adapter(trained, LoRAConfig(**self.config.lora).scale)
 
     def condition(self, params, example):
-        target = self.editor.vae.apply({"params": params["vae"]}, unit(example.target), method="encode")
         condition = Condition(example.text, example.pooled, example.reference, jnp.asarray(self.config.model.guidance))
-        return condition, latents.pack(target).astype(jnp.float32)
+        return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):
         return save_lora(self.workdir / "lora", trained, LoRAConfig(**self.config.lora))
