@@ -14,7 +14,7 @@ def small_editor() -> ConfigDict:
     config.model.path = SMALL_EDITOR.name
     config.model.dtype = "float32"
     config.model.remat = "dots"
-    config.data.path = "scenes:train:160"
+    config.data.path = "scenes:train:600"
     config.data.size = (128, 128)
     config.lora.rank, config.lora.alpha = 16, 32.0
     config.surrogate.steps = "early"
