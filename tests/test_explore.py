@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcgrpo_jax.method.explore import neighbour_noise, perturbation_map, region_decoupled_noise, sample_anchors
+from rcgrpo_jax.method.explore import (
+    mixed_noise,
+    neighbour_noise,
+    perturbation_map,
+    region_decoupled_noise,
+    sample_anchors,
+)
 
 MASK = jnp.array([1.0, 0.0, 0.5, 0.0])
 EDIT, BASE = 0.6, 0.1
@@ -55,6 +61,20 @@ def test_the_inside_moves_by_alpha_edit_and_the_background_by_alpha_base():
     rms_inside, rms_outside = np.sqrt(squares[:, :128].mean(1)), np.sqrt(squares[:, 128:].mean(1))
     np.testing.assert_allclose(rms_inside, np.sqrt(2 - 2 * np.sqrt(1 - 0.3**2)), rtol=0.03)
     np.testing.assert_allclose(rms_outside, np.sqrt(2 - 2 * np.sqrt(1 - 0.01**2)), rtol=0.03)
+
+
+def test_a_mixed_group_moves_every_other_candidate_by_region_and_the_rest_everywhere():
+    reference = np.random.default_rng(3).normal(size=(4, 4096)).astype(np.float32)
+    group = np.asarray(mixed_noise(jax.random.key(4), reference, MASK, 6, EDIT, BASE, 0.3))
+    np.testing.assert_array_equal(group[0], reference)
+    correlation = (group * reference).mean(-1) / np.square(reference).mean(-1)  # [G, N]
+    by_region, everywhere = np.sqrt(1 - np.square([0.6, 0.1, 0.35, 0.1])), np.full(4, np.sqrt(1 - 0.3**2))
+    for i in range(1, 6):
+        np.testing.assert_allclose(correlation[i], by_region if i % 2 else everywhere, atol=0.05)
+    np.testing.assert_allclose(np.square(group).mean(-1), 1, atol=0.1)
+    np.testing.assert_array_equal(
+        group[1], region_decoupled_noise(jax.random.key(4), reference, MASK, 6, EDIT, BASE)[1]
+    )
 
 
 def test_the_first_candidate_is_the_reference_bit_for_bit_with_rdp_and_perturbed_with_eq_6():

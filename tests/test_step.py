@@ -366,6 +366,14 @@ def test_global_noise_perturbs_every_candidate_everywhere():
             assert np.corrcoef(pair)[0, 1] == pytest.approx(1 - 0.6**2, abs=0.04)
 
 
+def test_mixed_noise_perturbs_the_background_of_every_other_candidate():
+    prompts, noise = noises(explore__kind="mixed", explore__alpha_base=0.01, explore__sigma=0.6)
+    background = noise.swapaxes(2, 3)[:, np.asarray(prompts.explored) == 0]  # [32, tokens, G, C]
+    moved = np.square(background - background[:, :, :1]).mean((0, 1, 3))
+    np.testing.assert_allclose(moved[1::2], 2 - 2 * np.sqrt(1 - 0.01**2), rtol=0.1)
+    np.testing.assert_allclose(moved[2::2], 2 - 2 * np.sqrt(1 - 0.6**2), rtol=0.1)
+
+
 def test_dilation_grows_what_is_explored_and_not_the_region():
     plain, dilated = noises()[0], noises(explore__mask_dilation=1)[0]
     np.testing.assert_array_equal(plain.explored, plain.region)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 def _mix(
-    reference: Float[Array, "N C"], delta: Float[Array, "g N C"], alpha: float | Float[Array, "1 N 1"]
+    reference: Float[Array, "N C"], delta: Float[Array, "g N C"], alpha: float | Float[Array, "#g N 1"]
 ) -> Float[Array, "g N C"]:
     """sqrt(1 - alpha^2) eps* + alpha delta: N(0, I) again if both are, at any alpha in [0, 1]."""
     return jnp.sqrt(1.0 - jnp.square(alpha)) * reference[None] + alpha * delta
@@ -70,6 +70,37 @@ def region_decoupled_noise(
     alpha = perturbation_map(mask, alpha_edit, alpha_base)
     delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
     return jnp.concatenate([reference[None], _mix(reference, delta, alpha[None, :, None])])
+
+
+def mixed_noise(
+    key: PRNGKeyArray,
+    reference: Float[Array, "N C"],
+    mask: Float[Array, "N"],
+    group_size: int,
+    alpha_edit: float,
+    alpha_base: float,
+    sigma: float,
+) -> Float[Array, "G N C"]:
+    """Perturbs the edit region in every other candidate and the whole noise in the rest (ours; Eq. 6 and 11).
+
+    Differences in the background are what teaches preservation, and RDP leaves hardly any; here half a group has them.
+
+    Args:
+        key: Typed key (`jax.random.key`).
+        reference: eps*, [N, C] float32 from N(0, I).
+        mask: M, [N] in [0, 1], from `region.token_mask`.
+        group_size: G, the reference candidate included.
+        alpha_edit: Strength inside the edit region of candidates 1, 3, ..., in [0, 1].
+        alpha_base: Strength in their background, in [0, 1].
+        sigma: Strength everywhere of candidates 2, 4, ..., in [0, 1].
+
+    Returns:
+        [G, N, C] float32. Index 0 is the reference, bit for bit; each candidate is marginally N(0, I).
+    """
+    local = jnp.arange(1, group_size)[:, None] % 2 == 1
+    alpha = jnp.where(local, perturbation_map(mask, alpha_edit, alpha_base)[None], sigma)
+    delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
+    return jnp.concatenate([reference[None], _mix(reference, delta, alpha[..., None])])
 
 
 def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, "B"]:

@@ -44,10 +44,10 @@ def default_config() -> ConfigDict:
             targets="attention",  # attention (the paper's), attention+mlp, all-linear, or a regular expression
         ),
         explore=group(
-            kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6
+            kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6; mixed: half and half (ours)
             alpha_edit=0.3,  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
             alpha_base=0.01,  # perturbation outside, in [0, 1] (ours)
-            sigma=0.3,  # perturbation everywhere for kind=global, in [0, 1]
+            sigma=0.3,  # perturbation everywhere for kind=global and mixed, in [0, 1]
             mask_threshold=0.0,  # share of a token's pixels that puts it into the region; 0: any pixel (ours)
             mask_dilation=0,  # tokens by which the region grows for the perturbation; surrogate and ACD keep the mask
         ),
@@ -123,7 +123,7 @@ def default_config() -> ConfigDict:
 
 _CHOICES = {
     **MODEL_CHOICES,
-    "explore.kind": ("region", "global"),
+    "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),

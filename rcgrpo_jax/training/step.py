@@ -94,12 +94,17 @@ class Programs:
         key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
         references = jax.random.normal(key_reference, prompts.condition.reference.shape, jnp.float32)
         keys = jax.random.split(key_noise, num_prompts)
-        if options.kind == "global":
-            noise = jax.vmap(lambda k, e: explore.neighbour_noise(k, e, group, options.sigma))(keys, references)
-        else:
-            noise = jax.vmap(
-                lambda k, e, m: explore.region_decoupled_noise(k, e, m, group, options.alpha_edit, options.alpha_base)
-            )(keys, references, prompts.explored)
+        alphas = (options.alpha_edit, options.alpha_base)
+
+        def perturb(key: Array, reference: Array, mask: Array) -> Array:
+            match options.kind:
+                case "global":
+                    return explore.neighbour_noise(key, reference, group, options.sigma)
+                case "mixed":
+                    return explore.mixed_noise(key, reference, mask, group, *alphas, options.sigma)
+            return explore.region_decoupled_noise(key, reference, mask, group, *alphas)
+
+        noise = jax.vmap(perturb)(keys, references, prompts.explored)
         anchors = jax.vmap(lambda k: explore.sample_anchors(k, group, self.config.surrogate.anchors))(
             jax.random.split(key_anchors, num_prompts)
         )
