@@ -37,12 +37,7 @@ RANK4 = LoRAConfig(rank=4, alpha=10.0, targets="all-linear")
 GRID, N_TXT = (2, 3), 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes longer than running here, so LLVM need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_params(config: MMDiTConfig) -> dict:

@@ -42,12 +42,7 @@ GUIDED = CONFIGS["guided"]
 N_TXT, GRID, BATCH = 7, (3, 5), 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes longer than running here, so LLVM need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def torch_transformer(config: MMDiTConfig) -> FluxTransformer2DModel:

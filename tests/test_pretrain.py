@@ -45,12 +45,7 @@ TOKENS = 24
 CONFIGS = small_run.TINY | {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiling takes longer than running here, so LLVM need not try hard."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

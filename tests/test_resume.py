@@ -1,4 +1,7 @@
-"""A run that was stopped, however it was stopped, ends where one that was not would have ended."""
+"""A run that was stopped, however it was stopped, ends where one that was not would have ended.
+
+Bit for bit, in another process too, if both compile the same programs in the same way: machine, devices, XLA's options.
+"""
 
 import shutil
 import subprocess
