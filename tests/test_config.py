@@ -85,7 +85,7 @@ def test_every_problem_of_sizes_is_listed_at_once():
         ("model.attention", list(IMPLEMENTATIONS)),
         ("model.remat", list(REMAT_POLICIES)),
         ("data.polarity", ["white", "black"]),
-        ("explore.kind", ["region", "global"]),
+        ("explore.kind", ["region", "global", "mixed"]),
         ("surrogate.distance", ["region", "tau", "l2", "mean"]),
         ("surrogate.anchor_mode", ["replay", "integrate"]),
         ("surrogate.steps", ["all", "early", "random"]),
