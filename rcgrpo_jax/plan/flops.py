@@ -1,0 +1,129 @@
+"""FLOPs that a step needs, by formula: 2 a multiply-add of every matrix product and convolution, nothing element-wise.
+
+With D the width, N the tokens of a sample and L the blocks, a forward pass is about `24 D^2 L N + 4 L N^2 D`. Which
+tokens pass through which kernel is a table, so that sizes come from the parameters themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
+from rcgrpo_jax.models.lora import target_kernels
+from rcgrpo_jax.training.config import num_trained_steps
+from rcgrpo_jax.weights.networks import abstract_params
+
+# Path of a kernel -> the tokens that pass through it; the first match counts.
+_TOKENS = (
+    (r"transformer_blocks/(attn/(add_\w_proj|to_add_out)|ff_context/.*)", "text"),
+    (r"transformer_blocks/(attn|ff)/.*", "image"),
+    (r"single_transformer_blocks/(attn/.*|proj_mlp|proj_out)", "all"),
+    (r"context_embedder", "text"),
+    (r"x_embedder", "image"),
+    (r"proj_out", "target"),
+    (r".*", "one"),  # modulations and the embeddings of time, guidance and pooled text
+)
+_LAST = r"transformer_blocks/(ff|ff_context)/net_2|single_transformer_blocks/proj_out"  # the last kernel of a block
+
+
+@cache
+def transformer_shapes(config: MMDiTConfig) -> dict:
+    """Shapes of the transformer's parameters; kept, since a search asks for them again and again."""
+    return abstract_params("transformer", config)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """FLOPs of the MMDiT on one sample."""
+
+    forward: float
+    backward: float  # with respect to activations and the LoRA, through frozen weights
+    recomputed: dict[str, float]  # remat policy -> what the backward pass computes again
+    concentration: float  # of the ACD masses, all selected blocks
+
+
+def mmdit(config: MMDiTConfig, text: int, target: int, lora: ConfigDict, acd: ConfigDict) -> Pass:
+    """FLOPs of one sample.
+
+    Args:
+        config: The transformer's sizes.
+        text, target: N_txt and N_img; the reference has as many tokens as the target.
+        lora, acd: The groups of the run's configuration.
+    """
+    tokens = {"text": text, "image": 2 * target, "all": text + 2 * target, "target": target, "one": 1}
+    params = transformer_shapes(config)
+    adapted = target_kernels(params, lora.targets)
+    forward = backward = block_linears = 0.0
+    for path, kernel in flatten_dict(params).items():
+        if path[-1] != "kernel":
+            continue
+        name = "/".join(path[:-1])
+        kind = next(kind for pattern, kind in _TOKENS if re.fullmatch(pattern, name))
+        *stack, fan_in, fan_out = kernel.shape
+        rows = math.prod(stack) * tokens[kind]
+        base = 2 * rows * fan_in * fan_out
+        update = 2 * rows * lora.rank * (fan_in + fan_out) if path[:-1] in adapted else 0.0
+        forward += base + update
+        if kind == "one" or name.endswith("embedder"):
+            continue  # before the first adapter: no gradient runs there
+        backward += base + 2 * update
+        if stack and not re.fullmatch(_LAST, name):  # a block's last product is not needed again
+            block_linears += base + update
+    scores = tokens["all"] ** 2 * config.width * config.num_blocks
+    selected = min(acd.layers, config.num_blocks) if acd.weight else 0
+    keys = target * (2 if acd.reference_keys else 1)
+    return Pass(
+        forward + 4 * scores,
+        backward + 8 * scores,
+        {"none": 0.0, "dots": 4 * scores, "full": block_linears + 4 * scores},
+        2 * selected * text * keys * config.width,
+    )
+
+
+def vae_decoder(config: VAEConfig, cells: int) -> float:
+    """FLOPs of decoding one image of `cells` latent cells (`models.vae._Decoder`)."""
+
+    def conv(cells: int, fan_in: int, fan_out: int, kernel: int = 9) -> float:
+        return 2 * cells * kernel * fan_in * fan_out
+
+    def resnet(cells: int, fan_in: int, fan_out: int) -> float:
+        shortcut = conv(cells, fan_in, fan_out, 1) if fan_in != fan_out else 0.0
+        return conv(cells, fan_in, fan_out) + conv(cells, fan_out, fan_out) + shortcut
+
+    widths = config.block_out_channels[::-1]
+    last = widths[0]
+    total = conv(cells, config.latent_channels, last) + 2 * resnet(cells, last, last)
+    if config.mid_block_add_attention:
+        total += 4 * conv(cells, last, last, 1) + 4 * cells**2 * last
+    for i, width in enumerate(widths):
+        for _ in range(config.layers_per_block + 1):
+            total += resnet(cells, last, width)
+            last = width
+        if i + 1 < len(widths):
+            cells *= 4
+            total += conv(cells, width, width)
+    return total + conv(cells, last, config.out_channels)
+
+
+def step(config: ConfigDict, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int) -> dict[str, float]:
+    """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
+    one = mmdit(transformer, text, target, config.lora, config.acd)
+    samples = config.rollout.prompts * config.rollout.group_size
+    anchors, trained = config.rollout.prompts * config.surrogate.anchors, num_trained_steps(config)
+    differentiated = one.forward + one.recomputed[config.model.remat] + one.backward
+    if config.surrogate.anchor_mode == "integrate":
+        integrated = trained if config.surrogate.steps == "early" else config.rollout.num_steps
+        update = anchors * integrated * (differentiated + one.forward)  # each velocity is a checkpoint by itself
+    else:
+        update = anchors * trained * differentiated
+    return {
+        "rollout": samples * config.rollout.num_steps * (one.forward + one.concentration),
+        "decode": samples * vae_decoder(vae, 4 * target),
+        "update": update,
+    }

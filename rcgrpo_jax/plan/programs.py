@@ -1,0 +1,240 @@
+"""The training programs of a configuration, compiled for a topology: arguments are shapes with shardings, no data."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.plan import flops
+from rcgrpo_jax.plan.cost import Cost, count
+from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.training.config import num_trained_steps
+from rcgrpo_jax.training.loop import load_editor
+from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.training.step import Programs
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+from rcgrpo_jax.weights.tokenizers import T5_LENGTH
+
+FLUX_KONTEXT = "flux-kontext"  # the model.path that stands for the shapes of FLUX.1-Kontext-dev, without its files
+NAMES = ("rollout", "decode", "update")
+_UNITS = {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10, "": 1}
+
+
+class FluxKontext:
+    """What a `ModelFolder` of FLUX.1-Kontext-dev says of itself; it holds no weights."""
+
+    max_text_tokens = T5_LENGTH
+
+    def config(self, name: str) -> Any:
+        return {"transformer": MMDiTConfig, "vae": VAEConfig}[name]()
+
+    def schedule_options(self) -> dict[str, float]:
+        return {}
+
+
+def open_model(path: str) -> ModelFolder | FluxKontext:
+    """The shapes of a model folder, or FLUX.1-Kontext-dev's for an empty path or `flux-kontext`."""
+    return FluxKontext() if path in ("", FLUX_KONTEXT) else ModelFolder(path)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on a device while a program runs."""
+
+    arguments: int
+    temporaries: int  # with the program's own code
+    outputs: int  # that are not written over arguments
+    held: int  # what the run keeps besides: other programs' weights and state
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.outputs + self.held
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiler says of one program."""
+
+    name: str
+    micro_batch: int  # samples at a time over the whole mesh
+    needed: int  # bytes a device: the peak, or what the compiler asked for where it gave up
+    available: int | None  # bytes a device; None if not known
+    analytic: float  # FLOPs of a device, by formula
+    memory: Memory | None = None  # None if it does not fit
+    cost: Cost | None = None
+    seconds: float = 0.0  # to compile
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and (self.available is None or self.needed <= self.available)
+
+
+class Workload:
+    """The programs of a configuration on a topology, ready to be compiled.
+
+    Args:
+        config: The run's configuration, validated for as many devices and for the model.
+        model: Shapes of the model.
+        topology: Devices.
+    """
+
+    def __init__(self, config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology):
+        self.config, self.topology = config, topology
+        self.mesh = make_mesh(config.mesh, topology.devices)
+        editor = load_editor(config, model, self.mesh)
+        self.programs = Programs(config, editor, self.mesh)
+        self.micro_batches = micro_batches(config)
+        self.model = model
+        target = math.prod(self.programs.grid)
+        total = flops.step(config, editor.transformer.config, editor.vae.config, editor.max_text_tokens, target)
+        self.analytic = {name: value / self.mesh.size for name, value in total.items()}
+
+    @cached_property
+    def trees(self) -> dict[str, Any]:
+        """Shapes and shardings of what a run keeps on the devices, by name."""
+        return _trees(self.programs, self.model)
+
+    def arguments(self, name: str) -> tuple:
+        """Shapes, dtypes and shardings of a program's arguments, as `training.loop.Trainer` gives them."""
+        t = SimpleNamespace(**self.trees)
+        return {
+            "rollout": (t.params, t.state.params, t.prompts, t.exploration.noise),
+            "decode": (t.decoder, t.images),
+            "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
+        }[name]
+
+    def held(self, name: str) -> int:
+        """Bytes a device of what lives while a program runs and is not among its arguments."""
+        alive = {"params", "decoder", "state", "prompts", "exploration"} | ({"rollout"} if name != "rollout" else set())
+        used = {id(leaf) for leaf in jax.tree.leaves(self.arguments(name))}
+        return sum(
+            device_bytes(leaf)
+            for tree in alive
+            for leaf in jax.tree.leaves(self.trees[tree])
+            if id(leaf) not in used
+        )  # fmt: skip
+
+    def compile(self, name: str) -> Plan:
+        """Compiles one program and reads what it needs."""
+        started, held = time.monotonic(), self.held(name)
+        common = {"name": name, "micro_batch": self.micro_batches[name], "analytic": self.analytic[name]}
+        try:
+            with jax.set_mesh(self.mesh):
+                compiled = getattr(self.programs, name).lower(*self.arguments(name)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (refusal := parse_refusal(str(error))):
+                raise
+            needed, available = refusal
+            return Plan(needed=needed + held, available=available, seconds=time.monotonic() - started, **common)
+        found = compiled.memory_analysis()
+        memory = Memory(
+            found.argument_size_in_bytes,
+            found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+            found.output_size_in_bytes - found.alias_size_in_bytes,
+            held,
+        )
+        seconds = time.monotonic() - started
+        cost = count(compiled.as_text(), self.topology.slices)
+        return Plan(
+            needed=memory.peak, available=self.topology.memory, memory=memory, cost=cost, seconds=seconds, **common
+        )
+
+
+def micro_batches(config: ConfigDict) -> dict[str, int]:
+    """Samples at a time over the whole mesh, by program."""
+    samples, units = counts(config)
+    return {
+        "rollout": config.rollout.micro_batch or samples,
+        "decode": config.rollout.decode_micro_batch or samples,
+        "update": config.surrogate.micro_batch or units,
+    }
+
+
+def counts(config: ConfigDict) -> tuple[int, int]:
+    """Candidates that a step rolls out, and units that an update differentiates."""
+    anchors = config.rollout.prompts * config.surrogate.anchors
+    replay = config.surrogate.anchor_mode == "replay"
+    return config.rollout.prompts * config.rollout.group_size, anchors * (num_trained_steps(config) if replay else 1)
+
+
+def parse_refusal(message: str) -> tuple[int, int] | None:
+    """(needed, available) bytes of XLA's out-of-memory error, or None if it is another error."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern in (
+        r"\((\S+?)([TGMK]?)\) exceeds available HBM \((\S+?)([TGMK]?)\)",
+        r"Used (\S+?)([TGMK]?) of (\S+?)([TGMK]?) hbm",
+    ):
+        if found := re.search(pattern, message):
+            return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+    return None
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def place(params: dict, mesh: Mesh, dtype: Any) -> dict:
+    """Parameters as `weights.load` lays them on the mesh."""
+    rule = parameter_sharding(mesh)
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=rule(path, leaf.shape))
+            for path, leaf in flatten_dict(params).items()
+        }
+    )
+
+
+def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, Any]:
+    """Shapes and shardings of all that a run keeps on the devices."""
+    config, editor, mesh = programs.config, programs.editor, programs.mesh
+    whole, dtype = replicated(mesh), jnp.dtype(config.model.dtype)
+
+    def copied(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    base = flops.transformer_shapes(model.config("transformer"))
+    decoder = {"decoder": abstract_params("vae", model.config("vae"))["decoder"]}
+    sizes, prompts, group = editor.transformer.config, config.rollout.prompts, config.rollout.group_size
+    batch = {
+        "text": array((prompts, editor.max_text_tokens, sizes.joint_attention_dim), dtype),
+        "pooled": array((prompts, sizes.pooled_projection_dim), dtype),
+        "reference": array((prompts, math.prod(programs.grid), sizes.in_channels)),
+        "text_weights": array((prompts, editor.max_text_tokens)),
+        "mask": array((prompts, *config.data.size)),
+    }
+    with jax.set_mesh(mesh):
+        state = copied(jax.eval_shape(lambda: init_state(config, base)))
+        asked = copied(jax.eval_shape(lambda batch: programs.prompts(SimpleNamespace(**batch)), batch))
+        exploration = programs.explore.eval_shape(state.key, asked)
+        params = place(base, mesh, dtype)
+        rollout = programs.rollout.eval_shape(params, state.params, asked, exploration.noise)
+    return {
+        "params": params,
+        "decoder": place(decoder, mesh, dtype),
+        "state": state,
+        "prompts": asked,
+        "exploration": exploration,
+        "rollout": rollout,
+        "images": array((prompts, group, *rollout.states.shape[3:])),
+        "objective": (array((prompts, group)), array(programs.log_policy_shape()), array((), bool)),
+    }

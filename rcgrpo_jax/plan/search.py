@@ -1,0 +1,240 @@
+"""Settings that fit, the fastest by arithmetic first: mesh shapes, micro-batches and remat policies.
+
+Arithmetic orders the settings and drops those that cannot fit; the compiler has the last word on each that is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.parallel.mesh import AXES, make_mesh
+from rcgrpo_jax.plan import flops
+from rcgrpo_jax.plan.chips import Chip
+from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, place
+from rcgrpo_jax.plan.roofline import Time, roofline
+from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.weights.load import ModelFolder
+
+MICRO_BATCH = {
+    "rollout": "rollout.micro_batch",
+    "decode": "rollout.decode_micro_batch",
+    "update": "surrogate.micro_batch",
+}
+_UNKNOWN = Chip("unknown", "", flops=1e12, hbm_bandwidth=math.inf, ici=math.inf, dcn=math.inf)  # ranks by FLOPs alone
+Shape = tuple[int, int, int]  # devices along data, fsdp and tensor
+
+
+class Setting(NamedTuple):
+    """What one program may be run with."""
+
+    changes: dict[str, Any]  # field of the configuration -> value
+    micro_batch: int
+    seconds: float  # at least, by arithmetic
+    needed: float  # bytes a device, at least
+
+
+class Found(NamedTuple):
+    """Settings under which all programs fit."""
+
+    changes: dict[str, Any]
+    plans: list[Plan]
+    seconds: float  # of a step on the roofline
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with some fields set."""
+    copy = ConfigDict(config.to_dict())
+    copy.update_from_flattened_dict(dict(changes))
+    return copy
+
+
+def step_seconds(config: ConfigDict, plans: list[Plan], chip: Chip | None) -> float:
+    """Roofline of a whole step: rollout, decode and all updates, one after another."""
+    times = {plan.name: roofline(plan.cost, chip or _UNKNOWN).seconds for plan in plans}
+    return times["rollout"] + times["decode"] + config.objective.updates * times["update"]
+
+
+class Search:
+    """Tries settings of a configuration on a topology.
+
+    Args:
+        config: The run's configuration, valid but for its mesh and micro-batches.
+        model: Shapes of the model.
+        topology: Devices.
+        limit: Programs to compile at most.
+        say: Called with a line after each.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: ModelFolder | FluxKontext,
+        topology: Topology,
+        limit: int,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        self.config, self.model, self.topology, self.limit, self.say = config, model, topology, limit, say
+        self.sizes = model.config("transformer")
+        self.base = flops.transformer_shapes(self.sizes)
+        height, width = config.data.size
+        self.target = height * width // (2 * model.config("vae").downscale) ** 2
+        self.text = config.model.max_text_tokens or model.max_text_tokens
+        self.chip = topology.chip or _UNKNOWN
+
+    def shapes(self) -> list[Shape]:
+        """Mesh shapes that split the model and the samples evenly, the fastest first."""
+        n, heads = len(self.topology.devices), self.sizes.num_attention_heads
+        shapes = [
+            (n // (fsdp * tensor), fsdp, tensor)
+            for tensor in _divisors(n)
+            for fsdp in _divisors(n // tensor)
+            if heads % tensor == 0
+        ]
+        best = {
+            shape: [min(self.settings(name, shape), default=None, key=_speed) for name in NAMES] for shape in shapes
+        }
+        possible = [shape for shape in shapes if all(best[shape])]
+        return sorted(possible, key=lambda shape: sum(setting.seconds for setting in best[shape]))
+
+    def settings(self, name: str, shape: Shape) -> list[Setting]:
+        """Micro-batches and, for the update, remat policies of a program that may fit; the fastest first."""
+        mesh = make_mesh(dict(zip(AXES, shape, strict=True)), self.topology.devices)
+        weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype))
+        held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
+        whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights)) / shape[2]
+        samples = counts(self.config)[name == "update"]
+        spread = shape[0] * shape[1]
+        policies = REMAT_POLICIES if name == "update" else [self.config.model.remat]
+        found = []
+        for remat in policies:
+            changes = dict(zip((f"mesh.{axis}" for axis in AXES), shape, strict=True))
+            changes |= {"model.remat": remat} if name == "update" else {}
+            for micro in _divisors(samples):
+                if micro % spread == 0:
+                    time = self._time(name, shape, remat, samples // micro, micro // spread, whole)
+                    needed = held + self._activations(name, remat, micro // spread) / shape[2]
+                    found.append(Setting(changes | {MICRO_BATCH[name]: micro}, micro, time.seconds, needed))
+        limit = self.topology.memory or math.inf
+        return sorted((setting for setting in found if setting.needed <= limit), key=_speed)
+
+    def _time(self, name: str, shape: Shape, remat: str, chunks: int, samples: int, whole: float) -> Time:
+        """Least time of a program: its FLOPs, its gathers of the weights, its sums over `tensor`.
+
+        Args:
+            chunks: Micro-batches.
+            samples: Samples of one on a device.
+            whole: Bytes of the weights that a device works with, gathered.
+        """
+        config = changed(self.config, {"model.remat": remat})
+        work = flops.step(config, self.sizes, self.model.config("vae"), self.text, self.target)[name]
+        if name == "decode":
+            return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, 0.0)
+        passes = config.rollout.num_steps if name == "rollout" else 2 + (remat != "none")
+        gathered = whole * (shape[1] - 1) / shape[1]
+        tokens = self.text + 2 * self.target
+        summed = 2 * self.sizes.num_blocks * samples * tokens * self.sizes.width * 2 * 2 * (shape[2] - 1) / shape[2]
+        # `data` is the outermost axis: the others stay inside a slice if they fit there.
+        inside = shape[1] * shape[2] <= len(self.topology.devices) // len(set(self.topology.slices.tolist()))
+        network = chunks * passes * (gathered + summed) / (self.chip.ici if inside else self.chip.dcn)
+        return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, network)
+
+    def _activations(self, name: str, remat: str, samples: int) -> float:
+        """Bytes that the backward pass keeps at least, of `samples` samples."""
+        if name != "update":
+            return 0.0
+        tokens, blocks = self.text + 2 * self.target, self.sizes.num_blocks
+        item = jnp.dtype(self.config.model.dtype).itemsize
+        stream = blocks * tokens * self.sizes.width * item
+        # Outputs of the linear layers of a block: q, k, v and out or its like (4 D to 5 D) and the MLP's 4 D.
+        return samples * {"full": stream, "dots": 8 * stream, "none": 12 * stream}[remat]
+
+    def first_that_fits(self, name: str, settings: list[Setting], config: ConfigDict) -> tuple[Setting, Plan] | None:
+        """Compiles a program under one setting after another until one fits or the limit is reached."""
+        refused: list[tuple[Setting, Plan]] = []
+        for setting in settings:
+            if self.limit <= 0:
+                return None
+            if any(self._hopeless(setting, *other) for other in refused):
+                continue
+            self.limit -= 1
+            workload = Workload(changed(config, setting.changes), self.model, self.topology)
+            plan = workload.compile(name)
+            self.say(f"{describe(setting.changes)}: {summary(plan)}")
+            if plan.fits:
+                return setting, plan
+            refused.append((setting, plan))
+        return None
+
+    def _hopeless(self, setting: Setting, other: Setting, plan: Plan) -> bool:
+        """Whether a setting must need too much, given what another of the same kind asked for."""
+        same = all(setting.changes[field] == value for field, value in other.changes.items() if "micro" not in field)
+        grown = other.needed + (plan.needed - other.needed) * min(1.0, setting.micro_batch / other.micro_batch)
+        return same and grown > plan.available
+
+    def run(self) -> list[Found]:
+        """All settings found under which every program fits, the fastest first, and the first of each mesh shape."""
+        found = []
+        for shape in self.shapes():
+            changes, plans = {}, []
+            for name in reversed(NAMES):  # the update asks for most
+                pair = self.first_that_fits(name, self.settings(name, shape), self.config)
+                if pair is None:
+                    break
+                changes |= pair[0].changes
+                plans.insert(0, pair[1])
+            if len(plans) == len(NAMES):
+                found.append(Found(changes, plans, step_seconds(self.config, plans, self.topology.chip)))
+        return sorted(found, key=lambda item: item.seconds)
+
+    def nearest(self, failed: list[Plan], shape: Shape) -> tuple[dict[str, Any], list[Plan]] | None:
+        """The least change that makes the failed programs fit: smaller micro-batches first, then `remat=full`.
+
+        Returns:
+            Fields to set and the programs as compiled with them, or None if nothing fits on this mesh shape.
+        """
+        changes, plans = {}, []
+        for plan in failed:
+            pair = self.first_that_fits(plan.name, list(self._nearer(plan, shape)), self.config)
+            if pair is None:
+                return None
+            changes |= {field: value for field, value in pair[0].changes.items() if not field.startswith("mesh.")}
+            plans.append(pair[1])
+        if changes.get("model.remat") == self.config.model.remat:
+            del changes["model.remat"]
+        return changes, plans
+
+    def _nearer(self, plan: Plan, shape: Shape) -> Iterator[Setting]:
+        settings = sorted(self.settings(plan.name, shape), key=lambda setting: -setting.micro_batch)
+        for remat in dict.fromkeys((self.config.model.remat, "full")):
+            for setting in settings:
+                same = setting.changes.get("model.remat", remat) == remat
+                smaller = setting.micro_batch < plan.micro_batch or remat != self.config.model.remat
+                if same and smaller and setting.micro_batch <= plan.micro_batch:
+                    yield setting
+
+
+def _speed(setting: Setting) -> tuple[float, float]:
+    return setting.seconds, setting.needed
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def describe(changes: Mapping[str, Any]) -> str:
+    """Settings as flags of the command line."""
+    return " ".join(f"--config.{field}={value}" for field, value in changes.items())
+
+
+def summary(plan: Plan) -> str:
+    """One line about a compiled program."""
+    room = "" if plan.available is None else f" of {plan.available / 2**30:.2f}"
+    verdict = "" if plan.fits else ", too much"
+    return f"{plan.name} needs {plan.needed / 2**30:.2f}{room} GiB a device{verdict} ({plan.seconds:.0f} s to compile)"

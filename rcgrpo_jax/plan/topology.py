@@ -1,0 +1,84 @@
+"""The devices of a plan: TPUs that are not there, by the TPU compiler's description of them, or the local ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
+
+_FORMS = "Write CHIP:AxB or CHIP:AxBxC (v5e:4x4, v5p:4x4x4), N*CHIP:AxB for N slices, or local."
+
+
+class Topology(NamedTuple):
+    """Devices to plan for."""
+
+    name: str
+    devices: tuple[jax.Device, ...]  # in the order in which a mesh takes them
+    chip: Chip | None  # None if its figures are not known
+    memory: int | None  # bytes that a program may use on a device; None if not known
+
+    @property
+    def slices(self) -> np.ndarray:
+        """The slice of each device, `[devices]` int; between slices is only the data-centre network."""
+        return np.asarray([getattr(device, "slice_index", None) or 0 for device in self.devices])
+
+    @property
+    def chips(self) -> int:
+        return len(self.devices) // (self.chip.devices if self.chip else 1)
+
+
+def open_topology(name: str) -> Topology:
+    """The devices that a name stands for.
+
+    Args:
+        name: `local`, or a TPU slice such as `v5e:4x4`, or several such as `2*v5e:4x4`.
+
+    Raises:
+        UsageError: If the name is not one of these.
+        UserError: If the TPU compiler is not installed or refuses the shape.
+    """
+    if name == "local":
+        devices = tuple(jax.devices())
+        return Topology(name, devices, chip_of(devices[0].device_kind), _memory(devices[0]))
+    found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    if not found or found[2] not in TPUS:
+        raise UsageError(f"--topology: {name!r} found; chips are {', '.join(TPUS)}.", _FORMS)
+    slices, chip, shape = int(found[1] or 1), TPUS[found[2]], [int(side) for side in found[3].split("x")]
+    if len(shape) != chip.axes:
+        raise UsageError(f"--topology: {name!r} has {len(shape)} sides; {chip.name} slices have {chip.axes}.", _FORMS)
+    return Topology(name, _describe(name, f"{chip.name}:{found[3]}", shape, slices), chip, chip.memory)
+
+
+def _describe(name: str, slice_name: str, shape: list[int], slices: int) -> tuple[jax.Device, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology: {name} needs the TPU compiler, and libtpu is not installed.",
+            "Run `pip install libtpu`, of the version that jax's extra `tpu` names; it needs no TPU.",
+        )
+    # Without these libtpu asks Google's metadata server what machine it is on, and complains at length.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():  # fmt: skip
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices} if slices > 1 else {}
+    if np.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return tuple(topologies.get_topology_desc(topology_name=slice_name, platform="tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--topology: {name} is no slice that the compiler knows ({reason}).", _FORMS) from None
+
+
+def _memory(device: jax.Device) -> int | None:
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,395 @@
+"""A plan speaks of the programs that a run executes, counts what they do, and finds settings that fit."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_run
+from jax.sharding import SingleDeviceSharding
+
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
+from rcgrpo_jax.parallel.mesh import AXES
+from rcgrpo_jax.plan import flops, topology
+from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
+from rcgrpo_jax.plan.cost import Cost, Traffic
+from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Memory, Plan, Workload, open_model, parse_refusal
+from rcgrpo_jax.plan.roofline import roofline
+from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed
+from rcgrpo_jax.plan.topology import Topology, open_topology
+from rcgrpo_jax.training.config import default_config, validate
+
+GIB = 2**30
+
+
+def local(num_devices: int) -> Topology:
+    return Topology("local", tuple(jax.devices()[:num_devices]), None, None)
+
+
+def workload(num_devices: int = 1, **changes) -> Workload:
+    config = small_run.make_config(**changes)
+    validate(config, num_devices)
+    return Workload(config, open_model(config.model.path), local(num_devices))
+
+
+# FLOPs by formula
+
+
+@pytest.mark.parametrize(("target", "tera"), [(1024, 37.6), (4096, 165.4)])
+def test_a_forward_pass_of_flux_has_the_known_flops(target, tera):
+    config = default_config()
+    config.lora.rank = 1
+    found = flops.mmdit(MMDiTConfig(), 512, target, config.lora, config.acd)
+    assert found.forward / 1e12 == pytest.approx(tera, rel=0.005)
+
+
+def test_recomputation_and_gradients_stay_below_a_forward_pass_each():
+    config = default_config()
+    one = flops.mmdit(MMDiTConfig(), 512, 1024, config.lora, config.acd)
+    assert 0 == one.recomputed["none"] < one.recomputed["dots"] < one.recomputed["full"] < one.forward
+    assert one.forward < one.backward < 2 * one.forward  # no gradients of frozen weights
+    assert 0 < one.concentration < 0.005 * one.forward
+
+
+def test_a_step_is_its_samples_and_units():
+    config = default_config()
+    sizes = (MMDiTConfig(), VAEConfig(), 512, 1024)
+    one = flops.mmdit(sizes[0], 512, 1024, config.lora, config.acd)
+    unit = one.forward + one.recomputed["full"] + one.backward
+    found = flops.step(config, *sizes)
+    assert found["rollout"] == 4 * 12 * 8 * (one.forward + one.concentration)
+    assert found["update"] == 4 * 4 * 8 * unit
+    assert found["decode"] == 4 * 12 * flops.vae_decoder(sizes[1], 64 * 64)
+    early = flops.step(changed(config, {"surrogate.steps": "early"}), *sizes)
+    assert early["update"] == found["update"] / 2
+    integrated = flops.step(changed(config, {"surrogate.anchor_mode": "integrate"}), *sizes)
+    assert integrated["update"] == 4 * 4 * 8 * (unit + one.forward)
+
+
+# Programs
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__remat": "full"}, {"model__remat": "none"}, {"surrogate__anchor_mode": "integrate"}], ids=str
+)
+def test_compiled_flops_agree_with_the_formula(changes):
+    planned = workload(**changes)
+    names = NAMES if changes == {"model__remat": "full"} else ("update",)
+    ratios = {name: (plan := planned.compile(name)).cost.flops / plan.analytic for name in names}
+    assert ratios.pop("rollout", 1.0) == pytest.approx(1, rel=0.05)
+    assert ratios.pop("decode", 1.0) == pytest.approx(1, rel=0.05)
+    # Three blocks show more of the first one, through whose inputs no gradient runs, than FLUX's 57.
+    assert 0.85 < ratios["update"] < 1.05
+
+
+def test_the_arguments_are_those_of_a_run(monkeypatch):
+    """Shapes, dtypes and shardings, on a mesh that splits samples and weights."""
+    shape = (2, 2, 1)
+    planned = workload(4, **{f"mesh__{axis}": size for axis, size in zip(AXES, shape, strict=True)})
+    trainer = small_run.make_trainer(shape)
+    programs, seen = trainer.programs, {}
+
+    def stand_in(name):
+        def program(*arguments):
+            seen[name] = arguments
+            if name == "update":
+                return arguments[1], arguments[6], {"loss": 0.0}
+            results = getattr(planned.programs, name).eval_shape(*planned.arguments(name))
+            return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), results)
+
+        return program
+
+    for name in NAMES:
+        monkeypatch.setattr(programs, name, stand_in(name))
+    small_run.take_step(trainer, small_run.make_state(trainer), small_run.make_batch(trainer))
+    for name in NAMES:
+        wanted, found = (jax.tree_util.tree_flatten_with_path(tree) for tree in (planned.arguments(name), seen[name]))
+        assert wanted[1] == found[1]
+        for (path, x), (_, y) in zip(wanted[0], found[0], strict=True):
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+            if not isinstance(y.sharding, SingleDeviceSharding):  # what no program placed goes wherever it is wanted
+                assert y.sharding.is_equivalent_to(x.sharding, y.ndim), where
+
+
+def total_bytes(tree) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def test_what_a_run_keeps_counts_once_in_every_program():
+    planned = workload(4, mesh__data=1, mesh__fsdp=4)
+    kept = {name: planned.held(name) + total_bytes(planned.arguments(name)) for name in NAMES}
+    trees = {name: total_bytes(tree) for name, tree in planned.trees.items()}
+    assert kept["decode"] == kept["rollout"] + trees["rollout"] + trees["images"]
+    assert kept["update"] == kept["rollout"] + trees["rollout"] + trees["objective"]
+    whole = workload(4, mesh__data=4)
+    assert trees["params"] < 0.5 * total_bytes(whole.trees["params"])
+
+
+def test_without_a_path_the_model_is_flux_kontext():
+    model = open_model("")
+    assert isinstance(model, FluxKontext)
+    assert model.config("transformer") == MMDiTConfig()
+    assert model.config("vae") == VAEConfig()
+
+
+@pytest.mark.parametrize(
+    ("message", "refusal"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (400.00G) "
+            "exceeds available HBM (15.75G).",
+            (400 * GIB, int(15.75 * GIB)),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 20.45G of 15.75G hbm. Exceeded hbm capacity by 4.70G.",
+            (int(20.45 * GIB), int(15.75 * GIB)),
+        ),
+        ("INVALID_ARGUMENT: something else", None),
+    ],
+)
+def test_refusals_of_the_compiler_are_read(message, refusal):
+    assert parse_refusal(message) == refusal
+
+
+# Topologies and chips
+
+
+def test_the_longest_name_wins():
+    assert chip_of("TPU v5 lite").name == "v5e"
+    assert chip_of("TPU v5").name == "v5p"
+    assert chip_of("NVIDIA H100 80GB HBM3").name == "h100"
+    assert chip_of("cpu") is None
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "0*v5e:4x4", "lokal", "v5e:4x"])
+def test_names_that_are_no_topology(name):
+    with pytest.raises(UsageError, match="--topology") as error:
+        open_topology(name)
+    assert "v5e:4x4" in error.value.remedy
+
+
+def test_without_the_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="libtpu is not installed") as error:
+        open_topology("v5e:4x4")
+    assert "pip install libtpu" in error.value.remedy
+
+
+def test_the_local_devices_are_a_topology_too():
+    found = open_topology("local")
+    assert found.devices == tuple(jax.devices())
+    assert found.memory is None
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "chips", "slices"),
+    [
+        ("v5e:1x1", 1, 1, 1),
+        ("v5e:4x4", 16, 16, 1),
+        ("2*v5e:4x4", 32, 32, 2),
+        ("v5p:2x2x2", 8, 8, 1),
+        ("v6e:2x4", 8, 8, 1),
+        ("tpu7x:2x2x1", 8, 4, 1),
+    ],
+)
+def test_tpus_that_are_not_there(name, devices, chips, slices):
+    pytest.importorskip("libtpu")
+    found = open_topology(name)
+    assert (len(found.devices), found.chips, len(set(found.slices.tolist()))) == (devices, chips, slices)
+    assert chip_of(found.devices[0].device_kind) == found.chip
+
+
+@pytest.mark.parametrize("name", [chip.name for chip in TPUS.values()])
+def test_the_stated_memory_is_the_compiler_s(name):
+    pytest.importorskip("libtpu")
+    found = open_topology(f"{name}:{'x'.join(['2', '2', '1'][: TPUS[name].axes])}")
+    x = jax.ShapeDtypeStruct((2**18, 2**20), jnp.bfloat16, sharding=SingleDeviceSharding(found.devices[0]))
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.jit(lambda x: 2 * x).lower(x).compile()
+    assert parse_refusal(str(error.value))[1] == found.memory
+
+
+def test_a_shape_that_the_compiler_refuses_is_a_user_error():
+    pytest.importorskip("libtpu")
+    with pytest.raises(UserError, match="--topology: v5e:3x5"):
+        open_topology("v5e:3x5")
+
+
+# Roofline
+
+
+def test_the_slowest_kind_of_work_is_the_time():
+    chip = Chip("", "", flops=10.0, hbm_bandwidth=5.0, ici=2.0, dcn=1.0)
+    cost = Cost(flops=30.0, bytes=10.0, collectives={"a": Traffic(1, ici=4.0, dcn=1.0), "b": Traffic(1, ici=2.0)})
+    time = roofline(cost, chip)
+    assert tuple(time) == (3.0, 2.0, 4.0)
+    assert (time.seconds, time.bound) == (4.0, "network")
+
+
+# Search, with a compiler that follows a formula
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Replaces the compiler: `compiler(base, per_sample)` bytes, a third under dots, a tenth under full remat."""
+    compiled = []
+
+    def make(base: int, per_sample: int, memory: int):
+        def compile(self, name):
+            share = {"none": 1.0, "dots": 1 / 3, "full": 0.1}[self.config.model.remat] if name == "update" else 0.1
+            spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            micro = self.micro_batches[name]
+            needed = int(base / self.mesh.shape["fsdp"] + share * per_sample * micro / spread)
+            compiled.append((name, dict(self.mesh.shape), micro, self.config.model.remat))
+            memory_of = Memory(needed, 0, 0, 0) if needed <= memory else None
+            return Plan(
+                name, micro, needed, memory, 1.0, memory_of, Cost(flops=self.analytic[name]) if memory_of else None
+            )
+
+        monkeypatch.setattr(Workload, "compile", compile)
+        return Topology("imagined", tuple(jax.devices()[:4]), TPUS["v5e"], memory)
+
+    make.compiled = compiled
+    return make
+
+
+def search(where: Topology, limit: int = 100, **changes) -> Search:
+    config = small_run.make_config(**changes)
+    return Search(config, open_model(config.model.path), where, limit)
+
+
+MIB = 2**20
+
+
+def test_what_a_search_finds_fits_and_is_ranked(compiler):
+    where = compiler(4 * MIB, 4 * MIB, 6 * MIB)
+    found = search(where).run()
+    assert found
+    assert [item.seconds for item in found] == sorted(item.seconds for item in found)
+    for item in found:
+        assert [plan.name for plan in item.plans] == list(NAMES)
+        assert all(plan.fits for plan in item.plans)
+        config = changed(small_run.make_config(), item.changes)
+        validate(config, 4)  # and can be run
+        assert set(MICRO_BATCH.values()) <= set(item.changes)
+    tried = [entry for entry in compiler.compiled if entry[0] == "update"]
+    assert len(tried) == len({(str(shape), micro, remat) for _, shape, micro, remat in tried})  # none twice
+
+
+def test_a_search_keeps_to_its_limit_and_skips_the_hopeless(compiler):
+    where = compiler(4 * MIB, 4000 * MIB, 6 * MIB)
+    assert search(where, limit=3).run() == []
+    assert len(compiler.compiled) == 3
+    compiler.compiled.clear()
+    search(where).run()
+    sizes = {}
+    for name, shape, micro, remat in compiler.compiled:
+        sizes.setdefault((name, str(shape), remat), []).append(micro)
+    assert all(micros == sorted(micros, reverse=True) or len(micros) == 1 for micros in sizes.values())
+
+
+def test_the_nearest_fix_is_the_largest_smaller_micro_batch(compiler):
+    where = compiler(4 * MIB, 8 * MIB, 6 * MIB)
+    finder = search(where, mesh__data=1, mesh__fsdp=4, model__remat="full", surrogate__micro_batch=0)
+    failed = [Plan("update", 16, 8 * MIB, 6 * MIB, 1.0)]
+    changes, plans = finder.nearest(failed, (1, 4, 1))
+    assert changes == {"surrogate.micro_batch": 8}
+    assert plans[0].fits
+
+
+def test_where_no_micro_batch_helps_the_fix_is_remat(compiler):
+    where = compiler(4 * MIB, 20 * MIB, 6 * MIB)
+    finder = search(where, mesh__data=1, mesh__fsdp=4, model__remat="dots")
+    changes, _ = finder.nearest([Plan("update", 4, 8 * MIB, 6 * MIB, 1.0)], (1, 4, 1))
+    assert changes == {"surrogate.micro_batch": 4, "model.remat": "full"}
+
+
+def test_nothing_fits_where_the_weights_do_not(compiler):
+    assert search(compiler(4 * MIB, 8 * MIB, 1000)).run() == []
+    assert compiler.compiled == []
+
+
+# The command
+
+
+def plan(capsys, path, *argv: str) -> tuple[int, str, str]:
+    return small_run.run_command(capsys, "plan", f"--config={small_run.config_file(path / 'config.py')}", *argv)
+
+
+def test_a_plan_for_a_tpu_that_is_not_there(capsys, tmp_path):
+    pytest.importorskip("libtpu")
+    report = tmp_path / "plan.json"
+    code, out, _ = plan(
+        capsys, tmp_path, "--topology=v5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+        "--price=1.2", f"--json={report}",
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads(report.read_text())
+    assert found["fits"]
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    rollout, decode, update = found["programs"]
+    assert rollout["cost"]["flops"] / rollout["analytic"] == pytest.approx(1, rel=0.05)
+    assert 0.8 < update["cost"]["flops"] / update["analytic"] < 1.1
+    assert rollout["cost"]["collectives"]["all-gather"]["ici"] > 0  # the weights are spread over fsdp
+    assert decode["cost"]["collectives"] == {}
+    step = found["step"]
+    assert step["seconds"] == pytest.approx(2 * step["roofline_seconds"])
+    assert step["cost_per_hour"] == pytest.approx(4 * 1.2)
+    assert step["cost_per_1000_samples"] == pytest.approx(1000 * 4.8 / step["samples_per_hour"])
+    for word in ("rollout", "decode", "update", "15.75 GiB a device", "all-gather", "samples an hour", "4.80 an hour"):
+        assert word in out
+
+
+def test_what_does_not_fit_exits_with_a_fix(capsys, tmp_path, monkeypatch, compiler):
+    where = compiler(4 * MIB, 8 * MIB, 6 * MIB)
+    monkeypatch.setattr("rcgrpo_jax.cli.plan.open_topology", lambda name: where)
+    argv = ("--topology=local", "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.model.remat=dots")
+    report = tmp_path / "plan.json"
+    code, out, err = plan(capsys, tmp_path, *argv, f"--json={report}")
+    assert code == 1
+    assert "too much" in out
+    problem, remedy = err.splitlines()[-2:]
+    assert problem.startswith("rcgrpo plan: error: imagined: update needs")
+    assert remedy == "  This fits, by the compiler: --config.surrogate.micro_batch=4"
+    assert json.loads(report.read_text())["fix"] == {"surrogate.micro_batch": 4}
+    assert plan(capsys, tmp_path, *argv, *re.findall(r"--config\S+", remedy))[0] == 0
+
+
+def test_a_search_prints_a_ranking(capsys, tmp_path, monkeypatch, compiler):
+    where = compiler(4 * MIB, 8 * MIB, 6 * MIB)
+    monkeypatch.setattr("rcgrpo_jax.cli.plan.open_topology", lambda name: where)
+    report = tmp_path / "plan.json"
+    code, out, _ = plan(capsys, tmp_path, "--topology=local", "--search", f"--json={report}")
+    assert code == 0
+    first = json.loads(report.read_text())["found"][0]
+    flags = " ".join(f"--config.{field}={value}" for field, value in first["changes"].items())
+    assert next(line for line in out.splitlines() if line.startswith("1 ")).endswith(flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["--topology=v5e:4"], 2, "--topology: 'v5e:4' has 1 sides"),
+        (["--topology=local", "--config.mesh.fsdp=3"], 2, "mesh"),
+        (["--topology=local", "--config.mesh.data=8", "--config.model.path=/nowhere"], 1, "/nowhere is not a folder"),
+        (["--topology=local", "--efficiency=2"], 2, "--efficiency"),
+        ([], 2, "missing --topology"),
+    ],
+)
+def test_mistakes_are_two_lines(capsys, tmp_path, argv, code, words):
+    found, out, err = plan(capsys, tmp_path, *argv)
+    assert (found, out) == (code, "")
+    assert words in err
+    assert "not foreseen" not in err
+
+
+def test_plans_are_plain_data():
+    entry = dataclasses.asdict(Plan("update", 4, 8, 6, 1.0, Memory(1, 2, 3, 4), Cost(flops=1.0)))
+    assert json.loads(json.dumps(entry)) == entry
