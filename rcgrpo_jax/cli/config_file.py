@@ -16,10 +16,11 @@ from ml_collections import ConfigDict, config_flags
 
 from rcgrpo_jax.cli.arguments import one_line, parse
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.parallel import distributed
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
-    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`.
+    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, and joins the processes of the run.
 
     Args:
         command: Its name.
@@ -40,9 +41,14 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
             "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=list(argv)
         )
         flags.DEFINE_string("workdir", None, "directory of the run", values)
+        several = "; with several processes, where neither a TPU nor Slurm tells"
+        flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0{several}", values)
+        flags.DEFINE_string("num_processes", None, f"how many there are{several}", values)
+        flags.DEFINE_string("process_id", None, f"number of this one, from 0{several}", values)
 
     check_config(command, argv, defaults)
     values, _ = parse(command, about, argv, define, required=("config", "workdir"))
+    distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     return values.config, Path(values.workdir)
 
 

@@ -37,6 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="rcgrpo: %(message)s")
     if not debug:
         quiet()
+    code = _run(argv, debug)
+    if code:
+        _leave(code)
+    return code
+
+
+def _run(argv: list[str], debug: bool) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
@@ -61,6 +68,13 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _leave(code: int) -> None:
+    if "jax" in sys.modules:  # else there can be no other processes
+        from rcgrpo_jax.parallel import distributed
+
+        distributed.leave(code)
 
 
 def _unknown(name: str) -> str:

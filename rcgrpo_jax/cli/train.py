@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rcgrpo_jax.cli.config_file import parse_run, print_records
+from rcgrpo_jax.parallel.distributed import is_main
 from rcgrpo_jax.training.loop import train
 
 ABOUT = "Post-trains a LoRA. The same command resumes an interrupted run; SIGTERM saves and stops."
@@ -11,5 +12,7 @@ ABOUT = "Post-trains a LoRA. The same command resumes an interrupted run; SIGTER
 def run(argv: list[str]) -> None:
     config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.training.config")
     state = train(config, workdir)
+    if not is_main():
+        return
     print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
     print_records(workdir)

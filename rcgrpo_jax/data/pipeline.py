@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -15,6 +16,7 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.parallel import distributed
 
 
 class Source(Protocol):
@@ -39,6 +41,8 @@ class EditBatch(NamedTuple):
 
 class EncodedSource:
     """Examples with their encodings, each computed once and kept in a folder.
+
+    Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
     The file of an example is named by a hash of its pixels, mask and instruction, of the encoders' weights, and of the
     size and dtype, so that changed inputs never meet old results.
@@ -65,18 +69,25 @@ class EncodedSource:
         progress: Callable[[int, int], None] = lambda *_: None,
     ):
         self.folder = Path(folder)
-        self._files: list[Path] = []
         parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         settings = [editor.folder.fingerprint(part) for part in parts]
         settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
-        for index in range(len(source)):
-            example = source[index]
-            validate(example)
-            file = self.folder / f"{_content_hash(example, settings)}.safetensors"
-            if not file.is_file():
-                self._write(file, example, editor, size)
-            self._files.append(file)
-            progress(index + 1, len(source))
+        own = distributed.own_share(len(source))
+        hashes = np.zeros((len(source), 16), np.uint8)
+        with distributed.together():
+            for done, index in enumerate(own, start=1):
+                example = source[index]
+                validate(example)
+                name = _content_hash(example, settings)
+                self._write(self._file(name), example, editor, size)
+                hashes[index] = np.frombuffer(bytes.fromhex(name), np.uint8)
+                progress(done, len(own))
+        hashes = distributed.total(hashes)  # each row is another process' own
+        self._files = [self._file(row.tobytes().hex()) for row in hashes]
+        with distributed.together():
+            for index, file in enumerate(self._files):  # those of the others, where they have disks of their own
+                if not file.is_file():
+                    self._write(file, source[index], editor, size)
 
     @property
     def digest(self) -> str:
@@ -85,6 +96,9 @@ class EncodedSource:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def __getitem__(self, index: int) -> dict:
         from safetensors import SafetensorError, safe_open
@@ -98,9 +112,12 @@ class EncodedSource:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 
     def _write(self, file: Path, example: EditExample, editor: Editor, size: tuple[int, int]) -> None:
+        """Encodes an example, unless its file is there."""
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
+        if file.is_file():
+            return
         pixels = resize_image(example.image, size)
         mask = resize_mask(example.mask, size)
         if not mask.any():
@@ -121,7 +138,7 @@ class EncodedSource:
             tensors["target"] = resize_image(example.target, size)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{jax.process_index()}.partial")
             save_file(tensors, partial, metadata={"instruction": example.instruction})
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
@@ -142,6 +159,8 @@ def _content_hash(example: EditExample, settings: Sequence) -> str:
 class Batches:
     """Batches of P prompts as a function of the step alone, so that a resumed run needs no iterator state.
 
+    Each process gets its own rows of the P: which examples a step sees does not depend on how many processes there are.
+
     Args:
         source: Encoded examples.
         prompts: P.
@@ -155,7 +174,7 @@ class Batches:
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
     def __getitem__(self, step: int) -> EditBatch:
-        rows = [self._dataset[step * self._prompts + i] for i in range(self._prompts)]
+        rows = [self._dataset[step * self._prompts + i] for i in distributed.own_rows(self._prompts)]
 
         def stack(name: str) -> np.ndarray:
             return np.stack([row[name] for row in rows])

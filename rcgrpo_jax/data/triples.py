@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.parallel.distributed import own_rows
 from rcgrpo_jax.weights.tokenizers import Tokenizers, tokenize
 
 
@@ -33,7 +34,7 @@ class TripleBatches:
     Args:
         source: Examples with targets.
         size: (height, width) that images and masks are resized to.
-        count: S.
+        count: S over all processes; each gets its own rows.
         seed: Of the order, which is drawn anew each epoch.
         tokenizers: Of the model folder.
         max_text_tokens: N_txt.
@@ -61,7 +62,7 @@ class TripleBatches:
         return batch
 
     def _make(self, step: int) -> Triples:
-        examples = [self._dataset[step * self._count + i] for i in range(self._count)]
+        examples = [self._dataset[step * self._count + i] for i in own_rows(self._count)]
         for example in examples:
             if example.target is None:
                 raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,28 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 
 
 def split(tree: Any, micro_batch: int, mesh: Mesh) -> Any:
-    """`[S, ...]` leaves as `[S / m, m, ...]`, each micro-batch spread over `data` and `fsdp`; m = 0 means S."""
-    spread = NamedSharding(mesh, P(None, SAMPLE_AXES))
+    """`[S, ...]` leaves as `[S / m, m, ...]`, each micro-batch spread over `data` and `fsdp`; m = 0 means S.
+
+    The S samples lie on the devices in blocks, in order, and a micro-batch takes a part of every block: no sample
+    moves from one device to another.
+    """
+    spread, devices = NamedSharding(mesh, P(None, SAMPLE_AXES)), math.prod(mesh.shape[axis] for axis in SAMPLE_AXES)
 
     def one(x: jax.Array) -> jax.Array:
         m = micro_batch or x.shape[0]
-        return jax.lax.with_sharding_constraint(x.reshape(x.shape[0] // m, m, *x.shape[1:]), spread)
+        blocks = x.reshape(devices, x.shape[0] // m, m // devices, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(blocks.swapaxes(0, 1).reshape(-1, m, *x.shape[1:]), spread)
+
+    return jax.tree.map(one, tree)
+
+
+def join(tree: Any, mesh: Mesh) -> Any:
+    """The inverse of `split`: `[S / m, m, ...]` leaves as `[S, ...]`, spread likewise."""
+    spread, devices = NamedSharding(mesh, P(SAMPLE_AXES)), math.prod(mesh.shape[axis] for axis in SAMPLE_AXES)
+
+    def one(x: jax.Array) -> jax.Array:
+        blocks = x.reshape(x.shape[0], devices, x.shape[1] // devices, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(blocks.swapaxes(0, 1).reshape(-1, *x.shape[2:]), spread)
 
     return jax.tree.map(one, tree)
 
@@ -49,7 +66,7 @@ def accumulate(
     shapes = jax.eval_shape(lambda chunk: gradients(*chunk)[0], jax.tree.map(lambda x: x[0], chunks))
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
     total, aux = jax.lax.scan(add, zeros, chunks)
-    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux)
+    return total, join(aux, mesh)
 
 
 def map_samples(function: Callable[..., Any], samples: tuple, micro_batch: int, mesh: Mesh) -> Any:
@@ -67,5 +84,4 @@ def map_samples(function: Callable[..., Any], samples: tuple, micro_batch: int, 
     """
     mapped = jax.vmap(function, spmd_axis_name=SAMPLE_AXES)
     chunks = split(samples, micro_batch, mesh)
-    results = jax.lax.map(lambda chunk: mapped(*chunk), chunks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+    return join(jax.lax.map(lambda chunk: mapped(*chunk), chunks), mesh)

@@ -167,8 +167,8 @@ def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batc
     with jax.set_mesh(mesh):
         batches = encode(config, folder, out, mesh, config.rollout.prompts, partial(check_example, rewards))
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-        state = init_state(config, abstract_params("transformer", folder.config("transformer")))
-        state = jax.device_put(state, replicated(mesh))
+        shapes = abstract_params("transformer", folder.config("transformer"))
+        state = jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
         for step in range(num_batches):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
             drifts.append(np.asarray(background_drift(batches[step], sample.images)))

@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.orbax import ocp
+from rcgrpo_jax.parallel.distributed import together
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
@@ -73,8 +74,9 @@ class Checkpointer:
             if self.latest_step() == step:
                 return False
             self._pending = step, sum(x.nbytes for x in jax.tree.leaves(state))
-            if self._pending[1] > self._free_bytes():
-                raise self._disk_full(_FULL_DISK[0])
+            with together():
+                if self._pending[1] > self._free_bytes():
+                    raise self._disk_full(_FULL_DISK[0])
             about = {"config": config, "checksums": _checksums(state)}
             return self._orbax.save_async(step, state, force=True, custom_metadata=about) is not None
 
@@ -144,8 +146,11 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if (
+            kind is None or jax.process_count() == 1
+        ):  # after an error the others may be gone, and closing waits for them
+            self.close()
 
     def _path(self, step: int | None) -> Path:
         steps = self.steps()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.pipeline import Batches, EncodedSource
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.parallel.distributed import own_share
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.training.metrics import Progress
 from rcgrpo_jax.weights.load import ModelFolder
@@ -32,12 +34,13 @@ def encode(
         config: With the groups `data` and `model`, and `seed`.
         folder: The model.
         workdir: Has the cache, unless `data.cache` says where.
-        mesh: The mesh.
+        mesh: The mesh of all processes.
         batch_size: Examples in a batch.
         check: Raises if an example cannot be used.
     """
     source = open_source(config.data.path, config.data.polarity)
-    with Progress(len(source), description="encode", lines=10) as progress:
+    mesh = mesh.local_mesh  # each process encodes its own share of the examples
+    with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(
             source,
             Editor(folder, jnp.dtype(config.model.dtype), config.model.max_text_tokens, parameter_sharding(mesh)),

@@ -23,6 +23,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
@@ -57,6 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
+    check_processes(config, mesh)
     rewards = make_rewards(config)
     folder = ModelFolder(config.model.path)
     check_model_fits(config, folder)
@@ -66,8 +68,9 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
             check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
-        state = init_state(config, abstract_params("transformer", folder.config("transformer")))
-        state = restore(checkpointer, jax.device_put(state, replicated(mesh)), described, MAY_DIFFER)
+        shapes = abstract_params("transformer", folder.config("transformer"))
+        state = jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
+        state = restore(checkpointer, state, described, MAY_DIFFER)
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
@@ -81,6 +84,22 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
 
         samples = config.rollout.prompts * config.rollout.group_size
         return run_steps(state, step, config, described, workdir, checkpointer, "train", samples, shown)
+
+
+def check_processes(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses a run whose groups do not fall to whole processes."""
+    count, local = jax.process_count(), mesh.local_mesh.shape
+    if config.rollout.prompts % count:
+        raise UsageError(
+            f"config: rollout.prompts: {config.rollout.prompts}; each of {count} processes scores whole groups.",
+            f"Choose a multiple of {count}.",
+        )
+    if local["tensor"] != mesh.shape["tensor"]:
+        raise UsageError(
+            f"config: mesh.tensor: {mesh.shape['tensor']}; a process has {mesh.local_mesh.size} devices, and the "
+            "copies of a sample must lie within one.",
+            f"Choose a divisor of {mesh.local_mesh.size}.",
+        )
 
 
 def make_rewards(config: ConfigDict) -> dict[str, Any]:
@@ -139,7 +158,7 @@ class Sample(NamedTuple):
     prompts: Prompts
     exploration: Exploration
     rollout: Rollout
-    images: Float[Array, "P G H W 3"] | None  # in [0, 1]
+    images: Float[Array, "p G H W 3"] | None  # this process' own rows, in [0, 1]
     scores: dict[str, Float[np.ndarray, "P G"]]
     rolled_out: float  # when the pictures were there, seconds of `time.monotonic`
 
@@ -159,6 +178,7 @@ class Trainer:
         self.params = editor.transformer_params
         self.decoder = {"decoder": editor.vae_params["decoder"]}
         self.programs = Programs(config, editor, mesh)
+        self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
@@ -170,8 +190,8 @@ class Trainer:
 
         Args:
             state: Donated.
-            batch: The prompts.
-            draw: Whether to return rows for the image grid.
+            batch: This process' own prompts.
+            draw: Whether to return rows for the image grid, of this process' own.
 
         Returns:
             The new state, metrics, and the rows.
@@ -179,13 +199,15 @@ class Trainer:
         programs, start = self.programs, time.monotonic()
         sample = self.sample(state, batch)
         scores, times = sample.scores, [start, sample.rolled_out]
-        total = grpo.combine_rewards(scores, self.weights)
-        advantages = grpo.group_advantages(
-            total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
-        )
-        rows = grid_rows(batch, sample.images, scores) if draw else []
-        measured = reward_metrics(scores, total) | drift_metrics(batch, sample.images)
+        with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
+            total = grpo.combine_rewards(scores, self.weights)
+            advantages = grpo.group_advantages(
+                total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
+            )
+            rows = grid_rows(batch, sample.images, scores) if draw else []
+            measured = reward_metrics(scores, total) | drift_metrics(batch, sample.images)
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
+        advantages = put(advantages, programs.mesh)
         times.append(time.monotonic())
 
         log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
@@ -210,22 +232,25 @@ class Trainer:
         prompts = programs.prompts(batch)
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         rollout = programs.rollout(self.params, state.params, prompts, exploration.noise)
-        images = programs.decode(self.decoder, rollout.states[:, :, -1])
+        images = spread_rows(programs.decode(self.decoder, rollout.states[:, :, -1]), programs.mesh)
         images.block_until_ready()
         rolled_out = time.monotonic()
-        return Sample(prompts, exploration, rollout, images, self.score(batch, images, rollout), rolled_out)
+        with together(), jax.set_mesh(self.own_mesh):
+            images = images.reshape(len(batch.mask), -1, *images.shape[1:])
+            scores = self.score(batch, images)
+        scores = gather(scores)
+        if "acd" in self.weights:
+            scores["acd"] = np.asarray(rollout.acd)
+        return Sample(prompts, exploration, rollout, images, scores, rolled_out)
 
-    def score(self, batch: EditBatch, images: Array, rollout: Rollout) -> dict[str, np.ndarray]:
-        """Every reward of every candidate, `[P, G]` each; NaN where one could not be scored."""
+    def score(self, batch: EditBatch, images: Float[Array, "p G H W 3"]) -> dict[str, Float[np.ndarray, "p G"]]:
+        """Every reward of this process' candidates; NaN where one could not be scored."""
         source = jnp.asarray(batch.pixels, jnp.float32) / 255
         targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
         inputs = reward_registry.RewardInputs(
             source, images, jnp.asarray(batch.mask), batch.instructions, targets=targets
         )
-        scores = reward_registry.score_all(self.rewards, inputs)
-        if "acd" in self.weights:
-            scores["acd"] = np.asarray(rollout.acd)
-        return scores
+        return reward_registry.score_all(self.rewards, inputs)
 
 
 def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
@@ -258,18 +283,20 @@ def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
     """How far the background moves: from candidate to candidate, and from the source."""
     mask = jnp.asarray(batch.mask)
     source = jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255
+    error = _outside(images, jnp.broadcast_to(source, images.shape), mask)
     return {
-        "background/drift": float(background_drift(batch, images).mean()),
-        "background/error": float(_outside(images, jnp.broadcast_to(source, images.shape), mask).mean()),
+        "background/drift": float(gather(background_drift(batch, images)).mean()),
+        "background/error": float(gather(error).mean()),
     }
 
 
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
-    """Up to four prompts with up to six candidates each, captioned with their raw rewards."""
+    """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
     pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
+    first = own_rows(len(next(iter(scores.values())))).start
 
     def caption(p: int, i: int) -> str:
-        return "  ".join(f"{name} {score[p, i]:.3f}" for name, score in scores.items())
+        return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())
 
     return [
         GridRow(

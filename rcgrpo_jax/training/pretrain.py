@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import to_pixels
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
@@ -47,7 +48,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         devices: Devices of the mesh; all by default.
 
     Returns:
-        Where the result was written; None if the run was stopped before its end.
+        Where the result was written; None if the run was stopped before its end, or another process wrote it.
 
     Raises:
         UserError: For every mistake in configuration, model, data or resume that can be told.
@@ -129,18 +130,18 @@ def make_update(config: ConfigDict, stage: Stage, mesh: Mesh, shardings: TrainSt
 def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardings: TrainState) -> StepFunction:
     """One step on the batch of its index, as `run_steps` takes it; pictures are those of the averaged parameters."""
     update, frozen = make_update(config, stage, mesh, shardings), stage.frozen()
-    draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)))
+    draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)), out_shardings=replicated(mesh))
 
     def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
         start = time.monotonic()
         batch = batches[index]
         examples = stage.arrays(batch)
-        state, metrics = update(state, frozen, jax.device_put(examples, replicated(mesh)))
+        state, metrics = update(state, frozen, put(examples, mesh, PartitionSpec(SAMPLE_AXES)))
         metrics = {name: float(x) for name, x in metrics.items()}
         metrics["samples_per_second"] = config.batch.size / (time.monotonic() - start)
         if not draw:
             return state, metrics, None
-        few = jax.tree.map(lambda x: x[:PICTURED], examples)
+        few = from_main(jax.tree.map(lambda x: x[:PICTURED], examples))
         pictures = to_pixels(draw_all(state.averaged, frozen, few))
         rows = [
             GridRow(text, source, mask, np.stack([target, made]), ["target", "made"])
@@ -157,11 +158,13 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: x for name, x in metrics.items() if name.startswith(("loss", "psnr"))}
 
 
-def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
+def _save(stage: Stage, state: TrainState, batches: Any) -> Path | None:
     from safetensors import SafetensorError
 
     try:
-        return stage.save(jax.device_get(state.averaged), stage.arrays(batches[0]))
+        trained, examples = fetch(state.averaged), gather(stage.arrays(batches[0]))
+        with together():
+            return stage.save(trained, examples) if is_main() else None
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise UserError(
             f"workdir: the result cannot be written to {stage.workdir} ({' '.join(str(error).split())[:200]}).",

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.parallel.distributed import anyone, is_main, watch
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
 from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
 
@@ -98,18 +99,20 @@ def run_steps(
         MetricsWriter(workdir, resume_step=first) as writer,
         Progress(last, first, name) as progress,
         termination() as stop,
+        watch(),
     ):
         for step in range(first + 1, last + 1):
             draw = step % config.train.image_every == 0 or step == last
             state, metrics, picture = step_function(state, step - 1, draw)
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             writer.scalars(step, metrics)
-            if picture is not None:
+            if picture is not None and is_main():
                 save_image(workdir / "images" / f"step_{step:06d}.png", picture)
                 writer.images(step, {"pictures": picture})
-            checkpointer.save(step, state, described, force=step == last or stop.is_set())
+            stopped = anyone(stop.is_set())  # a preemption may reach the processes in different steps
+            checkpointer.save(step, state, described, force=step == last or stopped)
             progress.update(shown(metrics), samples=samples)
-            if stop.is_set():
+            if stopped:
                 logger.warning("stopped at step %d on request; the same command resumes", step)
                 break
         checkpointer.wait()

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -23,8 +24,9 @@ from rcgrpo_jax.flow.solver import Velocity, euler_step
 from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.models.mmdit import Condition, sown_masses
+from rcgrpo_jax.parallel.distributed import gather, put
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
-from rcgrpo_jax.parallel.microbatch import map_samples, split
+from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.training.config import num_trained_steps
 from rcgrpo_jax.training.state import TrainState, apply_gradients
@@ -71,21 +73,21 @@ class Programs:
         whole = replicated(mesh)
         self.explore = jax.jit(self._explore, out_shardings=whole)
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
-        self.decode = jax.jit(self._decode)
+        self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
         self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
 
     def prompts(self, batch: Any) -> Prompts:
-        """Moves a host batch (`data.pipeline.EditBatch`) to the mesh and brings its masks to the token grid."""
+        """Brings the rows of all processes (`data.pipeline.EditBatch`) to every device, masks on the token grid."""
         options = {"threshold": self.config.explore.mask_threshold or None}
+        mask = jnp.asarray(batch.mask)
 
         def tokens(dilation: int) -> Array:
-            one = partial(region.token_mask, grid=self.grid, dilation=dilation, **options)
-            return jax.vmap(one)(jnp.asarray(batch.mask))
+            return jax.vmap(partial(region.token_mask, grid=self.grid, dilation=dilation, **options))(mask)
 
-        guidance = jnp.full(batch.reference.shape[0], self.config.model.guidance, jnp.float32)
+        guidance = np.full(len(mask), self.config.model.guidance, np.float32)
         condition = Condition(batch.text, batch.pooled, batch.reference, guidance)
-        prompts = Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
-        return jax.device_put(prompts, replicated(self.mesh))
+        own = Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
+        return put(gather(own), self.mesh)
 
     def _explore(self, key: Array, prompts: Prompts) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and trained steps."""
@@ -156,15 +158,15 @@ class Programs:
         states, acd = map_samples(candidate, samples, self.config.rollout.micro_batch, self.mesh)
         return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
 
-    def _decode(self, vae_params: dict, tokens: Float[Array, "P G N C"]) -> Float[Array, "P G H W 3"]:
-        """Pictures of final states, in [0, 1]."""
+    def _decode(self, vae_params: dict, tokens: Float[Array, "P G N C"]) -> Float[Array, "PG H W 3"]:
+        """Pictures of final states, in [0, 1], each on the device that rolled it out."""
         images = map_samples(
             lambda x: decode(self.editor.vae, vae_params, x, self.grid),
             (tokens.reshape(-1, *tokens.shape[2:]),),
             self.config.rollout.decode_micro_batch,
             self.mesh,
         )
-        return jnp.clip(images / 2 + 0.5, 0, 1).reshape(*tokens.shape[:2], *images.shape[1:])
+        return jnp.clip(images / 2 + 0.5, 0, 1)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, "U"], Int[Array, "U"], Int[Array, "U T"]]:
         """What the update differentiates, one a row: prompt, anchor and the solver steps that are compared.
@@ -248,23 +250,19 @@ class Programs:
             The new state, this update's log-policy, and metrics.
         """
 
-        def chunk_loss(lora: dict, chunk: tuple) -> tuple[Array, tuple]:
+        def chunk_loss(lora: dict, *chunk: Array) -> tuple[Array, tuple]:
             one = partial(self._unit_loss, lora, params, prompts, rollout.states, advantages)
             losses, aux = jax.vmap(lambda *unit: one(unit, first), spmd_axis_name=SAMPLE_AXES)(*chunk)
-            return losses.mean(), aux
+            return losses.mean(), (losses, *aux)
 
-        def accumulate(grads: dict, chunk: tuple) -> tuple[dict, tuple]:
-            (loss, (log_pi, metrics)), new = jax.value_and_grad(chunk_loss, has_aux=True)(state.params, chunk)
-            return jax.tree.map(jnp.add, grads, new), (loss, log_pi, metrics)
+        def gradients(*chunk: Array) -> tuple[dict, tuple]:
+            return jax.grad(chunk_loss, has_aux=True)(state.params, *chunk)
 
-        chunks = split((*self.units(exploration), log_old), self.config.surrogate.micro_batch, self.mesh)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (losses, log_pi, metrics) = jax.lax.scan(accumulate, zeros, chunks)
-        grads = jax.tree.map(lambda g: g / losses.shape[0], grads)
+        units = (*self.units(exploration), log_old)
+        grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.config.surrogate.micro_batch, self.mesh)
         state = apply_gradients(state, grads, self.config.optimizer)
         scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
-        log_pi = log_pi.reshape(log_old.shape)
         return state, log_pi, scalars
 
     def log_policy_shape(self) -> tuple[int, int, int]:

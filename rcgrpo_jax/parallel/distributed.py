@@ -1,0 +1,199 @@
+"""Several processes as one run: how they find each other, which rows each of them reads, and how they agree.
+
+All functions hold for one process too, where they do nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
+
+VARIABLES = {
+    "coordinator": "RCGRPO_COORDINATOR",
+    "num_processes": "RCGRPO_NUM_PROCESSES",
+    "process_id": "RCGRPO_PROCESS_ID",
+}
+
+
+def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> None:
+    """Joins the processes of a run; must come before JAX computes anything.
+
+    In this order: what was given, or stands in `VARIABLES`; a Slurm step of several tasks; a TPU VM, whose workers find
+    each other. Otherwise the process is alone.
+
+    Args:
+        given: `coordinator` (HOST:PORT of process 0), `num_processes` and `process_id`, or None where not given.
+        environ: Environment variables.
+
+    Raises:
+        UsageError: Some of the three are missing or wrong.
+        UserError: The others did not come.
+    """
+    given = {name: given.get(name) or environ.get(variable) for name, variable in VARIABLES.items()}
+    if any(given.values()):
+        options = _explicit(given)
+    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        options = {"cluster_detection_method": "slurm"}
+        if environ.get("SLURM_STEP_TASKS_PER_NODE", "").startswith("1(") and environ.get("CUDA_VISIBLE_DEVICES"):
+            # One task a node takes the whole node; JAX would give it a single GPU.
+            options["local_device_ids"] = list(range(len(environ["CUDA_VISIBLE_DEVICES"].split(","))))
+    elif any(os.path.exists(f"/dev/{device}") for device in ("accel0", "vfio/0")) and _has_libtpu():
+        options = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"distributed: {given['coordinator'] or 'the processes of this job'}: {' '.join(str(error).split())[:200]}",
+            "Start the same command on every process, and let each reach the first one's port.",
+        ) from None
+
+
+def _explicit(given: Mapping[str, str | None]) -> dict[str, Any]:
+    if missing := [name for name, value in given.items() if not value]:
+        raise UsageError(
+            f"--{', --'.join(name for name, value in given.items() if value)} given, --{', --'.join(missing)} not.",
+            f"Give all three, or set {', '.join(VARIABLES.values())}.",
+        )
+    coordinator, count, index = given.values()
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)) or ":" not in coordinator:
+        raise UsageError(
+            f"--coordinator: {coordinator}, --num_processes: {count}, --process_id: {index} found; HOST:PORT and a "
+            "number below the count were wanted.",
+            "Processes are numbered from 0; HOST:PORT is that of process 0.",
+        )
+    return {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(index)}
+
+
+def _has_libtpu() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def own_rows(count: int) -> range:
+    """The rows of a global batch that this process reads, decodes and scores; the processes' rows follow each other.
+
+    Args:
+        count: Rows in all, a multiple of the number of processes.
+    """
+    share = count // jax.process_count()
+    return range(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def own_share(count: int) -> range:
+    """The part of `count` jobs that this process does; any count will do."""
+    return range(jax.process_index(), count, jax.process_count())
+
+
+def gather(tree: Any) -> Any:
+    """Host arrays of every process' rows `[n, ...]`, joined on every process in the order of the processes."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
+
+
+def total(x: np.ndarray) -> np.ndarray:
+    """The sum over the processes of an array that each of them has, on every process."""
+    return gather(x[None]).sum(0, dtype=x.dtype)
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(gather(np.array([flag])).any())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends on every process with an error if the block ends on one of them with one: nobody waits for who is gone.
+
+    The block must hold no collective operation.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = np.flatnonzero(gather(np.array([error is not None])))
+    if error is not None:
+        raise error
+    if failed.size:
+        raise UserError(f"process {failed[0]} failed, so this one stops.", "Its own log says why.")
+
+
+def from_main(tree: Any) -> Any:
+    """The host arrays of process 0, on every process; the others give arrays of the same shapes."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+@contextmanager
+def watch() -> Iterator[None]:
+    """Says so when a collective operation fails because another process is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise UserError(
+            f"process {jax.process_index()}: another process is gone ({' '.join(str(error).split())[:200]}).",
+            "Its own log says why. The same command on all processes resumes from the last checkpoint.",
+        ) from error
+
+
+def leave(code: int) -> None:
+    """Ends this process at once where there are others: an orderly end would wait for them, and they may be gone."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the mesh as whole host arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """This process' rows of an array whose first axis is spread over `data` and `fsdp`, on its own devices, uncopied.
+
+    Args:
+        x: `[S, ...]` on the mesh.
+        mesh: The mesh of all processes.
+    """
+    if jax.process_count() == 1:
+        return x
+    sharding = NamedSharding(mesh.local_mesh, P(SAMPLE_AXES))
+    shape = (x.shape[0] // jax.process_count(), *x.shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, sharding, [shard.data for shard in x.addressable_shards])
+
+
+def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
+    """Host arrays as arrays on the mesh.
+
+    Args:
+        tree: Arrays. Where `spec` spreads an axis over the processes, each gives its own rows, else all give the same.
+        mesh: The mesh of all processes.
+        spec: Where they lie; every device holds them whole by default.
+    """
+    sharding = NamedSharding(mesh, P() if spec is None else spec)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
