@@ -5,10 +5,17 @@ import socket
 import subprocess
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import small_run
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.microbatch import join, split
+from rcgrpo_jax.training.loop import check_processes, train
 
 SETTINGS = {"rollout__prompts": 4, "mesh__fsdp": 2, "train__num_steps": 3, "train__save_every": 1}
 
@@ -93,3 +100,106 @@ def test_when_one_process_is_killed_the_other_says_so_and_one_alone_can_go_on(tm
     state = train(small_run.make_config(**settings), workdir)  # on one process with eight devices
     assert int(state.step) == 4
     assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3, 4]
+
+
+# How processes find each other
+
+GIVEN = {"coordinator": "10.0.0.1:1234", "num_processes": "4", "process_id": "3"}
+VARIABLES = {distributed.VARIABLES[name]: value for name, value in GIVEN.items()}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The options that JAX was called with, a dictionary a call."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    monkeypatch.setattr(distributed.os.path, "exists", lambda path: False)  # no TPU here, whatever the machine
+    return calls
+
+
+EXPLICIT = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "calls"),
+    [
+        ({}, {}, []),
+        (GIVEN, {}, [EXPLICIT]),
+        ({}, VARIABLES, [EXPLICIT]),
+        ({"process_id": "0"}, VARIABLES | SLURM, [EXPLICIT | {"process_id": 0}]),
+        ({}, SLURM, [{"cluster_detection_method": "slurm"}]),
+        ({}, SLURM | {"SLURM_NTASKS": "1"}, []),
+        (
+            {},
+            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            [{"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]}],
+        ),
+    ],
+    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task", "a-task-a-node"],
+)
+def test_processes_find_each_other_as_they_are_told(joined, given, environ, calls):
+    distributed.initialize(given, environ)
+    assert joined == calls
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"process_id": None}, "--process_id not"),
+        ({"process_id": "4"}, "number below the count"),
+        ({"num_processes": "two"}, "number below the count"),
+        ({"coordinator": "10.0.0.1"}, "HOST:PORT"),
+    ],
+)
+def test_half_told_or_wrongly_told_is_refused(joined, change, message):
+    with pytest.raises(UsageError, match=message):
+        distributed.initialize(GIVEN | change, {})
+    assert not joined
+
+
+def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(UserError, match=r"10\.0\.0\.1:1234: DEADLINE_EXCEEDED"):
+        distributed.initialize(GIVEN, {})
+
+
+def test_groups_that_do_not_fall_to_whole_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UsageError, match=r"rollout\.prompts: 2; each of 3 processes"):
+        check_processes(small_run.make_config(), make_mesh({"data": 8}))
+
+
+# What stays where
+
+
+@pytest.mark.parametrize("micro", [0, 8, 16])
+def test_micro_batches_take_from_every_device_what_it_has(micro):
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    x = np.arange(32)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
+    chunks = jax.jit(lambda x: split(x, micro, mesh))(placed)
+    assert chunks.shape == (32 // (micro or 32), micro or 32)
+    for shard in chunks.addressable_shards:
+        own = next(s.data for s in placed.addressable_shards if s.device == shard.device)
+        np.testing.assert_array_equal(np.asarray(shard.data).ravel(), own)
+    np.testing.assert_array_equal(jax.jit(lambda x: join(x, mesh))(chunks), x)
+    program = jax.jit(lambda x: join(split(x, micro, mesh), mesh)).lower(placed).compile().as_text()
+    assert not any(word in program for word in ("all-to-all", "all-gather", "collective-permute"))
+
+
+def test_an_error_in_a_block_that_all_share_is_raised_as_it_is():
+    with pytest.raises(KeyError), distributed.together():
+        raise KeyError("own")
+    with distributed.together():
+        pass
+
+
+def test_alone_all_rows_are_ones_own():
+    assert distributed.own_rows(6) == distributed.own_share(6) == range(6)
+    assert not distributed.anyone(False)
+    assert distributed.anyone(True)
+    np.testing.assert_array_equal(distributed.total(np.array([1, 2])), [1, 2])

@@ -147,9 +147,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if (
-            kind is None or jax.process_count() == 1
-        ):  # after an error the others may be gone, and closing waits for them
+        if kind is None or jax.process_count() == 1:  # else the others may be gone: closing waits
             self.close()
 
     def _path(self, step: int | None) -> Path:
