@@ -130,13 +130,8 @@ EXPLICIT = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process
         ({"process_id": "0"}, VARIABLES | SLURM, [EXPLICIT | {"process_id": 0}]),
         ({}, SLURM, [{"cluster_detection_method": "slurm"}]),
         ({}, SLURM | {"SLURM_NTASKS": "1"}, []),
-        (
-            {},
-            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
-            [{"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]}],
-        ),
     ],
-    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task", "a-task-a-node"],
+    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task"],
 )
 def test_processes_find_each_other_as_they_are_told(joined, given, environ, calls):
     distributed.initialize(given, environ)

@@ -46,9 +46,6 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
         options = _explicit(given)
     elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
         options = {"cluster_detection_method": "slurm"}
-        if environ.get("SLURM_STEP_TASKS_PER_NODE", "").startswith("1(") and environ.get("CUDA_VISIBLE_DEVICES"):
-            # One task a node takes the whole node; JAX would give it a single GPU.
-            options["local_device_ids"] = list(range(len(environ["CUDA_VISIBLE_DEVICES"].split(","))))
     elif any(os.path.exists(f"/dev/{device}") for device in ("accel0", "vfio/0")) and _has_libtpu():
         options = {}
     else:
