@@ -74,7 +74,8 @@ def test_every_problem_of_sizes_is_listed_at_once():
             rollout__micro_batch=5,
         )
     )  # fmt: skip
-    fields = ("surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "data.size", "rollout")
+    fields = ("surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "data.size",
+              "rollout.micro_batch", "rollout")  # fmt: skip
     assert [line.split(":")[0] for line in found] == list(fields)
 
 
@@ -167,6 +168,7 @@ def test_sizes_that_are_no_sizes(size):
          16, ["P x G = 1 x 7 = 7", "data x fsdp = 4 x 2 = 8 devices"]),
         ({"rollout__micro_batch": 12}, 8, ["P x G = 4 x 12 = 48 in micro-batches of 12", "8 devices"]),
         ({"rollout__decode_micro_batch": 20}, 1, ["micro-batches of 20"]),
+        ({"rollout__micro_batch": 6}, 1, ["rollout.micro_batch: 6", "rollout.prompts = 4"]),
         ({"surrogate__micro_batch": 24}, 1, ["anchors to differentiate = 128 in micro-batches of 24"]),
         ({"surrogate__micro_batch": 32, "surrogate__anchor_mode": "integrate"}, 1, ["= 16 in micro-batches of 32"]),
         ({"surrogate__steps": "early", "surrogate__micro_batch": 128}, 1, ["= 64 in micro-batches of 128"]),

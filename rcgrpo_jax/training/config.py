@@ -55,8 +55,8 @@ def default_config() -> ConfigDict:
             prompts=4,  # P, groups in a global batch
             group_size=12,  # G, candidates of a group
             num_steps=8,  # K, solver steps in training
-            micro_batch=0,  # candidates rolled out at a time over the whole mesh; 0: all P x G
-            decode_micro_batch=0,  # images decoded at a time over the whole mesh; 0: all P x G
+            micro_batch=0,  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
+            decode_micro_batch=0,  # of these, images decoded at a time; 0: all
         ),
         surrogate=group(
             distance="region",  # region (B.3, form ours), tau (ours), l2 (Eq. 7), mean
@@ -190,10 +190,16 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     spread = math.prod(shape[axis] for axis in SAMPLE_AXES)
     samples, anchors = config.rollout.prompts * g, config.rollout.prompts * b
     units = anchors * (num_trained_steps(config) if config.surrogate.anchor_mode == "replay" else 1)
+    rolled = config.rollout.micro_batch or samples
+    if rolled % config.rollout.prompts:
+        problems.append(
+            f"rollout.micro_batch: {rolled}; a multiple of rollout.prompts = {config.rollout.prompts} was wanted: as "
+            "many candidates of each group"
+        )
     where = f"data x fsdp = {shape['data']} x {shape['fsdp']} = {spread} devices"
     for field, count, micro in (
         (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.micro_batch),
-        (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.decode_micro_batch),
+        ("rollout: candidates decoded", rolled, min(config.rollout.decode_micro_batch, rolled)),
         ("surrogate: anchors to differentiate", units, config.surrogate.micro_batch),
     ):
         micro = micro or count

@@ -179,6 +179,7 @@ class Trainer:
         self.decoder = {"decoder": editor.vae_params["decoder"]}
         self.programs = Programs(config, editor, mesh)
         self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
+        self.own_prompts = len(own_rows(config.rollout.prompts))
         self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
@@ -228,29 +229,47 @@ class Trainer:
 
     def sample(self, state: TrainState, batch: EditBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
-        programs = self.programs
+        programs, options = self.programs, self.config.rollout
         prompts = programs.prompts(batch)
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
-        rollout = programs.rollout(self.params, state.params, prompts, exploration.noise)
-        images = spread_rows(programs.decode(self.decoder, rollout.states[:, :, -1]), programs.mesh)
-        images.block_until_ready()
-        rolled_out = time.monotonic()
-        with together(), jax.set_mesh(self.own_mesh):
-            images = images.reshape(len(batch.mask), -1, *images.shape[1:])
-            scores = self.score(batch, images)
-        scores = gather(scores)
+        at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
+        rollouts, pictures = [], []
+        for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
+            rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
+            pictures.append(self.own(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
+        with together():  # all is dispatched: the devices roll out the next part while one is scored
+            scores = [self.score(batch, images) for images in pictures[:-1]]
+            jax.block_until_ready(pictures[-1])
+            rolled_out = time.monotonic()
+            scores.append(self.score(batch, pictures[-1]))
+        rollout = join(*rollouts)
+        scores = gather(jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *scores))
         if "acd" in self.weights:
             scores["acd"] = np.asarray(rollout.acd)
+        with jax.set_mesh(self.own_mesh):
+            images = join(*pictures)
         return Sample(prompts, exploration, rollout, images, scores, rolled_out)
 
-    def score(self, batch: EditBatch, images: Float[Array, "p G H W 3"]) -> dict[str, Float[np.ndarray, "p G"]]:
+    def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
+        """This process' rows of pictures that are spread over the mesh."""
+        rows = spread_rows(images, self.programs.mesh)
+        with jax.set_mesh(self.own_mesh):
+            return rows.reshape(self.own_prompts, -1, *rows.shape[1:])
+
+    def score(self, batch: EditBatch, images: Float[Array, "p g H W 3"]) -> dict[str, Float[np.ndarray, "p g"]]:
         """Every reward of this process' candidates; NaN where one could not be scored."""
-        source = jnp.asarray(batch.pixels, jnp.float32) / 255
-        targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
-        inputs = reward_registry.RewardInputs(
-            source, images, jnp.asarray(batch.mask), batch.instructions, targets=targets
-        )
-        return reward_registry.score_all(self.rewards, inputs)
+        with jax.set_mesh(self.own_mesh):
+            source = jnp.asarray(batch.pixels, jnp.float32) / 255
+            targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
+            inputs = reward_registry.RewardInputs(
+                source, images, jnp.asarray(batch.mask), batch.instructions, targets=targets
+            )
+            return reward_registry.score_all(self.rewards, inputs)
+
+
+def join(*parts: Any) -> Any:
+    """Trees of `[P, g, ...]`, side by side."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
 
 
 def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:

@@ -7,6 +7,7 @@ is vmapped and spread over the mesh in micro-batches.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Exploration(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """All candidates under the old parameters."""
+    """Candidates under the old parameters."""
 
     states: Float[Array, "P G K+1 N C"]  # float32: rounded states would break the ratio
     acd: Float[Array, "P G"]  # R_acd; zeros if ACD is off
@@ -140,8 +141,8 @@ class Programs:
 
         return apply
 
-    def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P G N C"]) -> Rollout:
-        """Integrates every candidate of every group under the old parameters (Eq. 12) and takes R_acd (Eq. 18)."""
+    def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P g N C"]) -> Rollout:
+        """Integrates candidates of every group under the old parameters (Eq. 12) and takes R_acd (Eq. 18)."""
         lora = scale_adapter(lora, self.lora_scale)
         num_prompts, group = noise.shape[:2]
 
@@ -155,15 +156,15 @@ class Programs:
             return states, concentration.reward(densities)
 
         samples = (jnp.repeat(jnp.arange(num_prompts), group), noise.reshape(-1, *noise.shape[2:]))
-        states, acd = map_samples(candidate, samples, self.config.rollout.micro_batch, self.mesh)
+        states, acd = map_samples(candidate, samples, 0, self.mesh)
         return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
 
-    def _decode(self, vae_params: dict, tokens: Float[Array, "P G N C"]) -> Float[Array, "PG H W 3"]:
+    def _decode(self, vae_params: dict, tokens: Float[Array, "P g N C"]) -> Float[Array, "Pg H W 3"]:
         """Pictures of final states, in [0, 1], each on the device that rolled it out."""
         images = map_samples(
             lambda x: decode(self.editor.vae, vae_params, x, self.grid),
             (tokens.reshape(-1, *tokens.shape[2:]),),
-            self.config.rollout.decode_micro_batch,
+            min(self.config.rollout.decode_micro_batch, math.prod(tokens.shape[:2])),
             self.mesh,
         )
         return jnp.clip(images / 2 + 0.5, 0, 1)
