@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -78,17 +77,22 @@ class Programs:
         self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
 
     def prompts(self, batch: Any) -> Prompts:
-        """Brings the rows of all processes (`data.pipeline.EditBatch`) to every device, masks on the token grid."""
+        """The rows of all processes (`data.pipeline.EditBatch`), on every device."""
+        with jax.set_mesh(self.mesh.local_mesh):
+            own = self._prompts(batch)
+        return put(gather(own), self.mesh)
+
+    def _prompts(self, batch: Any) -> Prompts:
+        """A batch with its masks on the token grid."""
         options = {"threshold": self.config.explore.mask_threshold or None}
         mask = jnp.asarray(batch.mask)
 
         def tokens(dilation: int) -> Array:
             return jax.vmap(partial(region.token_mask, grid=self.grid, dilation=dilation, **options))(mask)
 
-        guidance = np.full(len(mask), self.config.model.guidance, np.float32)
+        guidance = jnp.full(len(mask), self.config.model.guidance, jnp.float32)
         condition = Condition(batch.text, batch.pooled, batch.reference, guidance)
-        own = Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
-        return put(gather(own), self.mesh)
+        return Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
 
     def _explore(self, key: Array, prompts: Prompts) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and trained steps."""
