@@ -5,14 +5,79 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+BLOCKS = (1024, 512, 256, 128)  # tokens of a tile of the TPU kernel, the largest that divides is taken
 
 
 def _xla(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla}
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    """cuDNN's fused attention; it needs a GPU, and bfloat16 or float16."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _splash(q: Array, k: Array, v: Array) -> Array:
+    """JAX's Pallas kernel for TPU (splash attention), forward and backward.
+
+    The compiler cannot look into it, so `shard_map` says how it is split: heads over `tensor`, and samples wherever the
+    mapped axis around it lies.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return _splash_local(q, k, v)
+    spec = P(None, None, "tensor", None)
+    return jax.shard_map(_splash_local, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _splash_local(
+    q: Float[Array, "b N H D"], k: Float[Array, "b M H D"], v: Float[Array, "b M H D"], interpret: bool = False
+) -> Float[Array, "b N H D"]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    q = q * q.shape[-1] ** -0.5
+    q, k, v = (_pad(x).swapaxes(1, 2) for x in (q, k, v))  # [b, H, N', D]
+    size_q, size_kv = (next(block for block in BLOCKS if x.shape[2] % block == 0) for x in (q, k))
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=size_q, block_kv=size_kv, block_kv_compute=size_kv, block_q_dkv=size_q, block_kv_dkv=size_kv,
+            block_kv_dkv_compute=size_kv, block_q_dq=size_q, block_kv_dq=size_kv,
+        ),
+        interpret=interpret,
+    )  # fmt: skip
+    segments = None
+    if (tokens, keys) != (q.shape[2], k.shape[2]):  # padding sees padding alone
+        segments = splash.SegmentIds(
+            *((jnp.arange(x.shape[2]) >= n).astype(jnp.int32) for x, n in ((q, tokens), (k, keys)))
+        )
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
+    return out.swapaxes(1, 2)[:, :tokens].astype(v.dtype)
+
+
+def _pad(x: Float[Array, "b N H D"]) -> Float[Array, "b M H D"]:
+    """Zeros up to a whole number of the smallest tile."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCKS[-1]), (0, 0), (0, 0)))
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+
+
+def fastest(platform: str, dtype: jnp.dtype) -> str:
+    """The implementation that `auto` stands for.
+
+    Args:
+        platform: Of the devices: tpu, gpu (cuda, rocm) or cpu.
+        dtype: Of queries, keys and values.
+    """
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) else "xla"
 
 
 def attend(
