@@ -125,8 +125,13 @@ def test_what_a_run_keeps_counts_once_in_every_program():
     planned = workload(4, mesh__data=1, mesh__fsdp=4)
     kept = {name: planned.held(name) + total_bytes(planned.arguments(name)) for name in NAMES}
     trees = {name: total_bytes(tree) for name, tree in planned.trees.items()}
-    assert kept["decode"] == kept["rollout"] + trees["rollout"] + trees["images"]
-    assert kept["update"] == kept["rollout"] + trees["rollout"] + trees["objective"]
+    assert kept["decode"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["images"]
+    assert kept["update"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["objective"]
+    half = workload(4, mesh__data=1, mesh__fsdp=4, rollout__micro_batch=4)
+    assert half.calls == {"rollout": 2, "decode": 2, "update": 1}
+    earlier, pictures = half.trees["earlier"]
+    assert total_bytes(earlier) == total_bytes(half.trees["part"]) == trees["rollout"] / 2
+    assert half.held("decode") >= total_bytes(earlier) + total_bytes(pictures) + total_bytes(half.trees["part"])
     whole = workload(4, mesh__data=4)
     assert trees["params"] < 0.5 * total_bytes(whole.trees["params"])
 

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
-from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
@@ -99,6 +99,8 @@ class Workload:
         editor = load_editor(config, model, self.mesh)
         self.programs = Programs(config, editor, self.mesh)
         self.micro_batches = micro_batches(config)
+        parts = counts(config)[0] // self.micro_batches["rollout"]
+        self.calls = {"rollout": parts, "decode": parts, "update": 1}  # of a program in a step, or update
         self.model = model
         target = math.prod(self.programs.grid)
         total = flops.step(config, editor.transformer.config, editor.vae.config, editor.max_text_tokens, target)
@@ -113,14 +115,15 @@ class Workload:
         """Shapes, dtypes and shardings of a program's arguments, as `training.loop.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
         return {
-            "rollout": (t.params, t.state.params, t.prompts, t.exploration.noise),
+            "rollout": (t.params, t.state.params, t.prompts, t.noise),
             "decode": (t.decoder, t.images),
             "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
         }[name]
 
     def held(self, name: str) -> int:
         """Bytes a device of what lives while a program runs and is not among its arguments."""
-        alive = {"params", "decoder", "state", "prompts", "exploration"} | ({"rollout"} if name != "rollout" else set())
+        alive = {"params", "decoder", "state", "prompts", "exploration"}
+        alive |= {"rollout": {"earlier"}, "decode": {"earlier", "part"}, "update": set()}[name]
         used = {id(leaf) for leaf in jax.tree.leaves(self.arguments(name))}
         return sum(
             device_bytes(leaf)
@@ -149,7 +152,8 @@ class Workload:
             held,
         )
         seconds = time.monotonic() - started
-        cost = count(compiled.as_text(), self.topology.slices)
+        cost = Cost()
+        cost.add(count(compiled.as_text(), self.topology.slices), self.calls[name])
         return Plan(
             needed=memory.peak, available=self.topology.memory, memory=memory, cost=cost, seconds=seconds, **common
         )
@@ -158,9 +162,10 @@ class Workload:
 def micro_batches(config: ConfigDict) -> dict[str, int]:
     """Samples at a time over the whole mesh, by program."""
     samples, units = counts(config)
+    rolled = config.rollout.micro_batch or samples
     return {
-        "rollout": config.rollout.micro_batch or samples,
-        "decode": config.rollout.decode_micro_batch or samples,
+        "rollout": rolled,
+        "decode": min(config.rollout.decode_micro_batch, rolled) or rolled,
         "update": config.surrogate.micro_batch or units,
     }
 
@@ -215,6 +220,7 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
     base = flops.transformer_shapes(model.config("transformer"))
     decoder = {"decoder": abstract_params("vae", model.config("vae"))["decoder"]}
     sizes, prompts, group = editor.transformer.config, config.rollout.prompts, config.rollout.group_size
+    at_a_time = micro_batches(config)["rollout"] // prompts  # candidates of each group
     batch = {
         "text": array((prompts, editor.max_text_tokens, sizes.joint_attention_dim), dtype),
         "pooled": array((prompts, sizes.pooled_projection_dim), dtype),
@@ -224,17 +230,32 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
     }
     with jax.set_mesh(mesh):
         state = copied(jax.eval_shape(lambda: init_state(config, base)))
-        asked = copied(jax.eval_shape(lambda batch: programs.prompts(SimpleNamespace(**batch)), batch))
+        asked = copied(jax.eval_shape(lambda batch: programs._prompts(SimpleNamespace(**batch)), batch))
         exploration = programs.explore.eval_shape(state.key, asked)
         params = place(base, mesh, dtype)
-        rollout = programs.rollout.eval_shape(params, state.params, asked, exploration.noise)
+        noise = exploration.noise
+        noise = jax.ShapeDtypeStruct((prompts, at_a_time, *noise.shape[2:]), noise.dtype, sharding=whole)
+        part = programs.rollout.eval_shape(params, state.params, asked, noise)
+
+    def candidates(count: int) -> Any:
+        return jax.tree.map(lambda x: array((prompts, count, *x.shape[2:]), x.dtype), part)
+
+    pictures = prompts * (group - at_a_time), *config.data.size, 3
+    spread = NamedSharding(mesh, PartitionSpec(SAMPLE_AXES))
     return {
         "params": params,
         "decoder": place(decoder, mesh, dtype),
         "state": state,
         "prompts": asked,
         "exploration": exploration,
-        "rollout": rollout,
-        "images": array((prompts, group, *rollout.states.shape[3:])),
+        "noise": noise,
+        "part": part,
+        "rollout": candidates(group),
+        "images": array((prompts, at_a_time, *part.states.shape[3:])),
+        "earlier": (
+            (candidates(group - at_a_time), jax.ShapeDtypeStruct(pictures, jnp.float32, sharding=spread))
+            if at_a_time < group
+            else ()
+        ),
         "objective": (array((prompts, group)), array(programs.log_policy_shape()), array((), bool)),
     }

@@ -117,7 +117,7 @@ class Search:
             changes = dict(zip((f"mesh.{axis}" for axis in AXES), shape, strict=True))
             changes |= {"model.remat": remat} if name == "update" else {}
             for micro in _divisors(samples):
-                if micro % spread == 0:
+                if micro % (math.lcm(spread, self.config.rollout.prompts) if name == "rollout" else spread) == 0:
                     time = self._time(name, shape, remat, samples // micro, micro // spread, whole)
                     needed = held + self._activations(name, remat, micro // spread) / shape[2]
                     found.append(Setting(changes | {MICRO_BATCH[name]: micro}, micro, time.seconds, needed))
