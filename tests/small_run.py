@@ -125,7 +125,7 @@ def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
         jnp.dtype(dtype),
         sharding_of=parameter_sharding(mesh),
         remat=config.model.remat,
-        attention=AttentionOptions(config.model.attention, config.acd.layers),
+        attention=AttentionOptions(acd_layers=config.acd.layers),
     ), mesh
 
 

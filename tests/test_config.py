@@ -83,7 +83,7 @@ def test_every_problem_of_sizes_is_listed_at_once():
     ("field", "choices"),
     [
         ("model.dtype", ["bfloat16", "float32"]),
-        ("model.attention", list(IMPLEMENTATIONS)),
+        ("model.attention", ["auto", *IMPLEMENTATIONS]),
         ("model.remat", list(REMAT_POLICIES)),
         ("data.polarity", ["white", "black"]),
         ("explore.kind", ["region", "global", "mixed"]),

@@ -316,5 +316,5 @@ def test_token_counts_that_do_not_fit_the_grid_are_refused():
     x, sigma, condition, _ = inputs(GUIDED, BATCH)
     with pytest.raises(ValueError, match=r"a grid of 3 x 4 tokens needs as many .* found 15 and 15"):
         velocity_of("guided", x, sigma, condition, (3, 4))
-    with pytest.raises(ValueError, match="'splash' is not one of"):
-        velocity_of("guided", x, sigma, condition, attention=AttentionOptions("splash"))
+    with pytest.raises(ValueError, match="'paged' is not one of"):
+        velocity_of("guided", x, sigma, condition, attention=AttentionOptions("paged"))

@@ -14,7 +14,9 @@ from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.attention import AUTO, choose
 from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.weights.export import load_lora
@@ -105,7 +107,9 @@ def run(argv: list[str]) -> None:
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1})
     sharding_of = parameter_sharding(mesh)
-    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens, sharding_of, keep_text_encoders=False)
+    dtype = dtype_of(values.dtype)
+    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
+    editor = Editor(folder, dtype, values.text_tokens, sharding_of, keep_text_encoders=False, attention=attention)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))

@@ -19,7 +19,9 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.lpips import MISSING
 from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
+from rcgrpo_jax.models.attention import AUTO, choose
 from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
@@ -62,7 +64,9 @@ def run(argv: list[str]) -> None:
         adapters["lora"] = scale_adapter(adapter, config.scale)
     source = open_source(values.data, values.polarity)
     mesh = make_mesh({"fsdp": -1})
-    editor = Editor(folder, dtype_of(values.dtype), values.text_tokens, parameter_sharding(mesh))
+    dtype = dtype_of(values.dtype)
+    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
+    editor = Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), attention=attention)
     evaluations = {}
     for name, lora in adapters.items():
         with Progress(len(source), description=name, lines=10) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,16 +69,22 @@ def _pad(x: Float[Array, "b N H D"]) -> Float[Array, "b M H D"]:
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
 
 
-def fastest(platform: str, dtype: jnp.dtype) -> str:
-    """The implementation that `auto` stands for.
+AUTO = "auto"
+
+
+def choose(name: str, platform: str, dtype: Any) -> str:
+    """The implementation that a name stands for: `auto` is the fastest one of a platform.
 
     Args:
-        platform: Of the devices: tpu, gpu (cuda, rocm) or cpu.
+        name: A name of `IMPLEMENTATIONS`, or `auto`.
+        platform: Of the devices, which need not be those of this machine: tpu, gpu or cpu.
         dtype: Of queries, keys and values.
     """
+    if name != AUTO:
+        return name
     if platform == "tpu":
         return "splash"
-    return "cudnn" if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) else "xla"
+    return "cudnn" if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
 
 
 def attend(

@@ -98,6 +98,7 @@ class Workload:
         self.mesh = make_mesh(config.mesh, topology.devices)
         editor = load_editor(config, model, self.mesh)
         self.programs = Programs(config, editor, self.mesh)
+        self.attention = editor.transformer.attention.implementation
         self.micro_batches = micro_batches(config)
         parts = counts(config)[0] // self.micro_batches["rollout"]
         self.calls = {"rollout": parts, "decode": parts, "update": 1}  # of a program in a step, or update

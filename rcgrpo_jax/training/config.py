@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
             dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
             max_text_tokens=0,  # length the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev
             guidance=2.5,  # scale given to the distilled model
-            attention="xla",  # implementation, a name of models.attention.IMPLEMENTATIONS
+            attention="auto",  # a name of models.attention.IMPLEMENTATIONS; auto: the fastest of the platform
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
         ),
         data=group(

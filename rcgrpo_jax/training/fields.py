@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.models.attention import IMPLEMENTATIONS
+from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 
 Choices = Mapping[str, Sequence[str]]
@@ -19,7 +19,7 @@ Ranges = Mapping[str, tuple[float, float]]  # field -> (lowest, highest), both a
 
 MODEL_CHOICES: Choices = {
     "model.dtype": ("bfloat16", "float32"),
-    "model.attention": tuple(IMPLEMENTATIONS),
+    "model.attention": (AUTO, *IMPLEMENTATIONS),
     "model.remat": tuple(REMAT_POLICIES),
     "data.polarity": ("white", "black"),
 }

@@ -21,6 +21,7 @@ from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.method import grpo
+from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
@@ -120,7 +121,9 @@ def load_editor(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> Editor:
         parameter_sharding(mesh),
         remat=config.model.remat,
         attention=AttentionOptions(
-            config.model.attention, config.acd.layers, acd_reference_keys=config.acd.reference_keys
+            choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype),
+            config.acd.layers,
+            acd_reference_keys=config.acd.reference_keys,
         ),
     )
 

@@ -24,6 +24,7 @@ from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.flow import latents, matching, rollout
 from rcgrpo_jax.method.region import token_mask
+from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition
@@ -54,7 +55,9 @@ class Stage:
             config.model.max_text_tokens,
             parameter_sharding(mesh),
             remat=config.model.remat,
-            attention=AttentionOptions(config.model.attention),
+            attention=AttentionOptions(
+                choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+            ),
         )
         self.grid = self.editor.grid(*config.data.size)
 

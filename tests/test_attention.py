@@ -1,0 +1,92 @@
+"""All implementations of attention compute the same, and each compiles for its target, split over its mesh."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rcgrpo_jax.models import attention
+from rcgrpo_jax.models.config import MMDiTConfig
+from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, MMDiT
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.microbatch import map_samples
+from rcgrpo_jax.parallel.sharding import parameter_sharding
+from rcgrpo_jax.plan.topology import open_topology
+from rcgrpo_jax.weights.networks import abstract_params
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(256, 256), (150, 150), (130, 256)], ids=str)
+def test_the_tpu_kernel_computes_what_xla_does(monkeypatch, tokens, keys):
+    """Values and gradients under `vmap`, with and without padding to whole tiles."""
+    monkeypatch.setitem(
+        attention.IMPLEMENTATIONS, "interpreted", lambda q, k, v: attention._splash_local(q, k, v, interpret=True)
+    )
+    rng = np.random.default_rng(0)
+    q, k, v, w = (jnp.asarray(rng.normal(size=(2, n, 2, 64)), jnp.float32) for n in (tokens, keys, keys, tokens))
+
+    def value_and_gradients(implementation):
+        def weighted(q, k, v):
+            return (w * jax.vmap(lambda *x: attention.attend(*x, implementation))(q, k, v)).sum()
+
+        return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(q, k, v)
+
+    for found, wanted in zip(*map(jax.tree.leaves, map(value_and_gradients, ("interpreted", "xla"))), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "name"),
+    [
+        ("tpu", "bfloat16", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("gpu", "float32", "xla"),
+        ("cpu", "bfloat16", "xla"),
+    ],
+)
+def test_auto_is_the_fastest_of_the_platform_and_a_name_is_itself(platform, dtype, name):
+    assert attention.choose("auto", platform, dtype) == name
+    assert attention.choose("xla", platform, dtype) == "xla"
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_the_tpu_kernel_compiles_split_over_samples_and_heads(sizes):
+    """Four samples of four heads on four chips, rollout and gradient: each kernel sees a chip's part alone."""
+    config = MMDiTConfig(
+        num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64,
+        pooled_projection_dim=64,
+    )  # fmt: skip
+    mesh = make_mesh(sizes, open_topology("v5e:2x2").devices)
+    model = MMDiT(config, jnp.bfloat16, attention=AttentionOptions("splash"))
+
+    def loss(x, params, reference, text):
+        def one(x, reference, text):
+            condition = Condition(text, jnp.zeros(64, jnp.bfloat16), reference, jnp.zeros(()))
+            return model.apply({"params": params}, x, jnp.zeros(()), condition, (16, 16))
+
+        return jnp.square(map_samples(one, (x, reference, text), 0, mesh)).sum()
+
+    def samples(*shape):
+        return jax.ShapeDtypeStruct((4, *shape), jnp.bfloat16, sharding=NamedSharding(mesh, P(SAMPLE_AXES)))
+
+    params = unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=parameter_sharding(mesh)(path, leaf.shape))
+            for path, leaf in flatten_dict(abstract_params("transformer", config)).items()
+        }
+    )
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):  # tests ask for what bfloat16 does not have
+        lowered = jax.jit(jax.grad(loss)).lower(samples(256, 64), params, samples(256, 64), samples(128, 64))
+        program = lowered.compile().as_text()
+    kernels = [line for line in program.splitlines() if "tpu_custom_call" in line and " custom-call(" in line]
+    assert len(kernels) >= 6  # forward, and two of the backward, in each kind of block
+    samples_of_a_chip, heads_of_a_chip = 4 // mesh.shape["fsdp"], 4 // mesh.shape["tensor"]
+    shapes = {tuple(map(int, found.split(","))) for line in kernels for found in re.findall(r"bf16\[([\d,]+)\]", line)}
+    full = {shape for shape in shapes if shape[-2:] == (640, 128)}
+    assert full
+    for shape in full:
+        assert np.prod(shape[:-2]) == samples_of_a_chip * heads_of_a_chip, shape
