@@ -333,7 +333,7 @@ def test_a_plan_for_a_tpu_that_is_not_there(capsys, tmp_path):
     report = tmp_path / "plan.json"
     code, out, _ = plan(
         capsys, tmp_path, "--topology=v5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-        "--price=1.2", f"--json={report}",
+        "--price=1.2", f"--json={report}", "--config.model.attention=xla",
     )  # fmt: skip
     assert code == 0
     found = json.loads(report.read_text())
