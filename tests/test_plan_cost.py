@@ -291,3 +291,19 @@ ENTRY %main (x: f32[8]) -> f32[64] {{
 """
     traffic = count(text, np.zeros(8, int)).collectives["all-gather"]
     assert (traffic.count, traffic.ici) == (1, 7 * 32)
+
+
+def test_attributes_of_a_kernel_that_go_over_several_lines_do_not_end_a_computation():
+    program = """HloModule m
+
+ENTRY %main (p: f32[4,8]) -> f32[4,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %kernel = f32[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_q": 128
+}}, metadata={op_name="attention"}
+  ROOT %dot = f32[4,4]{1,0} dot(%p, %kernel), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    found = count(program, np.zeros(1, int))
+    assert found.flops == 2 * 4 * 4 * 8
+    assert found.uncounted == {"tpu_custom_call": 1}

@@ -87,11 +87,11 @@ class Computation:
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the name of its entry."""
     computations, entry, current = {}, "", None
-    for line in text.splitlines():
+    for line in _joined(text):
         if header := _COMPUTATION.match(line):
             current = computations[header[2]] = Computation(header[2])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and (start := _INSTRUCTION.match(line)):
             instruction = _instruction(start[2], line[start.end() :])
@@ -99,6 +99,18 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if start[1]:
                 current.root = instruction
     return computations, entry
+
+
+def _joined(text: str) -> list[str]:
+    """Lines, each instruction on one: a kernel's own attributes may go over several, and begin with a brace."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        starts = not line or line == "}" or _INSTRUCTION.match(line) or _COMPUTATION.match(line)
+        if starts or not (lines and _INSTRUCTION.match(lines[-1])):
+            lines.append(line)
+        else:
+            lines[-1] += line
+    return lines
 
 
 def _instruction(name: str, rest: str) -> Instruction:
