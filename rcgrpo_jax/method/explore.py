@@ -14,6 +14,14 @@ def _mix(
     return jnp.sqrt(1.0 - jnp.square(alpha)) * reference[None] + alpha * delta
 
 
+def _around(
+    key: PRNGKeyArray, reference: Float[Array, "N C"], group_size: int, alpha: Float[Array, "#g N 1"]
+) -> Float[Array, "G N C"]:
+    """The reference itself, and g = G - 1 candidates around it."""
+    delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
+    return jnp.concatenate([reference[None], _mix(reference, delta, alpha)])
+
+
 def neighbour_noise(
     key: PRNGKeyArray, reference: Float[Array, "N C"], group_size: int, sigma: float
 ) -> Float[Array, "G N C"]:
@@ -68,8 +76,7 @@ def region_decoupled_noise(
         [G, N, C] float32. Index 0 is the paper's i_0, bit for bit the reference; each candidate is marginally N(0, I).
     """
     alpha = perturbation_map(mask, alpha_edit, alpha_base)
-    delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
-    return jnp.concatenate([reference[None], _mix(reference, delta, alpha[None, :, None])])
+    return _around(key, reference, group_size, alpha[None, :, None])
 
 
 def mixed_noise(
@@ -99,8 +106,7 @@ def mixed_noise(
     """
     local = jnp.arange(1, group_size)[:, None] % 2 == 1
     alpha = jnp.where(local, perturbation_map(mask, alpha_edit, alpha_base)[None], sigma)
-    delta = jax.random.normal(key, (group_size - 1, *reference.shape), reference.dtype)
-    return jnp.concatenate([reference[None], _mix(reference, delta, alpha[..., None])])
+    return _around(key, reference, group_size, alpha[..., None])
 
 
 def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, "B"]:

@@ -23,13 +23,18 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import Trainer, background_drift, check_example, load_editor, make_rewards, train
+from rcgrpo_jax.training.loop import (
+    Trainer,
+    background_drift,
+    check_example,
+    first_state,
+    load_editor,
+    make_rewards,
+    train,
+)
 from rcgrpo_jax.training.metrics import Progress
-from rcgrpo_jax.training.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 class Variant(NamedTuple):
@@ -167,8 +172,7 @@ def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batc
     with jax.set_mesh(mesh):
         batches = encode(config, folder, out, mesh, config.rollout.prompts, partial(check_example, rewards))
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-        shapes = abstract_params("transformer", folder.config("transformer"))
-        state = jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
+        state = first_state(config, folder, mesh)
         for step in range(num_batches):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
             drifts.append(np.asarray(background_drift(batches[step], sample.images)))

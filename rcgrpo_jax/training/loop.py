@@ -69,9 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
             check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
-        shapes = abstract_params("transformer", folder.config("transformer"))
-        state = jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
-        state = restore(checkpointer, state, described, MAY_DIFFER)
+        state = restore(checkpointer, first_state(config, folder, mesh), described, MAY_DIFFER)
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
@@ -85,6 +83,12 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
 
         samples = config.rollout.prompts * config.rollout.group_size
         return run_steps(state, step, config, described, workdir, checkpointer, "train", samples, shown)
+
+
+def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
+    """The state before the first step, on every device."""
+    shapes = abstract_params("transformer", folder.config("transformer"))
+    return jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
 
 
 def check_processes(config: ConfigDict, mesh: Mesh) -> None:
