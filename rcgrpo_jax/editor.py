@@ -106,7 +106,7 @@ class Editor:
         """Pixels of packed latents."""
         return to_pixels(decode(self.vae, self.vae_params, tokens, grid))
 
-    def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[np.ndarray, "K+1"]:
+    def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[np.ndarray, " K+1"]:
         """The folder's schedule."""
         return schedule.sigmas(num_steps, num_image_tokens, **self.folder.schedule_options())
 

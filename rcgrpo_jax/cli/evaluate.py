@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 

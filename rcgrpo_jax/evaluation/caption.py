@@ -64,7 +64,7 @@ def read_region(scenes: Scenes, index: int) -> Region:
 
 
 @jax.jit
-def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str, Float[Array, "P"]]:
+def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str, Float[Array, " P"]]:
     """Computes how well the edit's region tells what was asked for from all else (a measure of ours).
 
     It stands where the paper has LC-T, CLIP's similarity of the crop around the region and its caption. The caption of
@@ -94,6 +94,6 @@ def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str
     return {"caption": probability, "caption_top1": best.astype(jnp.float32)}
 
 
-def _span(inside: Bool[np.ndarray, "w"]) -> Bool[np.ndarray, "w"]:
+def _span(inside: Bool[np.ndarray, " w"]) -> Bool[np.ndarray, " w"]:
     """True from the first True to the last."""
     return np.logical_or.accumulate(inside) & np.logical_or.accumulate(inside[::-1])[::-1]

@@ -37,7 +37,7 @@ class Evaluation:
     """The edits of one model, and what was measured of each."""
 
     names: tuple[str, ...]  # of the examples
-    measures: Mapping[str, Float[np.ndarray, "N"]]  # float32; NaN where something could not be measured
+    measures: Mapping[str, Float[np.ndarray, " N"]]  # float32; NaN where something could not be measured
     images: UInt8[np.ndarray, "N H W 3"]  # the edits
     settings: Mapping[str, Any]  # what the edits depend on besides the model: solver steps, guidance, seed, size
 
@@ -182,7 +182,7 @@ def _check(example: EditExample) -> EditExample:
 def _edit(
     editor: Editor, pixels: UInt8[np.ndarray, "P H W 3"], mask: Float[np.ndarray, "P H W"], instructions: list[str],
     indices: np.ndarray, num_steps: int, guidance: float, seed: int, lora: dict, mesh: Mesh,
-) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, "P"]]:  # fmt: skip
+) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, " P"]]:  # fmt: skip
     """The edits of a batch, and R_acd of each."""
     grid = editor.grid(*pixels.shape[1:3])
     encoding, reference = editor.encode_text(instructions), editor.encode_image(pixels)
@@ -204,7 +204,7 @@ def _noise(seed: int, indices: Array, shape: tuple[int, int]) -> Float[Array, "P
 @partial(jax.jit, static_argnums=(0, 5, 6))
 def _rollout(
     transformer: MMDiT, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
-) -> tuple[Float[Array, "P N C"], Float[Array, "P"]]:
+) -> tuple[Float[Array, "P N C"], Float[Array, " P"]]:
     """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
 
     def one(condition: Condition, mask: Array, noise: Array) -> tuple[Array, Array]:
@@ -235,7 +235,7 @@ def _scores(source: Array, edited: Array, mask: Array, target: Array, lpips_weig
 def _measure(
     source: UInt8[np.ndarray, "P H W 3"], edited: UInt8[np.ndarray, "P H W 3"], mask: Float[np.ndarray, "P H W"],
     target: UInt8[np.ndarray, "P H W 3"], lpips_weights: Any,
-) -> dict[str, Float[Array, "P"]]:  # fmt: skip
+) -> dict[str, Float[Array, " P"]]:  # fmt: skip
     return _scores(_unit(source), _unit(edited), jnp.asarray(mask), _unit(target), lpips_weights)
 
 

@@ -30,7 +30,7 @@ class AttentionMaps(NamedTuple):
     """The attention of some rollouts."""
 
     maps: Float[np.ndarray, "P N_img"]  # a(u), mean over steps and selected layers; sums to N_txt
-    acd: Float[np.ndarray, "P"]  # R_acd
+    acd: Float[np.ndarray, " P"]  # R_acd
     edited: UInt8[np.ndarray, "P H W 3"]  # the edits that the rollouts end in
 
     def relative(self) -> Float[np.ndarray, "P N_img"]:
@@ -99,7 +99,7 @@ def _rollout(
 
 def overlay(
     image: UInt8[np.ndarray, "H W 3"],
-    relative: Float[np.ndarray, "N_img"],
+    relative: Float[np.ndarray, " N_img"],
     grid: tuple[int, int],
     mask: Float[np.ndarray, "H W"],
     top: float,

@@ -50,7 +50,7 @@ def load_weights() -> tuple[Layer, ...] | None:
 
 def lpips(
     weights: tuple[Layer, ...], a: Float[Array, "P H W 3"], b: Float[Array, "P H W 3"]
-) -> Float[Array, "P"]:  # fmt: skip
+) -> Float[Array, " P"]:  # fmt: skip
     """Computes `sum_l mean_hw sum_c w_lc (a_lhwc - b_lhwc)^2` over the features of five layers, each of unit length.
 
     Args:

@@ -19,7 +19,7 @@ Pictures = Float[Array, "P H W 3"]
 Masks = Float[Array, "P H W"]
 
 
-def edit_scores(source: Pictures, edited: Pictures, mask: Masks, target: Pictures) -> dict[str, Float[Array, "P"]]:
+def edit_scores(source: Pictures, edited: Pictures, mask: Masks, target: Pictures) -> dict[str, Float[Array, " P"]]:
     """The oracle's view of each edit (`rewards.oracle.oracle_scores`).
 
     Args:
@@ -37,7 +37,7 @@ def edit_scores(source: Pictures, edited: Pictures, mask: Masks, target: Picture
 
 def background_scores(
     source: Pictures, edited: Pictures, mask: Masks, lpips_weights: tuple[Layer, ...] | None
-) -> dict[str, Float[Array, "P"]]:
+) -> dict[str, Float[Array, " P"]]:
     """How far the background is that of the source, in CompBench's form.
 
     Args:

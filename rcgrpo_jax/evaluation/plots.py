@@ -90,7 +90,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     return plots
 
 
-def distributions(arms: Mapping[str, Float[np.ndarray, "N"]], label: str) -> str:
+def distributions(arms: Mapping[str, Float[np.ndarray, " N"]], label: str) -> str:
     """Draws the empirical distribution function of each arm, and its median, as in Fig. 5 of the paper.
 
     Args:
@@ -138,7 +138,7 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
-def _curve_panel(panel: Panel, steps: np.ndarray, series: Mapping[str, Float[np.ndarray, "K"]]) -> str:
+def _curve_panel(panel: Panel, steps: np.ndarray, series: Mapping[str, Float[np.ndarray, " K"]]) -> str:
     several, lowest = len(series) > 1, min(np.nanmin(values) for values in series.values())
     with _drawing(panel.title, 1.4, right=0.78 if several else 0.97) as axes:
         ends = {}
@@ -163,7 +163,7 @@ def _curve_panel(panel: Panel, steps: np.ndarray, series: Mapping[str, Float[np.
         return _svg(axes.figure, panel.title)
 
 
-def _running_mean(values: Float[np.ndarray, "K"], width: int) -> Float[np.ndarray, "K"]:
+def _running_mean(values: Float[np.ndarray, " K"], width: int) -> Float[np.ndarray, " K"]:
     """The mean of those of the last `width` values that are finite; NaN where there is none."""
     finite, window = np.isfinite(values), np.ones(width)
     total = np.convolve(np.where(finite, values, 0), window)[: len(values)]

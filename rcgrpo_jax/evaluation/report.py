@@ -61,7 +61,7 @@ class Report:
     examples: Sequence[Row] = ()
     attention: Sequence[Row] = ()
     attention_top: float = 1.0
-    distributions: Mapping[str, Mapping[str, Float[np.ndarray, "N"]]] = field(default_factory=dict)
+    distributions: Mapping[str, Mapping[str, Float[np.ndarray, " N"]]] = field(default_factory=dict)
     metrics: Sequence[Mapping[str, Any]] = ()
     grids: Mapping[str, UInt8[np.ndarray, "_ _ 3"]] = field(default_factory=dict)
 

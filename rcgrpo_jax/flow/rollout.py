@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 from rcgrpo_jax.flow.solver import Velocity, euler_step
 
 
-def integrate(velocity: Velocity, x: Float[Array, "*b N C"], sigmas: Float[Array, "K+1"]) -> Float[Array, "K+1 *b N C"]:
+def integrate(
+    velocity: Velocity, x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"]
+) -> Float[Array, "K+1 *b N C"]:
     """All states `x_{s_0}, ..., x_{s_K}` of the rollout `Phi_{1->s}(x; theta, c)` (Eq. 3, 12).
 
     Args:

@@ -36,9 +36,9 @@ def _head_mean(
 def masses(
     q_txt: Float[Array, "N_txt H D"],
     k_img: Float[Array, "N_img H D"],
-    mask: Float[Array, "N_img"],
+    mask: Float[Array, " N_img"],
     scale: float,
-) -> tuple[Float[Array, "N_txt"], Float[Array, "N_txt"]]:
+) -> tuple[Float[Array, " N_txt"], Float[Array, " N_txt"]]:
     """Each text token's attention inside the mask and in all, sum_u A(v, u) M(u) and sum_u A(v, u) (Eq. 16, fused).
 
     A(v, u) is the mean over heads of the softmax over the image keys alone: the model's joint softmax, renormalised.
@@ -58,7 +58,7 @@ def masses(
 
 def attention_map(
     q_txt: Float[Array, "N_txt H D"], k_img: Float[Array, "N_img H D"], scale: float
-) -> Float[Array, "N_img"]:
+) -> Float[Array, " N_img"]:
     """The attention that each image token receives, a(u) = sum_v A(v, u) (Eq. 16).
 
     Args:
@@ -73,12 +73,12 @@ def attention_map(
 
 
 def _ratio_of_means(
-    inside: Float[Array, "..."], total: Float[Array, "..."], mask: Float[Array, "N_img"], eps: float
+    inside: Float[Array, "..."], total: Float[Array, "..."], mask: Float[Array, " N_img"], eps: float
 ) -> Float[Array, "..."]:
     return (inside / (jnp.sum(mask) + eps)) / (total / (mask.shape[0] + eps))
 
 
-def density(a: Float[Array, "... N_img"], mask: Float[Array, "N_img"], eps: float = 1e-6) -> Float[Array, "..."]:
+def density(a: Float[Array, "... N_img"], mask: Float[Array, " N_img"], eps: float = 1e-6) -> Float[Array, "..."]:
     """ACD = [sum_u a(u) M(u) / (|M| + eps)] / [sum_u a(u) / (N_img + eps)] (Eq. 17).
 
     Args:
@@ -95,8 +95,8 @@ def density(a: Float[Array, "... N_img"], mask: Float[Array, "N_img"], eps: floa
 def density_from_masses(
     inside: Float[Array, "... N_txt"],
     total: Float[Array, "... N_txt"],
-    mask: Float[Array, "N_img"],
-    text_weights: Float[Array, "N_txt"] | None = None,
+    mask: Float[Array, " N_img"],
+    text_weights: Float[Array, " N_txt"] | None = None,
     eps: float = 1e-6,
 ) -> Float[Array, "..."]:
     """The same density (Eq. 17) from the output of `masses`, without the map.

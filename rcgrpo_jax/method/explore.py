@@ -40,7 +40,7 @@ def neighbour_noise(
     return _mix(reference, delta, sigma)
 
 
-def perturbation_map(mask: Float[Array, "N"], alpha_edit: float, alpha_base: float) -> Float[Array, "N"]:
+def perturbation_map(mask: Float[Array, " N"], alpha_edit: float, alpha_base: float) -> Float[Array, " N"]:
     """The strength of the perturbation at each token, alpha = alpha_edit M + alpha_base (1 - M) (Eq. 10).
 
     Args:
@@ -57,7 +57,7 @@ def perturbation_map(mask: Float[Array, "N"], alpha_edit: float, alpha_base: flo
 def region_decoupled_noise(
     key: PRNGKeyArray,
     reference: Float[Array, "N C"],
-    mask: Float[Array, "N"],
+    mask: Float[Array, " N"],
     group_size: int,
     alpha_edit: float,
     alpha_base: float,
@@ -82,7 +82,7 @@ def region_decoupled_noise(
 def mixed_noise(
     key: PRNGKeyArray,
     reference: Float[Array, "N C"],
-    mask: Float[Array, "N"],
+    mask: Float[Array, " N"],
     group_size: int,
     alpha_edit: float,
     alpha_base: float,
@@ -109,7 +109,7 @@ def mixed_noise(
     return _around(key, reference, group_size, alpha[..., None])
 
 
-def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, "B"]:
+def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, " B"]:
     """Draws B anchors uniformly without replacement from the perturbed candidates 1..G-1 (Section 4.1).
 
     Args:

@@ -13,7 +13,7 @@ def token_mask(
     *,
     threshold: float | None = None,
     dilation: int = 0,
-) -> Float[Array, "N_img"]:
+) -> Float[Array, " N_img"]:
     """Brings a pixel mask to the token grid, M(u) = max of the pixels of token u.
 
     The paper defines its mask "in latent space" without saying how a token on the border is decided. Here any touched

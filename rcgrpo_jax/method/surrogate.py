@@ -23,7 +23,7 @@ def _token_distances(x: Float[Array, "... N C"], y: Float[Array, "... N C"]) -> 
 
 
 def _weighted_distance(
-    x: Float[Array, "... N C"], y: Float[Array, "... N C"], weights: Float[Array, "N"]
+    x: Float[Array, "... N C"], y: Float[Array, "... N C"], weights: Float[Array, " N"]
 ) -> Float[Array, "..."]:
     """sum_n W_n |x_n - y_n|^2."""
     squares = _token_distances(x, y)
@@ -60,7 +60,7 @@ def mean_distance(x: Float[Array, "... N C"], y: Float[Array, "... N C"]) -> Flo
 def region_distance(
     x: Float[Array, "... N C"],
     y: Float[Array, "... N C"],
-    mask: Float[Array, "N"],
+    mask: Float[Array, " N"],
     tau_edit: float,
     tau_base: float,
 ) -> Float[Array, "..."]:
@@ -80,7 +80,7 @@ def region_distance(
         [...] float32, >= 0 and finite, with a finite gradient, for any mask.
     """
 
-    def share(part: Float[Array, "N"]) -> Float[Array, "N"]:
+    def share(part: Float[Array, " N"]) -> Float[Array, " N"]:
         size = jnp.sum(part)
         return part / jnp.where(size > 0, size, 1.0)
 
@@ -91,7 +91,7 @@ def region_distance(
 def tau_distance(
     x: Float[Array, "... N C"],
     y: Float[Array, "... N C"],
-    mask: Float[Array, "N"],
+    mask: Float[Array, " N"],
     tau_edit: float,
     tau_base: float,
 ) -> Float[Array, "..."]:
@@ -112,7 +112,7 @@ def tau_distance(
     return _weighted_distance(x, y, mask / tau_edit**2 + (1.0 - mask) / tau_base**2)
 
 
-def distance_function(name: str, mask: Float[Array, "N"], tau_edit: float, tau_base: float) -> Distance:
+def distance_function(name: str, mask: Float[Array, " N"], tau_edit: float, tau_base: float) -> Distance:
     """The distance called `name` as a function of two states.
 
     Args:

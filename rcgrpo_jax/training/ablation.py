@@ -150,8 +150,8 @@ def _evaluate(config: ConfigDict, protocol: Protocol, file: Path, name: str, lor
 class Exploration(NamedTuple):
     """What a perturbation does before any training, one value a group (Fig. 5)."""
 
-    drift: Float[np.ndarray, "Q"]  # of the background, between candidates
-    reward_std: Float[np.ndarray, "Q"]  # of the task reward, within the group
+    drift: Float[np.ndarray, " Q"]  # of the background, between candidates
+    reward_std: Float[np.ndarray, " Q"]  # of the task reward, within the group
 
 
 def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batches: int) -> Exploration:

@@ -300,7 +300,7 @@ def _outside(a: Array, b: Array, mask: Array) -> Array:
     return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
 
 
-def background_drift(batch: EditBatch, images: Array) -> Float[Array, "P"]:
+def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
     """How far the background of perturbed candidates is from candidate 0's (Fig. 5b), mean absolute, in [0, 1]."""
     return _outside(images[:, 1:], images[:, :1], jnp.asarray(batch.mask)).mean(-1)
 

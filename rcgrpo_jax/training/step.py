@@ -46,7 +46,7 @@ class Exploration(NamedTuple):
 
     noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the unperturbed reference under RDP
     anchors: Int[Array, "P B"]  # candidates that serve as anchors
-    steps: Int[Array, "T"]  # solver steps that carry the loss, in 1..K
+    steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
 
 
 class Rollout(NamedTuple):
@@ -117,7 +117,7 @@ class Programs:
         )
         return Exploration(noise, anchors, self._trained_steps(key_steps))
 
-    def _trained_steps(self, key: Array) -> Int[Array, "T"]:
+    def _trained_steps(self, key: Array) -> Int[Array, " T"]:
         steps = jnp.arange(1, self.config.rollout.num_steps + 1)
         match self.config.surrogate.steps:
             case "early":
@@ -173,7 +173,7 @@ class Programs:
         )
         return jnp.clip(images / 2 + 0.5, 0, 1)
 
-    def units(self, exploration: Exploration) -> tuple[Int[Array, "U"], Int[Array, "U"], Int[Array, "U T"]]:
+    def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
         """What the update differentiates, one a row: prompt, anchor and the solver steps that are compared.
 
         With `integrate` a unit is an anchor's whole path; with `replay` it is one solver step of an anchor.
@@ -186,7 +186,7 @@ class Programs:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def _anchor_states(self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, "T"]) -> Array:
+    def _anchor_states(self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, " T"]) -> Array:
         """`xbar_s^(k)` at the given steps under theta, the only path that carries gradient (Eq. 13), `[T, N, C]`.
 
         `states` `[G, K+1, N, C]` are the old rollout's.

@@ -92,7 +92,7 @@ class TextTokens(NamedTuple):
 
     clip: Int[np.ndarray, "P 77"]
     t5: Int[np.ndarray, "P N_txt"]
-    t5_lengths: Int[np.ndarray, "P"]
+    t5_lengths: Int[np.ndarray, " P"]
 
 
 def tokenize(tokenizers: Tokenizers, instructions: Sequence[str], max_text_tokens: int) -> TextTokens:
