@@ -12,11 +12,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.method import concentration
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
 from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, make_mesh, mesh_shape
 from rcgrpo_jax.parallel.microbatch import map_samples, split
 from rcgrpo_jax.parallel.sharding import parameter_sharding, parameter_spec, replicated
+from rcgrpo_jax.plan.cost import count
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.random_folder import SMALL, build
@@ -189,3 +191,55 @@ def test_samples_and_heads_are_spread_in_the_compiled_program(sizes, logits):
     # One sample a device may drop its axis of length one; no device may hold more.
     assert all(int(n) <= logits[0] and int(h) <= logits[1] for n, h in found), found
     assert found or f"f32[{logits[1]},41,41]" in program
+
+
+def test_the_masses_of_split_heads_come_from_each_device_s_own():
+    """Heads over `tensor`: no query or key moves, two numbers a text token are added up."""
+    rng = np.random.default_rng(0)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    heads, spread = NamedSharding(mesh, P(SAMPLE_AXES, None, "tensor")), NamedSharding(mesh, P(SAMPLE_AXES))
+    q, k = (jnp.asarray(rng.normal(size=(4, n, 6, 8)), jnp.float32) for n in (2 * concentration.TILE, 50))
+    mask = jnp.asarray(rng.random((4, 50)), jnp.float32)
+    masses = jax.vmap(lambda *arrays: concentration.masses(*arrays, 0.5), spmd_axis_name=SAMPLE_AXES)
+    split_masses = jax.jit(masses, in_shardings=(heads, heads, spread), out_shardings=spread)
+    for found, wanted in zip(split_masses(q, k, mask), masses(q, k, mask), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    moved = count(split_masses.lower(q, k, mask).compile().as_text(), np.zeros(8, int)).collectives
+    assert moved.keys() == {"all-reduce"}
+    assert moved["all-reduce"].ici <= 2 * 4 * q.shape[1]  # bytes; of one sample, on a ring of two
+
+
+def test_what_the_model_reports_of_split_heads_moves_no_queries_or_keys():
+    config = MMDiTConfig(
+        num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=32, joint_attention_dim=16,
+        pooled_projection_dim=16, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    model, mesh = MMDiT(config), make_mesh({"data": 4, "tensor": 2})
+    params = unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh)(path, leaf.shape))
+            for path, leaf in flatten_dict(abstract_params("transformer", config)).items()
+        }
+    )
+
+    num_text = 2 * concentration.TILE
+
+    def sent(reports: bool) -> float:
+        def velocity(params, x, text):
+            def one(x, text):
+                condition = Condition(text, jnp.zeros(16), x, jnp.zeros(()))
+                region = jnp.ones(16) if reports else None
+                return model.apply(
+                    {"params": params}, x, jnp.zeros(()), condition, (4, 4), region, mutable=["intermediates"]
+                )
+
+            return map_samples(one, (x, text), 0, mesh)
+
+        def samples(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(SAMPLE_AXES)))
+
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(velocity).lower(params, samples(4, 16, 64), samples(4, num_text, 16))
+            return count(lowered.compile().as_text(), np.zeros(8, int)).ici
+
+    assert 0 < sent(True) - sent(False) <= 2 * (2 * 4 * num_text)  # bytes of a sample, in each kind of block

@@ -118,6 +118,31 @@ ENTRY %main (a: f32[8,16], b: f32[16,32]) -> (f32[8,32], s8[64]) {{
     assert (cost.flops, cost.uncounted) == (flops, uncounted)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "products"),
+    [
+        ("fwd_no_residuals", 2),
+        ("fwd_segmented_residuals", 2),
+        ("dq_no_residuals", 3),
+        ("dkv_segmented_no_residuals", 4),
+    ],
+)
+def test_jax_s_attention_kernel_counts_its_products(kernel, products):
+    """Two samples, 3 heads, 256 queries and 128 keys of 64; tables of tiles come first."""
+    text = f"""
+ENTRY %main (m: s8[1,2,1], q: bf16[2,3,256,64], k: bf16[2,3,128,64], v: bf16[2,3,128,64]) -> f32[2,3,256,64] {{
+  %m = s8[1,2,1]{{2,1,0}} parameter(0)
+  %q = bf16[2,3,256,64]{{3,2,1,0}} parameter(1)
+  %k = bf16[2,3,128,64]{{3,2,1,0}} parameter(2)
+  %v = bf16[2,3,128,64]{{3,2,1,0}} parameter(3)
+  ROOT %c = f32[2,3,256,64]{{3,2,1,0}} custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(f)/transpose(jvp(attn))/splash_mha_{kernel}/splash_mha_{kernel}/pallas_call"}}
+}}
+"""
+    cost = count(text, ONE)
+    assert (cost.flops, cost.uncounted) == (products * 2 * 2 * 3 * 256 * 128 * 64, {})
+
+
 LOOP = """
 %body (p: (u32[], f32[4])) -> (u32[], f32[4]) {
   %p = (u32[]{:T(128)}, f32[4]{0}) parameter(0)

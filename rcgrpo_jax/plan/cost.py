@@ -1,8 +1,9 @@
 """What a compiled program does on one device: FLOPs, HBM traffic and collectives, loop bodies times their trip counts.
 
 XLA's own `cost_analysis()` counts the body of a loop once. Here matrix products and convolutions count as XLA counts
-them (2 FLOPs a multiply-add that meets data, not padding); element-wise work does not count. Of a conditional the
-dearer branch counts.
+them (2 FLOPs a multiply-add that meets data, not padding); element-wise work does not count. A kernel counts what it
+states, and JAX's attention kernel for TPU, which states nothing, by its operands. Of a conditional the dearer branch
+counts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _SENT = {
 # Between slices the TPU compiler hands the data to the host, and its runtime does the collective.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _COMPUTES = re.compile(r"__cu|__triton|__onednn|tpu_custom_call")  # custom calls that may hold matrix products
+_SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)\w*/pallas_call")
+# Matrix products of a splash kernel: q k^T, p v | q k^T, do v^T, ds k | q k^T, p^T do, do v^T, ds^T q.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclass
@@ -133,6 +137,8 @@ def _compute(instruction: Instruction, computation: Computation, total: Cost) ->
             total.flops += dot_flops(instruction, computation)
         elif estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes):
             total.flops += int(estimate[1])
+        elif kernel := _SPLASH.search(instruction.attributes):
+            total.flops += _SPLASH_PRODUCTS[kernel[1]] * splash_product_flops(instruction, computation)
         elif _COMPUTES.search(target):
             total.uncounted[target] = total.uncounted.get(target, 0.0) + 1
 
@@ -143,6 +149,17 @@ def dot_flops(instruction: Instruction, computation: Computation) -> float:
     found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.attributes)
     contracted = [int(i) for i in re.findall(r"\d+", found[1])]
     return 2 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[i] for i in contracted)
+
+
+def splash_product_flops(instruction: Instruction, computation: Computation) -> float:
+    """2 x samples x heads x queries x keys x D, one of the matrix products of a splash attention kernel without a mask.
+
+    After integer tables of tiles come queries `[..., N, D]` and keys `[..., M, D]`, padded to whole tiles; the kernel
+    leaves none out.
+    """
+    arrays = [operand.shapes[0] for operand in computation.operands(instruction)]
+    q, k = [array for array in arrays if array.dtype in ("bf16", "f32")][:2]
+    return 2 * math.prod(q.dims) * k.dims[-2]
 
 
 def convolution_flops(instruction: Instruction, computation: Computation) -> float:

@@ -48,13 +48,17 @@ class Pass:
     concentration: float  # of the ACD masses, all selected blocks
 
 
-def mmdit(config: MMDiTConfig, text: int, target: int, lora: ConfigDict, acd: ConfigDict) -> Pass:
+def mmdit(
+    config: MMDiTConfig, text: int, target: int, lora: ConfigDict, acd: ConfigDict, attention: str = "xla"
+) -> Pass:
     """FLOPs of one sample.
 
     Args:
         config: The transformer's sizes.
         text, target: N_txt and N_img; the reference has as many tokens as the target.
         lora, acd: The groups of the run's configuration.
+        attention: A name of `models.attention.IMPLEMENTATIONS`; all but `xla` are flash attention, which keeps no
+            scores and computes them again in the backward pass.
     """
     tokens = {"text": text, "image": 2 * target, "all": text + 2 * target, "target": target, "one": 1}
     params = transformer_shapes(config)
@@ -76,12 +80,13 @@ def mmdit(config: MMDiTConfig, text: int, target: int, lora: ConfigDict, acd: Co
         if stack and not re.fullmatch(_LAST, name):  # a block's last product is not needed again
             block_linears += base + update
     scores = tokens["all"] ** 2 * config.width * config.num_blocks
+    again = 0.0 if attention == "xla" else 2 * scores
     selected = min(acd.layers, config.num_blocks) if acd.weight else 0
     keys = target * (2 if acd.reference_keys else 1)
     return Pass(
         forward + 4 * scores,
         backward + 8 * scores,
-        {"none": 0.0, "dots": 4 * scores, "full": block_linears + 4 * scores},
+        {"none": again, "dots": 4 * scores + again, "full": block_linears + 4 * scores + again},
         2 * selected * text * keys * config.width,
     )
 
@@ -111,9 +116,11 @@ def vae_decoder(config: VAEConfig, cells: int) -> float:
     return total + conv(cells, last, config.out_channels)
 
 
-def step(config: ConfigDict, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int) -> dict[str, float]:
+def step(
+    config: ConfigDict, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int, attention: str = "xla"
+) -> dict[str, float]:
     """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
-    one = mmdit(transformer, text, target, config.lora, config.acd)
+    one = mmdit(transformer, text, target, config.lora, config.acd, attention)
     samples = config.rollout.prompts * config.rollout.group_size
     anchors, trained = config.rollout.prompts * config.surrogate.anchors, num_trained_steps(config)
     differentiated = one.forward + one.recomputed[config.model.remat] + one.backward
