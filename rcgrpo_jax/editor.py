@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from rcgrpo_jax.flow import latents, rollout, schedule
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
+from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.models.vae import VAE
 from rcgrpo_jax.weights.load import ModelFolder, ShardingOf, on_default_device
@@ -49,6 +50,7 @@ class Editor:
         max_text_tokens: Length that the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev.
         sharding_of: Where parameters are placed.
         keep_text_encoders: Keep them after use. T5 alone is 8.9 GiB at full size.
+        quantization: Of the transformer, a name of `models.quantization.QUANTIZATIONS`.
         **transformer_options: Fields of `MMDiT`: `remat`, `attention`.
     """
 
@@ -59,6 +61,7 @@ class Editor:
         max_text_tokens: int = 0,
         sharding_of: ShardingOf = on_default_device,
         keep_text_encoders: bool = True,
+        quantization: str = NONE,
         **transformer_options: Any,
     ):
         self.folder = folder
@@ -67,11 +70,12 @@ class Editor:
         self.keep_text_encoders = keep_text_encoders
         self.transformer = MMDiT(folder.config("transformer"), dtype=dtype, **transformer_options)
         self.vae = VAE(folder.config("vae"), dtype=dtype)
-        self._load = lambda name: folder.load(name, dtype, sharding_of)
+        self.quantization = quantization
+        self._load = lambda name, quantization=NONE: folder.load(name, dtype, sharding_of, quantization)
 
     @cached_property
     def transformer_params(self) -> dict:
-        return self._load("transformer")
+        return self._load("transformer", self.quantization)
 
     @cached_property
     def vae_params(self) -> dict:

@@ -17,6 +17,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.attention import AUTO, choose
 from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.weights.export import load_lora
@@ -41,6 +42,7 @@ def _flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("text_tokens", 0, "padded length of the T5 sequence; 0: default", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
+    flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
 
 
 def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
@@ -109,7 +111,8 @@ def run(argv: list[str]) -> None:
     sharding_of = parameter_sharding(mesh)
     dtype = dtype_of(values.dtype)
     attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
-    editor = Editor(folder, dtype, values.text_tokens, sharding_of, keep_text_encoders=False, attention=attention)
+    options = {"quantization": values.quantization, "attention": attention}
+    editor = Editor(folder, dtype, values.text_tokens, sharding_of, keep_text_encoders=False, **options)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))

@@ -23,6 +23,7 @@ from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
 from rcgrpo_jax.models.attention import AUTO, choose
 from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
@@ -50,6 +51,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
     flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
+    flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
 
 
 def run(argv: list[str]) -> None:
@@ -67,7 +69,8 @@ def run(argv: list[str]) -> None:
     mesh = make_mesh({"fsdp": -1})
     dtype = dtype_of(values.dtype)
     attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
-    editor = Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), attention=attention)
+    options = {"quantization": values.quantization, "attention": attention}
+    editor = Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), **options)
     evaluations = {}
     for name, lora in adapters.items():
         with Progress(len(source), description=name, lines=10) as progress:

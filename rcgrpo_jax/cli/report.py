@@ -175,6 +175,7 @@ def attention_rows(
         jnp.dtype(whole.model.dtype),
         whole.model.max_text_tokens,
         parameter_sharding(mesh),
+        quantization=whole.model.quantization,
         attention=AttentionOptions(acd_layers=whole.acd.layers),
     )
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))

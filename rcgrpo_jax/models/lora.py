@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.models.quantization import QuantizedKernel, dequantize
 
 _ATTENTION = r"attn/(to_q|to_k|to_v|to_out_0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _MLP = r"(ff|ff_context)/(net_0/proj|net_2)|proj_mlp"
@@ -32,7 +33,8 @@ TARGETS = {
 class Linear(nn.Module):
     """`x W + b`, plus `(x A) B` where the `lora` collection holds `A` and `B` for this layer (Hu et al. 2021).
 
-    `B` comes multiplied by alpha / r (`scale_adapter`), so that the network knows nothing of ranks and scales.
+    `B` comes multiplied by alpha / r (`scale_adapter`), so that the network knows nothing of ranks and scales. `W` may
+    come quantised (`models.quantization`).
     """
 
     features: int
@@ -41,7 +43,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantizedKernel):
+            kernel = dequantize(kernel, self.dtype)
+        else:
+            shape = (x.shape[-1], self.features)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)

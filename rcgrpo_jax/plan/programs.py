@@ -6,7 +6,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
+from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
@@ -104,7 +105,8 @@ class Workload:
         self.calls = {"rollout": parts, "decode": parts, "update": 1}  # of a program in a step, or update
         self.model = model
         target = math.prod(self.programs.grid)
-        total = flops.step(config, editor.transformer.config, editor.vae.config, editor.max_text_tokens, target)
+        sizes = editor.transformer.config, editor.vae.config
+        total = flops.step(config, *sizes, editor.max_text_tokens, target, self.attention)
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
@@ -196,15 +198,17 @@ def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def place(params: dict, mesh: Mesh, dtype: Any) -> dict:
+def place(params: dict, mesh: Mesh, dtype: Any, quantization: str = NONE) -> dict:
     """Parameters as `weights.load` lays them on the mesh."""
     rule = parameter_sharding(mesh)
-    return unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=rule(path, leaf.shape))
-            for path, leaf in flatten_dict(params).items()
-        }
-    )
+
+    def leaf(path: tuple[str, ...], x: jax.ShapeDtypeStruct) -> Any:
+        kept = jax.ShapeDtypeStruct(x.shape, dtype)
+        if is_quantized(path, quantization):
+            kept = jax.eval_shape(partial(quantize, quantization=quantization), kept)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rule(path, x.shape)), kept)
+
+    return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
 
 
 def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
         state = copied(jax.eval_shape(lambda: init_state(config, base)))
         asked = copied(jax.eval_shape(lambda batch: programs._prompts(SimpleNamespace(**batch)), batch))
         exploration = programs.explore.eval_shape(state.key, asked)
-        params = place(base, mesh, dtype)
+        params = place(base, mesh, dtype, config.model.quantization)
         noise = exploration.noise
         noise = jax.ShapeDtypeStruct((prompts, at_a_time, *noise.shape[2:]), noise.dtype, sharding=whole)
         part = programs.rollout.eval_shape(params, state.params, asked, noise)

@@ -106,7 +106,7 @@ class Search:
     def settings(self, name: str, shape: Shape) -> list[Setting]:
         """Micro-batches and, for the update, remat policies of a program that may fit; the fastest first."""
         mesh = make_mesh(dict(zip(AXES, shape, strict=True)), self.topology.devices)
-        weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype))
+        weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype), self.config.model.quantization)
         held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
         whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights)) / shape[2]
         samples = counts(self.config)[name == "update"]

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.models.quantization import QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, get_field, refusal, size_problems
 
@@ -27,6 +28,7 @@ def default_config() -> ConfigDict:
         model=group(
             path="",  # diffusers folder or converted directory
             dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
+            quantization="none",  # of the base's kernels: none, int8 (by output channel), nf4 (QLoRA's 4 bits)
             max_text_tokens=0,  # length the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev
             guidance=2.5,  # scale given to the distilled model
             attention="auto",  # a name of models.attention.IMPLEMENTATIONS; auto: the fastest of the platform
@@ -112,6 +114,7 @@ def default_config() -> ConfigDict:
             save_every=10,  # steps between checkpoints
             keep=2,  # checkpoints kept
             image_every=10,  # steps between image grids
+            profile_steps=0,  # steps that jax.profiler traces into WORKDIR/profile, from the second of a start on
         ),
         mesh=group(
             data=-1,  # devices that spread samples and replicate weights; -1: what is left
@@ -123,6 +126,7 @@ def default_config() -> ConfigDict:
 
 _CHOICES = {
     **MODEL_CHOICES,
+    "model.quantization": QUANTIZATIONS,
     "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),

@@ -75,8 +75,12 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
-            state, metrics, rows = trainer.step(state, batches[index], draw)
-            return state, metrics, comparison_grid(rows, f"step {index + 1}") if draw else None
+            start = time.monotonic()
+            with together():
+                batch = batches[index]
+            metrics = {"seconds/data": time.monotonic() - start}
+            state, measured, rows = trainer.step(state, batch, draw)
+            return state, metrics | measured, comparison_grid(rows, f"step {index + 1}") if draw else None
 
         def shown(metrics: Mapping[str, float]) -> dict[str, float]:
             return {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
@@ -123,6 +127,7 @@ def load_editor(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> Editor:
         jnp.dtype(config.model.dtype),
         config.model.max_text_tokens,
         parameter_sharding(mesh),
+        quantization=config.model.quantization,
         remat=config.model.remat,
         attention=AttentionOptions(
             choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype),
