@@ -1,0 +1,1 @@
+"""Measurements of this package against other implementations of the same computation."""

@@ -1,0 +1,188 @@
+"""The benchmark times two implementations of one step, and only if they compute the same."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_run
+import torch
+
+from benchmarks import jax_step, presets, report, step, torch_step
+from benchmarks.presets import PRESETS, Preset, inputs, pseudorandom, seed_of
+from rcgrpo_jax.errors import UsageError, UserError
+
+TINY = Preset(
+    "tiny",
+    small_run.TINY["transformer"],
+    {
+        "model.dtype": "float32", "model.remat": "none", "model.max_text_tokens": 8, "data.size": (64, 64),
+        "lora.rank": 4, "acd.layers": 2, "rollout.prompts": 2, "rollout.group_size": 4, "rollout.num_steps": 4,
+        "rollout.micro_batch": 4, "surrogate.anchors": 2, "surrogate.micro_batch": 4,
+    },
+    tolerance=1e-4,
+    rounds=2,
+)  # fmt: skip
+
+
+@functools.cache
+def results(framework: str) -> dict[str, np.ndarray]:
+    return {"jax": jax_step, "torch": torch_step}[framework].Step(TINY).results()
+
+
+def about(samples: int = 8, units: int = 8) -> dict:
+    return {
+        "platform": "cpu", "device": "cpu", "software": "some", "stated_peak": None, "tokens": 40,
+        "samples": {"rollout": samples, "update": units}, "flops": {"rollout": 4e9, "update": 12e9, "decode": 1e9},
+    }  # fmt: skip
+
+
+class Recorder:
+    """Stands in for the processes: answers from `found`, and takes `seconds[framework]` for any program."""
+
+    def __init__(self, found: dict, seconds: dict[str, float]):
+        self.found, self.seconds, self.asked = found, seconds, []
+
+    def __call__(self, framework: str, command: str):
+        self.asked.append((framework, command))
+        answers = {"results": self.found[framework], "about": about(), "peak": 1e11}
+        return answers.get(command), self.seconds[framework]
+
+
+def test_both_implementations_compute_the_same_step():
+    differences = step.differences(results("jax"), results("torch"))
+    assert set(differences) == {"velocity", "sample", "acd", "log_policy", "loss", "gradient"}
+    assert max(differences.values()) < 3e-5, differences
+    ratio = np.exp(results("torch")["log_policy"] - inputs(TINY)["log_old"][:, 0])
+    clipped = np.abs(ratio - 1) > TINY.config.objective.clip
+    assert 0 < clipped.mean() < 1  # both sides of the objective's minimum are compared
+    assert results("torch")["gradient"].any()
+
+
+def scale_a_weight(other: torch_step.Step) -> None:
+    other.transformer.proj_out.weight.mul_(1.001)
+
+
+def move_the_mask(other: torch_step.Step) -> None:
+    other.region = other.region.roll(1, -1)
+
+
+def widen_the_clip(other: torch_step.Step) -> None:
+    other.config = other.config.copy_and_resolve_references()
+    other.config.objective.clip = 0.03
+
+
+def drop_a_unit(other: torch_step.Step) -> None:
+    other.advantages[0, 0] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        (scale_a_weight, {"velocity", "sample", "gradient"}),
+        (move_the_mask, {"acd"}),
+        (widen_the_clip, {"loss", "gradient"}),
+        (drop_a_unit, {"loss", "gradient"}),
+    ],
+)
+def test_a_difference_is_refused_before_anything_is_timed(change, differs):
+    other = torch_step.Step(TINY)
+    with torch.no_grad():
+        change(other)
+    found = {"jax": results("jax"), "torch": other.results()}
+    ask = Recorder(found, {"jax": 1.0, "torch": 1.0})
+    with pytest.raises(UserError, match="parity: ") as refused:
+        step.run(TINY, ask)
+    assert {name for name in found["jax"] if f"{name} " in refused.value.problem.partition("relative")[0]} == differs
+    assert not {command for _, command in ask.asked} & set(report.PROGRAMS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_no_agreement(value):
+    a = {"loss": np.array([value], np.float32)}
+    with pytest.raises(UserError, match="loss inf"):
+        step.check(step.differences(a, a), 1e-4)
+
+
+def test_the_frameworks_take_turns_and_one_that_runs_goes_on():
+    found = {name: {"loss": np.ones(1)} for name in report.FRAMEWORKS}
+    ask = Recorder(found, {"jax": 2.0, "torch": 3.0})
+    measured = step.run(dataclasses.replace(TINY, repeats=2, rounds=2), ask)
+    turns = [framework for framework, command in ask.asked if command == "rollout"]
+    assert turns == ["torch", "torch", "jax", "jax", "jax", "jax", "torch", "torch"]
+    assert [name for name, _ in ask.asked[:6]] == ["jax"] * 3 + ["torch"] * 3
+    assert measured["seconds"] == {name: dict.fromkeys(report.PROGRAMS, [x] * 4) for name, x in ask.seconds.items()}
+
+
+def test_rates_are_work_over_time():
+    found = {name: {"loss": np.ones(1)} for name in report.FRAMEWORKS}
+    measured = step.run(TINY, Recorder(found, {"jax": 2.0, "torch": 3.0}))
+    measured["seconds"]["torch"]["update"] = [3.0, 5.0]
+    got = report.summary(measured)
+    assert got["rollout"]["jax"] == {
+        "seconds": [2.0, 2.0, 2.0], "samples_per_second": 4.0, "flops_per_second": 2e9, "mfu": 0.02
+    }  # fmt: skip
+    assert got["update"]["torch"]["seconds"] == [4.0, 3.0, 5.0]
+    assert got["update"]["ratio"] == [2.0, 1.5, 2.5]
+    assert got["step"]["jax"]["seconds"] == [4.0] * 3
+    assert got["step"]["torch"]["mfu"] == pytest.approx(16e9 / 7 / 1e11)
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    for name, value in small_run.environment().items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "report.json"
+    code = step.main(["--preset", "tiny", "--repeats", "1", "--set", "seed=3", "--json", str(file)])
+    shown, progress = capfd.readouterr()
+    assert code == 0, progress
+    lines = shown.splitlines()
+    assert [line.split()[0] for line in lines if line][:5] == ["preset", "device", "jax", "torch", "parity"]
+    assert "40 tokens a sample, P 2, G 4, K 4, B 2, 8 units, float32, remat none" in shown
+    rows = {line.split()[0]: line.split() for line in lines[-4:-1]}
+    assert set(rows) == {"rollout", "update", "step"}
+    assert all(row.count("to") == 3 and sum(cell.endswith("%") for cell in row) == 2 for row in rows.values())
+    written = json.loads(file.read_text())
+    assert written["config"]["seed"] == 3
+    assert max(written["parity"].values()) < written["tolerance"]
+    assert written["peak"] == max(written["matmul"].values())
+    assert {len(times) for one in written["seconds"].values() for times in one.values()} == {2}
+    assert written["summary"] == report.summary(written)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("surrogate.distance=l2", "surrogate.distance: 'l2' found; torch's step knows region"),
+        ("surrogate.anchors=9", "surrogate.anchors: 9 of 3"),
+        ("lora.rnak=3", "lora.rnak"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_refused(capsys, flag, message):
+    assert step.main(["--preset", "small", "--set", flag]) == UsageError.exit_code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="there is a GPU")
+def test_the_full_model_asks_for_a_gpu():
+    with pytest.raises(UserError, match="kontext-1024 needs a GPU"):
+        jax_step.Step(PRESETS["kontext-1024"])
+
+
+def test_weights_are_the_same_bits_in_every_framework():
+    seed = seed_of("transformer_blocks.0.attn.to_q.weight")
+    of_numpy, of_torch = (
+        pseudorandom(index, seed)
+        for index in (np.arange(10**5, dtype=np.int32), torch.arange(10**5, dtype=torch.int32))
+    )
+    of_jax = jax.jit(pseudorandom)(jnp.arange(10**5, dtype=jnp.int32), jnp.int32(seed))
+    assert np.array_equal(of_jax, of_numpy)
+    assert np.array_equal(of_torch.numpy(), of_numpy)
+    uniform = of_numpy * 2.0**-23
+    assert uniform.mean() == pytest.approx(0, abs=0.01)
+    assert (uniform**2).mean() == pytest.approx(1 / 3, abs=0.01)
+    assert abs((uniform[1:] * uniform[:-1]).mean()) < 0.005
+    assert presets.seed_of("a.weight") != presets.seed_of("b.weight")
