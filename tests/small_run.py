@@ -190,15 +190,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, **cache, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
 
 
-def config_file(path: Path, body: str = "", **changes) -> Path:
-    """Writes a Python file whose `get_config()` gives `make_config(**changes)`; `body` runs before.
+def config_file(path: Path, body: str = "", config: ConfigDict | None = None, **changes) -> Path:
+    """Writes a Python file whose `get_config()` gives `config`, or `make_config(**changes)`; `body` runs before.
 
     The configuration is written out as JSON: a subprocess has another workspace.
     """
-    values = json.dumps(make_config(**changes).to_dict())
+    config = make_config(**changes) if config is None else config
+    values, module = json.dumps(config.to_dict()), "pretrain_config" if "stage" in config else "config"
     path.write_text(
         "import json, os\n"
-        "from rcgrpo_jax.training.config import default_config\n"
+        f"from rcgrpo_jax.training.{module} import default_config\n"
         f"{body}\n"
         "def get_config():\n"
         "    config = default_config()\n"

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from rcgrpo_jax.cli import main as entry
+from rcgrpo_jax.cli.config_file import keep_compilations
 from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
@@ -327,6 +328,17 @@ def test_train_refuses_settings_before_it_encodes(capsys, monkeypatch, train_arg
     found = fail(capsys, *train_argv(f"--config.{override}"))
     assert found[0] == code
     assert found[1].startswith(problem)
+
+
+@pytest.mark.parametrize("told", [None, "/elsewhere"])
+def test_compiled_programs_are_kept_beside_the_run_unless_jax_is_told_where(tmp_path, told):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", told)
+        keep_compilations(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (told or str(tmp_path / "compiled"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_train_refuses_a_workdir_that_is_a_file(capsys, tmp_path, train_argv):

@@ -143,6 +143,7 @@ def test_choices(field, choices):
         ("train.save_every", [1], [0]),
         ("train.keep", [1], [0]),
         ("train.image_every", [1], [0]),
+        ("train.profile_steps", [0, 3], [-1]),
     ],
 )
 def test_ranges(field, good, bad):

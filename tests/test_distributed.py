@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 import small_run
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import join, split
+from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.loop import check_processes, train
+from rcgrpo_jax.weights import random_folder
 
 SETTINGS = {"rollout__prompts": 4, "mesh__fsdp": 2, "train__num_steps": 3, "train__save_every": 1}
 
 
-def start(config: Path, workdir: Path, count: int, **variables: str) -> list[subprocess.Popen]:
-    """`rcgrpo train` on `count` processes that share eight devices."""
+def start(config: Path, workdir: Path, count: int, command: str = "train", **variables: str) -> list[subprocess.Popen]:
+    """`rcgrpo train`, or another command, on `count` processes that share eight devices."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,7 +34,7 @@ def start(config: Path, workdir: Path, count: int, **variables: str) -> list[sub
     return [
         subprocess.Popen(
             small_run.command(
-                "train", f"--config={config}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
+                command, f"--config={config}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
                 f"--num_processes={count}", f"--process_id={index}",
             ),
             env=environment | variables, text=True,
@@ -40,7 +44,7 @@ def start(config: Path, workdir: Path, count: int, **variables: str) -> list[sub
     ]  # fmt: skip
 
 
-def finish(processes: list[subprocess.Popen], log: Path, timeout: float = 400) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], log: Path, timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each."""
     try:
         codes = [process.wait(timeout=timeout) for process in processes]
@@ -100,6 +104,78 @@ def test_when_one_process_is_killed_the_other_says_so_and_one_alone_can_go_on(tm
     state = train(small_run.make_config(**settings), workdir)  # on one process with eight devices
     assert int(state.step) == 4
     assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3, 4]
+
+
+# The judge of one process is not to be had; the configuration file is run more than once.
+FAILURE = """
+import sys
+from rcgrpo_jax.rewards.colour import Colour
+def fail(self, inputs):
+    raise ConnectionError("the judge hung up")
+if "--process_id=1" in sys.argv:
+    Colour.__call__ = fail
+"""
+
+
+def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
+    config = small_run.config_file(tmp_path / "config.py", FAILURE, data__cache=str(tmp_path / "cache"), **SETTINGS)
+    ended = finish(start(config, tmp_path / "run", 2), tmp_path)
+    cause = "reward 'colour' failed: ConnectionError: the judge hung up"
+    for (code, _, error), first in zip(ended, ("process 1 failed, so this one stops: ", "process 1: "), strict=True):
+        assert code == 1
+        assert f"rcgrpo train: error: {first}{cause}" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# The pictures of a supervised run take longer to compile than its update.
+NO_PICTURES = """
+from rcgrpo_jax.training.stages import FlowStage, unit
+FlowStage.picture = lambda self, trained, frozen, example: unit(example.source)
+"""
+
+
+def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
+    shallow = {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
+    before = random_folder.build(tmp_path / "before", configs=small_run.TINY | shallow)
+    config = pretrain_config.default_config()
+    config.stage = "flow"  # which trains weights that are spread over the devices of both
+    config.model.update(path=str(before), dtype="float32", max_text_tokens=24, remat="none")
+    config.data.update(path="scenes:train:16", size=(32, 32))
+    config.batch.update(size=16, micro_batch=8)
+    config.train.update(num_steps=3, save_every=2, image_every=3)
+    config.mesh.fsdp = 2
+    file = small_run.config_file(tmp_path / "config.py", NO_PICTURES, config)
+
+    # Compiling takes longer than running. JAX's keys of compiled programs leave the first option out.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for count, workdir in ((1, one), (2, two)):
+        ended = finish(start(file, workdir, count, "pretrain", **quick), tmp_path)
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        assert [f"{workdir / 'model'}" in output for _, output, _ in ended] == [True] + [False] * (count - 1)
+        assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+        assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+    found, wanted = (small_run.metrics_without_times(path) for path in (two, one))
+    assert [line["step"] for line in found] == [1, 2, 3]
+    for line, expected in zip(found, wanted, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    first, found, wanted = (tensors(path) for path in (before, two / "model", one / "model"))
+    assert found.keys() == wanted.keys() == first.keys()
+    difference, change = (
+        np.sqrt(sum(np.square(x - other[name]).sum() for name, x in wanted.items())) for other in (found, first)
+    )
+    assert difference < 1e-3 * change
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Of all safetensors in a folder."""
+    return {
+        f"{file.relative_to(folder)}/{name}": x
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
 
 
 # How processes find each other

@@ -1,18 +1,22 @@
 """What a run leaves behind, and the numbers of its first step."""
 
 import json
+import logging
 import math
+from collections import Counter
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from jax.profiler import ProfileData
 from ml_collections import ConfigDict
 from PIL import Image
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.training.loop import Trainer, train
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.training.state import TrainState
 
@@ -46,15 +50,16 @@ METRICS = {
     "background/drift", "background/error",
     "ratio_mean", "ratio_deviation", "clip_fraction", "kl", "policy_entropy", "loss", "grad_norm",
     "groups/zero_std", "groups/dropped",
-    "samples_per_second", "seconds/rollout", "seconds/reward", "seconds/update",
+    "samples_per_second", "seconds/data", "seconds/rollout", "seconds/reward", "seconds/update",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[TrainState, Path]:
-    """Four steps on one device, an image grid every three."""
+    """Four steps on one device, an image grid every three, two of them profiled."""
     workdir = tmp_path_factory.mktemp("run")
-    return train(small_run.make_config(train__image_every=3), workdir, jax.devices()[:1]), workdir
+    config = small_run.make_config(train__image_every=3, train__profile_steps=2)
+    return train(config, workdir, jax.devices()[:1]), workdir
 
 
 def test_the_first_step_has_not_changed(run):
@@ -95,6 +100,12 @@ def test_grids_are_drawn_every_few_steps_and_at_the_end(run):
         assert picture.std() > 10
 
 
+def test_a_profile_has_the_steps_that_were_asked_for(run):
+    (file,) = (run[1] / "profile").rglob("*.xplane.pb")
+    events = Counter(e.name for p in ProfileData.from_file(str(file)).planes for line in p.lines for e in line.events)
+    assert events["train"] == 2
+
+
 def test_checkpoints_are_made_and_old_ones_removed(run, tmp_path):
     state, workdir = run
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
@@ -123,6 +134,57 @@ def test_scenes_train_under_the_oracle_and_a_weight_of_zero_leaves_a_reward_out(
     (line,) = small_run.metrics_without_times(tmp_path)
     assert {name for name in line if name.startswith("reward/")} == {"reward/oracle", "reward/acd"}
     assert 0 <= line["reward/oracle"] <= 1
+
+
+MICRO_BATCHES = {"rollout__micro_batch": 4, "rollout__decode_micro_batch": 2, "surrogate__micro_batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [(1, {}), (1, {**MICRO_BATCHES, "objective__updates": 2, "optimizer__ema_decay": 0.9}), (4, {"mesh__fsdp": 2})],
+    ids=["plain", "micro-batches", "mesh"],
+)
+def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monkeypatch, caplog):
+    """What follows a step counts as its own: metrics, and a checkpoint."""
+    take_step, started = Trainer.step, "a step starts"
+
+    def step(self, *args):
+        logging.getLogger(__name__).warning(started)
+        return take_step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = small_run.make_config(train__save_every=1, train__image_every=4, **changes)
+    with jax.log_compiles():
+        train(config, tmp_path, jax.devices()[:devices])
+    compiled = []  # of each step
+    for message in caplog.messages:
+        if message == started:
+            compiled.append([])
+        elif compiled and message.startswith("Compiling "):
+            compiled[-1].append(message.split(" with ")[0])
+    assert compiled[0].count("Compiling jit(_update)") == 1
+    assert compiled[1:3] == [[], []]
+
+
+def test_every_part_rolls_out_before_the_first_is_scored(monkeypatch):
+    """The devices have work while a reward, which may be a server's, takes its time."""
+    trainer, order = small_run.make_trainer(rollout__micro_batch=4), []
+    for owner, name in ((trainer.programs, "rollout"), (trainer.programs, "decode"), (trainer, "score")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: order.append(name) or call(*args))
+    with jax.set_mesh(trainer.programs.mesh):
+        trainer.sample(small_run.make_state(trainer), small_run.make_batch(trainer))
+    assert order == ["rollout", "decode"] * 2 + ["score"] * 2
+
+
+def test_the_update_writes_the_state_where_the_old_one_was():
+    trainer = small_run.make_trainer()
+    programs, state = trainer.programs, small_run.make_state(trainer)
+    with jax.set_mesh(programs.mesh):
+        sample = trainer.sample(state, small_run.make_batch(trainer))
+        shapes = (jnp.zeros(sample.scores["acd"].shape), jnp.zeros(programs.log_policy_shape()), jnp.asarray(True))
+        update = programs.update.lower(trainer.params, state, *sample[:3], *shapes).compile()
+    assert update.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 def test_a_reward_that_needs_a_target_is_refused_without_one(tmp_path):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from rcgrpo_jax.cli.arguments import parse
-from rcgrpo_jax.cli.config_file import check_config
+from rcgrpo_jax.cli.config_file import check_config, keep_compilations
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.lpips import MISSING
@@ -71,7 +70,7 @@ def run(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--out: {out} cannot be made ({error}).", "Choose a folder you can write to.") from None
     config.data.cache = config.data.cache or str(out / "cache")
-    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))  # seeds share their programs
+    keep_compilations(out)  # seeds share their programs
 
     rows = {BASE: [], **{name: [] for name in names}}
     rows[BASE].append(run_base(config, protocol, out))

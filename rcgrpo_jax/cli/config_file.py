@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
@@ -49,7 +50,17 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
     check_config(command, argv, defaults)
     values, _ = parse(command, about, argv, define, required=("config", "workdir"))
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
+    keep_compilations(Path(values.workdir))
     return values.config, Path(values.workdir)
+
+
+def keep_compilations(folder: Path) -> None:
+    """Keeps compiled programs in `folder/compiled`, so that a run that goes on compiles nothing anew.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR comes first, and JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
 
 
 def load_config(path: str, defaults: str) -> ConfigDict:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from rcgrpo_jax.data.ahead import Ahead
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editor import Editor
@@ -160,6 +161,7 @@ class Batches:
     """Batches of P prompts as a function of the step alone, so that a resumed run needs no iterator state.
 
     Each process gets its own rows of the P: which examples a step sees does not depend on how many processes there are.
+    The batch of the next step is read in a thread while the device works on this one.
 
     Args:
         source: Encoded examples.
@@ -172,8 +174,17 @@ class Batches:
 
         self.source, self._prompts = source, prompts
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._ahead = Ahead(self._read)
 
     def __getitem__(self, step: int) -> EditBatch:
+        """The batch of a step.
+
+        Raises:
+            UserError: If an entry of the cache cannot be read.
+        """
+        return self._ahead[step]
+
+    def _read(self, step: int) -> EditBatch:
         rows = [self._dataset[step * self._prompts + i] for i in distributed.own_rows(self._prompts)]
 
         def stack(name: str) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from rcgrpo_jax.data.ahead import Ahead
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.errors import UserError
@@ -47,8 +47,7 @@ class TripleBatches:
 
         self._size, self._count, self._tokenizers, self._length = size, count, tokenizers, max_text_tokens
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: tuple[int, Future[Triples]] = -1, Future()
+        self._ahead = Ahead(self._make)
 
     def __getitem__(self, step: int) -> Triples:
         """The batch of a step.
@@ -56,10 +55,7 @@ class TripleBatches:
         Raises:
             UserError: If an example cannot be read or has no target.
         """
-        ready, future = self._ahead
-        batch = (future if ready == step else self._thread.submit(self._make, step)).result()
-        self._ahead = step + 1, self._thread.submit(self._make, step + 1)
-        return batch
+        return self._ahead[step]
 
     def _make(self, step: int) -> Triples:
         examples = [self._dataset[step * self._count + i] for i in own_rows(self._count)]

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import UInt8
 
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
@@ -25,6 +26,7 @@ VARIABLES = {
     "num_processes": "RCGRPO_NUM_PROCESSES",
     "process_id": "RCGRPO_PROCESS_ID",
 }
+CAUSE_BYTES = 400  # of an error, that the other processes are told
 
 
 def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> None:
@@ -123,17 +125,34 @@ def together() -> Iterator[None]:
     """Ends on every process with an error if the block ends on one of them with one: nobody waits for who is gone.
 
     The block must hold no collective operation.
+
+    Raises:
+        UserError: On the processes whose own block did not fail; it names the process that did, and the cause.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    failed = np.flatnonzero(gather(np.array([error is not None])))
+    causes = gather(_cause(error)[None])
+    if isinstance(error, UserError) and jax.process_count() > 1:
+        raise type(error)(f"process {jax.process_index()}: {error.problem}", error.remedy) from error
     if error is not None:
         raise error
-    if failed.size:
-        raise UserError(f"process {failed[0]} failed, so this one stops.", "Its own log says why.")
+    if (failed := np.flatnonzero(causes.any(axis=1))).size:
+        cause = causes[failed[0]].tobytes().rstrip(b"\0").decode(errors="ignore")
+        raise UserError(
+            f"process {failed[0]} failed, so this one stops: {cause}",
+            "Its own log says more. The same command on all processes resumes from the last checkpoint.",
+        )
+
+
+def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:
+    """One line about an error, as many bytes for any: zeros after its end, nothing else where there is no error."""
+    text = (
+        "" if error is None else error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    )
+    return np.frombuffer(" ".join(text.split()).encode()[:CAUSE_BYTES].ljust(CAUSE_BYTES, b"\0"), np.uint8)
 
 
 def from_main(tree: Any) -> Any:

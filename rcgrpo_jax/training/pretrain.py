@@ -82,8 +82,9 @@ def open_folder(config: ConfigDict, workdir: Path) -> ModelFolder:
     """The model that training starts from; without a path, a new small editor in `workdir/start`."""
     if not config.model.path:
         path = workdir / "start"
-        if not (path / "model_index.json").is_file():  # written last
-            random_folder.build(path, config.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
+        with together():
+            if is_main() and not (path / "model_index.json").is_file():  # written last
+                random_folder.build(path, config.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
         return ModelFolder(path)
     folder = ModelFolder(config.model.path)
     if config.stage != "lora" and folder.converted:
@@ -134,7 +135,8 @@ def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardi
 
     def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
         start = time.monotonic()
-        batch = batches[index]
+        with together():
+            batch = batches[index]
         examples = stage.arrays(batch)
         state, metrics = update(state, frozen, put(examples, mesh, PartitionSpec(SAMPLE_AXES)))
         metrics = {name: float(x) for name, x in metrics.items()}

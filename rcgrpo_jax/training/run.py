@@ -6,10 +6,11 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -85,7 +86,7 @@ def run_steps(
         step_function: One step. Its state may be donated.
         config: With the group `train`.
         described: The configuration as it is saved with each checkpoint.
-        workdir: Gets `metrics.jsonl`, `tensorboard/` and `images/`.
+        workdir: Gets `metrics.jsonl`, `tensorboard/`, `images/`, and `profile/` if `train.profile_steps` asks for it.
         checkpointer: Of `open_run`.
         name: Of the progress bar.
         samples: Samples a step, for the rate.
@@ -101,7 +102,7 @@ def run_steps(
         termination() as stop,
         watch(),
     ):
-        for step in range(first + 1, last + 1):
+        for step in traced(range(first + 1, last + 1), name, workdir / "profile", config.train.profile_steps):
             draw = step % config.train.image_every == 0 or step == last
             state, metrics, picture = step_function(state, step - 1, draw)
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
@@ -117,6 +118,18 @@ def run_steps(
                 break
         checkpointer.wait()
     return state
+
+
+def traced(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
+    """The steps; process 0 writes a trace of `count` of them into `folder`, from the second on: the first compiles."""
+    with ExitStack() as trace:
+        for step in steps:
+            if step == steps.start + 1 + count:
+                trace.close()
+            elif step == steps.start + 1 and is_main():
+                trace.enter_context(jax.profiler.trace(str(folder)))
+            with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                yield step
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""`python -m benchmarks.profile WORKDIR`: where the time of a run goes, by its metrics and, if it has one, its trace.
+
+The run is one of `rcgrpo train`, with `--config.train.profile_steps=N` for the trace. Its first step compiles and is
+left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from statistics import median
+
+from jax.profiler import ProfileData
+
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.plan.report import align
+from rcgrpo_jax.training.metrics import read_metrics
+
+PHASES = ("data", "rollout", "reward", "update")
+Interval = tuple[float, float]  # start and end
+
+
+def phase_seconds(lines: list[Mapping[str, float]]) -> dict[str, float]:
+    """Median seconds of each part of a step, and of the rest: metrics, pictures and checkpoints.
+
+    Args:
+        lines: Of `metrics.jsonl`, from the first step on, of one start.
+    """
+    steps = lines[1:]
+    seconds = {name: median(line[f"seconds/{name}"] for line in steps) for name in PHASES}
+    rests = [
+        line["time"] - before["time"] - sum(line[f"seconds/{name}"] for name in PHASES)
+        for before, line in zip(lines, steps, strict=False)
+    ]
+    return seconds | {"records": median(rests)}
+
+
+def program_seconds(trace: Path) -> tuple[dict[str, float], float]:
+    """Seconds in which each compiled program ran on any thread or device, longest first, and those of the steps."""
+    running, steps = defaultdict(list), []
+    for plane in ProfileData.from_file(str(trace)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            stats = dict(event.stats)
+            if "hlo_module" in stats:
+                running[stats["hlo_module"]].append((event.start_ns, event.end_ns))
+            elif "step_num" in stats:
+                steps.append((event.start_ns, event.end_ns))
+    seconds = {name: covered(intervals) / 1e9 for name, intervals in running.items()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])), covered(steps) / 1e9
+
+
+def covered(intervals: Iterable[Interval]) -> float:
+    """The length of the union of intervals."""
+    length, reached = 0.0, -float("inf")
+    for start, end in sorted(intervals):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
+
+
+def rows(seconds: Mapping[str, float], whole: float, least: float = 0.0) -> Iterator[list[str]]:
+    """Name, seconds and share of the whole, of what has at least a share of `least`."""
+    yield from ([name, f"{x:.3f}", f"{x / whole:.1%}"] for name, x in seconds.items() if x >= least * whole)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise UsageError(f"{len(argv)} arguments found; the directory of a run was wanted.", __doc__.splitlines()[0])
+    workdir = Path(argv[0])
+    seconds = phase_seconds(read_metrics(workdir / "metrics.jsonl"))
+    print(align([["a step", "seconds", "share"], *rows(seconds, sum(seconds.values()))]))
+    for trace in sorted(workdir.glob("profile/**/*.xplane.pb")):
+        programs, steps = program_seconds(trace)
+        print("\n" + align([["a program", "seconds", "share"], *rows(programs, steps, least=1e-3)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
