@@ -6,15 +6,14 @@ left out.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from jax.profiler import ProfileData
 
-from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.plan.report import align
 from rcgrpo_jax.training.metrics import read_metrics
 
@@ -65,11 +64,15 @@ def rows(seconds: Mapping[str, float], whole: float, least: float = 0.0) -> Iter
     yield from ([name, f"{x:.3f}", f"{x / whole:.1%}"] for name, x in seconds.items() if x >= least * whole)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise UsageError(f"{len(argv)} arguments found; the directory of a run was wanted.", __doc__.splitlines()[0])
-    workdir = Path(argv[0])
-    seconds = phase_seconds(read_metrics(workdir / "metrics.jsonl"))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
+    parser.add_argument("workdir", type=Path, help="directory of a run of `rcgrpo train`")
+    workdir = parser.parse_args(argv).workdir
+    if not (metrics := workdir / "metrics.jsonl").is_file():
+        parser.error(f"workdir: {metrics} is missing; the directory of a run was wanted.")
+    if len(lines := read_metrics(metrics)) < 3:
+        parser.error(f"workdir: {len(lines)} steps found in {metrics}, 3 were wanted. Train for longer.")
+    seconds = phase_seconds(lines)
     print(align([["a step", "seconds", "share"], *rows(seconds, sum(seconds.values()))]))
     for trace in sorted(workdir.glob("profile/**/*.xplane.pb")):
         programs, steps = program_seconds(trace)
@@ -77,4 +80,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
