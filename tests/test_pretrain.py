@@ -142,6 +142,15 @@ def test_an_adapter_is_all_that_its_stage_leaves():
 # Stopped and resumed, on more devices, in smaller batches
 
 
+def test_an_adapter_learns_on_a_quantised_base(tmp_path):
+    """The base is close to the float one, and not the same."""
+    pretrain(make_config("lora", model__quantization="int8"), tmp_path / "run", jax.devices()[:1])
+    assert tensors(tmp_path / "run" / "lora").keys() == tensors(trained("lora")).keys()
+    found = np.array([line["loss"] for line in small_run.metrics_without_times(tmp_path / "run")])
+    np.testing.assert_allclose(found, losses("lora"), rtol=0.05)
+    assert found[0] != losses("lora")[0]
+
+
 def unfinished(stage: str, folder: Path) -> Path:
     """A copy of a run as it was at the checkpoint before the end."""
     workdir = Path(shutil.copytree(trained(stage).parent, folder))
@@ -497,6 +506,10 @@ def problems(devices: int = 1, **changes) -> list[str]:
         ({"data__size": (40, 32)}, "data.size: (40, 32); two multiples of 16 pixels were wanted"),
         ({"flow__region_weight": -1.0}, "flow.region_weight: -1.0 found; 0 or more was wanted"),
         ({"flow__picture_steps": 0}, "flow.picture_steps: 0 found; 1 or more was wanted"),
+        (
+            {"model__quantization": "int8"},
+            "model.quantization: 'int8' found; stage vae trains the kernels: none",
+        ),
         ({"vae__kl_weight": -1.0}, "vae.kl_weight: -1.0 found; 0 or more was wanted"),
         ({"batch__sise": 8}, "batch.sise: no such field; did you mean batch.size?"),
     ],

@@ -362,13 +362,24 @@ def test_scenes_are_named_by_split_count_and_flaws(text, wanted):
     assert (scenes.split, len(scenes), scenes.flaws) == wanted
 
 
+def test_kinds_come_in_turn_as_often_as_they_are_named():
+    scenes = parse_scenes("heldout/add+add+remove:300:0.4")
+    kinds = ["add", "add", "remove"]
+    assert [scenes.scene(i).kind for i in range(7)] == [*kinds, *kinds, "add"]
+    assert {scenes.flaw(i) for i in range(2, 300, 3)} == {None, "spill", "ghost"}
+    assert {scenes.flaw(i) for i in range(0, 300, 3)} == {None, "spill", "wrong"}
+    assert_same(scenes[0], Scenes("heldout", 1, flaws=0.4)[0])
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        *((text, r"found; SPLIT\[:COUNT\[:FLAWS\]\] was wanted") for text in (
+        *((text, r"found; SPLIT\[/KINDS\]\[:COUNT\[:FLAWS\]\] was wanted") for text in (
             "", ":5", "train:", "train:many", "train:-3", "train::0.4", "train:5:", "train:5:some", "train:5:-0.4",
-            "train:5:40%", "train:5:nan", "train:5:0.4:1",
+            "train:5:40%", "train:5:nan", "train:5:0.4:1", "/add", "train/add/remove",
         )),
+        ("train/ad:5", "the kind 'ad' found; one of add, remove, replace was wanted"),
+        ("train/:5", "the kind '' found"),
         ("trian:5:0.4", "the split 'trian' found"),
         ("train:0:0.4", "count 0 found; at least 1"),
         ("train:5:40", r"flaws 40\.0 found; a share in \[0, 1\]"),
@@ -379,11 +390,11 @@ def test_names_of_scenes_that_cannot_be_read(text, problem):
         parse_scenes(text)
 
 
-@pytest.mark.parametrize("flags", [(), ("--split=photo", "--size=64", "--seed=3", "--flaws=0.5")])
+@pytest.mark.parametrize("flags", [(), ("--split=photo", "--size=64", "--seed=3", "--flaws=0.5", "--kinds=remove,add")])
 def test_the_written_folder_reads_back_the_same(tmp_path, capsys, flags):
     out = tmp_path / "new" / "folder"
     run(["scenes", f"--out={out}", "--count=4", *flags])
-    wanted = Scenes("photo", 4, 64, 3, 0.5) if flags else Scenes("train", 4)
+    wanted = Scenes("photo", 4, 64, 3, 0.5, ("remove", "add")) if flags else Scenes("train", 4)
     folder = EditFolder(out)
     assert len(folder) == 4
     for i in range(4):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.data.pipeline import Source
-from rcgrpo_jax.data.scenes import MIN_SIZE, SPLITS, Scenes
+from rcgrpo_jax.data.scenes import KINDS, MIN_SIZE, SPLITS, Scenes
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.training.metrics import Progress
 
@@ -26,6 +26,7 @@ DATASETS = ("scenes",)
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory to write; files of the same names are replaced", values)
     flags.DEFINE_enum("split", "train", SPLITS, "heldout and photo show shapes in colours unseen in train", values)
+    flags.DEFINE_list("kinds", [*KINDS], "kinds of the tasks, in turn; one named twice comes twice as often", values)
     flags.DEFINE_integer("count", 300, "tasks", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("size", 128, "side, pixels", lower_bound=MIN_SIZE, flag_values=values)
     flags.DEFINE_integer("seed", 0, "another seed gives other tasks", lower_bound=0, flag_values=values)
@@ -75,7 +76,7 @@ def run(argv: list[str]) -> None:
             + (f" Did you mean {near[0]!r}?" if near else ""),
             "`rcgrpo data --help` describes them.",
         )
-    scenes = Scenes(values.split, values.count, values.size, values.seed, values.flaws)
+    scenes = Scenes(values.split, values.count, values.size, values.seed, values.flaws, values.kinds)
     with Progress(len(scenes), description=f"scenes {values.split}") as progress:
         write_folder(scenes, Path(values.out), progress.update)
     print(f"{len(scenes)} tasks ({values.split}, {values.size} x {values.size}): {values.out}")

@@ -41,7 +41,7 @@ PICTURED = 8  # examples in the grid
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
     flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
-    flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[:COUNT]", values)
+    flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("out", None, "directory to write", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)

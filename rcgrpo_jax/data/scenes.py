@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,14 +17,14 @@ from jaxtyping import Bool, Float, UInt8
 
 from rcgrpo_jax.data import flaws
 from rcgrpo_jax.data.backgrounds import TEXTURES, find_photographs, photograph, texture
-from rcgrpo_jax.data.composition import HELD_OUT, SEEN, Scene, compose
+from rcgrpo_jax.data.composition import HELD_OUT, SEEN, Kind, Scene, compose
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.shapes import render, signed_distance
 from rcgrpo_jax.errors import UsageError
 
 Flaw = Literal["wrong", "spill", "ghost"]
 
-KINDS = ("add", "remove", "replace")  # of task i: KINDS[i % 3]
+KINDS: tuple[Kind, ...] = ("add", "remove", "replace")
 SPLITS = ("train", "heldout", "photo")
 MIN_SIZE = 32  # pixels; below, small shapes cannot be told apart
 _STREAMS = ("scene", "background", "flaw")  # of random numbers, independent of each other
@@ -32,7 +33,7 @@ _STREAMS = ("scene", "background", "flaw")  # of random numbers, independent of 
 class Scenes:
     """A random-access source of editing tasks on pictures of a few shapes over a textured background.
 
-    Eight shapes, eight CSS colours and three sizes; task `i` is of kind `KINDS[i % 3]`. The splits:
+    Eight shapes, eight CSS colours and three sizes; task `i` is of kind `kinds[i % len(kinds)]`. The splits:
       - `train`: only the 48 combinations `SEEN` of shape and colour occur, in any role.
       - `heldout`: what is added, removed, replaced and replaced by is of the 16 combinations `HELD_OUT`; the objects
         around are of `SEEN`, but for one that looks like the edited object and is told apart by size or place.
@@ -49,25 +50,35 @@ class Scenes:
         size: Side, pixels; what is in the pictures does not depend on it.
         seed: Another seed gives other tasks.
         flaws: The share of flawed targets, in [0, 1].
+        kinds: Kinds of the tasks, in turn; one that is named twice comes twice as often.
 
     Raises:
-        UsageError: An unknown split, no tasks, too small a side, a negative seed, or a share outside [0, 1].
+        UsageError: An unknown split or kind, no tasks, too small a side, a negative seed, or a share outside [0, 1].
         UserError: The split is `photo` and scikit-image, whose wheel carries the photographs, is not installed.
     """
 
-    def __init__(self, split: str = "train", count: int = 1000, size: int = 128, seed: int = 0, flaws: float = 0.0):
-        if split not in SPLITS:
-            near = difflib.get_close_matches(split, SPLITS, n=1)
-            raise UsageError(
-                f"scenes: the split {split!r} found; one of {', '.join(SPLITS)} was wanted.",
-                f"Did you mean {near[0]!r}?" if near else "Name one of these.",
-            )
+    def __init__(
+        self,
+        split: str = "train",
+        count: int = 1000,
+        size: int = 128,
+        seed: int = 0,
+        flaws: float = 0.0,
+        kinds: Sequence[Kind] = KINDS,
+    ):
+        for field, found, known in (("split", split, SPLITS), *(("kind", kind, KINDS) for kind in kinds)):
+            if found not in known:
+                near = difflib.get_close_matches(found, known, n=1)
+                raise UsageError(
+                    f"scenes: the {field} {found!r} found; one of {', '.join(known)} was wanted.",
+                    f"Did you mean {near[0]!r}?" if near else "Name one of these.",
+                )
         for field, found, least in (("count", count, 1), ("size", size, MIN_SIZE), ("seed", seed, 0)):
             if found < least:
                 raise UsageError(f"scenes: {field} {found} found; at least {least} was wanted.", f"Raise the {field}.")
         if not 0 <= flaws <= 1:
             raise UsageError(f"scenes: flaws {flaws} found; a share in [0, 1] was wanted.", "Write 0.4 for 40 %.")
-        self.split, self.count, self.size, self.seed, self.flaws = split, count, size, seed, flaws
+        self.split, self.count, self.size, self.seed, self.flaws, self.kinds = split, count, size, seed, flaws, kinds
         self._combinations = SEEN if split == "train" else HELD_OUT
         self._backgrounds = tuple(find_photographs()) if split == "photo" else tuple(TEXTURES)
 
@@ -95,7 +106,7 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """Composes a task without drawing it."""
         index = self._check(index)
-        return compose(self._rng(index, "scene"), KINDS[index % 3], self._combinations, self._backgrounds)
+        return compose(self._rng(index, "scene"), self._kind(index), self._combinations, self._backgrounds)
 
     def background(self, index: int) -> Float[np.ndarray, "S S 3"]:
         """Draws what lies behind a task's objects, sRGB in [0, 255]; `render` draws them over it."""
@@ -111,13 +122,16 @@ class Scenes:
             raise IndexError(f"scene {index} of {self.count}")
         return int(index) % self.count
 
+    def _kind(self, index: int) -> Kind:
+        return self.kinds[index % len(self.kinds)]
+
     def _rng(self, index: int, stream: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), index, _STREAMS.index(stream)])
 
     def _flaw(self, index: int) -> tuple[Flaw | None, np.random.Generator]:
         rng = self._rng(index, "flaw")
         flawed, spill = rng.random(2) < (self.flaws, 0.5)
-        other: Flaw = "ghost" if KINDS[index % 3] == "remove" else "wrong"
+        other: Flaw = "ghost" if self._kind(index) == "remove" else "wrong"
         return (None if not flawed else "spill" if spill else other), rng
 
     def _spoil(
@@ -140,15 +154,19 @@ class Scenes:
 
 
 def parse_scenes(text: str) -> Scenes:
-    """Opens the scenes that `SPLIT[:COUNT[:FLAWS]]` names, such as `train:5000` or `train:5000:0.4`.
+    """Opens the scenes that `SPLIT[/KINDS][:COUNT[:FLAWS]]` names: `train:5000`, `train:5000:0.4`, `heldout/add:100`,
+    or `train/add+add+replace:5000` for two thirds of additions.
 
     Raises:
         UsageError: As `Scenes`, or the count or the share of flaws is not a number.
     """
-    found = re.fullmatch(r"([^:]+)(?::(\d+)(?::(\d*\.?\d+))?)?", text)
+    found = re.fullmatch(r"([^:/]+)(?:/([^:/]*))?(?::(\d+)(?::(\d*\.?\d+))?)?", text)
     if not found:
         raise UsageError(
-            f"scenes: {text!r} found; SPLIT[:COUNT[:FLAWS]] was wanted.", "Write train:5000, or train:5000:0.4."
+            f"scenes: {text!r} found; SPLIT[/KINDS][:COUNT[:FLAWS]] was wanted.",
+            "Write train:5000, train:5000:0.4, or train/add+remove:5000.",
         )
-    split, count, flaws = found.groups()
-    return Scenes(split, int(count), flaws=float(flaws or 0)) if count else Scenes(split)
+    split, kinds, count, flaws = found.groups()
+    options = {"kinds": tuple(kinds.split("+"))} if kinds is not None else {}
+    options |= {"count": int(count), "flaws": float(flaws or 0)} if count else {}
+    return Scenes(split, **options)

@@ -10,7 +10,7 @@ from rcgrpo_jax.errors import UsageError
 
 
 def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes | TfdsSource:
-    """Opens a folder of examples, a TFDS dataset (`tfds:DATASET[@SPLIT]`) or scenes (`scenes:SPLIT[:COUNT[:FLAWS]]`).
+    """Opens a folder of examples, a TFDS dataset (`tfds:DATASET[@SPLIT]`) or scenes (`scenes:` and `parse_scenes`).
 
     `DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
     `tfds:edits`, `tfds:edits/config:1.0.0@train[:90%]`, `tfds:/data/edits/1.0.0@test`.

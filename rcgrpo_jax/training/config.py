@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.models.quantization import QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, get_field, refusal, size_problems
 
@@ -35,7 +34,7 @@ def default_config() -> ConfigDict:
             remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
         ),
         data=group(
-            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[:COUNT[:FLAWS]]
+            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[/KINDS][:COUNT[:FLAWS]]
             polarity="white",  # colour of the edit region in the masks: white or black
             size=(512, 512),  # (height, width) in pixels, multiples of 16; resized to it, whatever the aspect ratio
             cache="",  # folder of encoder results; empty: WORKDIR/cache
@@ -126,7 +125,6 @@ def default_config() -> ConfigDict:
 
 _CHOICES = {
     **MODEL_CHOICES,
-    "model.quantization": QUANTIZATIONS,
     "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),

@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.models.quantization import QUANTIZATIONS
 
 Choices = Mapping[str, Sequence[str]]
 Ranges = Mapping[str, tuple[float, float]]  # field -> (lowest, highest), both allowed
 
 MODEL_CHOICES: Choices = {
     "model.dtype": ("bfloat16", "float32"),
+    "model.quantization": QUANTIZATIONS,
     "model.attention": (AUTO, *IMPLEMENTATIONS),
     "model.remat": tuple(REMAT_POLICIES),
     "data.polarity": ("white", "black"),

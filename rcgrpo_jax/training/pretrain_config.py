@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training import config as rl
 from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, refusal, size_problems
@@ -66,6 +67,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         problems.append("data.path: empty; a path was wanted")
     if not config.model.path and config.stage != "vae":
         problems.append(f"model.path: empty; stage {config.stage} starts from a model folder")
+    if config.model.quantization != NONE and config.stage != "lora":
+        problems.append(
+            f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
+        )
     if not problems:
         problems += size_problems(config)
         spread = math.prod(

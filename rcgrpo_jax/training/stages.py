@@ -54,6 +54,7 @@ class Stage:
             jnp.dtype(config.model.dtype),
             config.model.max_text_tokens,
             parameter_sharding(mesh),
+            quantization=config.model.quantization,
             remat=config.model.remat,
             attention=AttentionOptions(
                 choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
