@@ -53,6 +53,11 @@ def test_times_are_logit_normal_around_the_shift(tokens, options):
     assert (logits.mean(), logits.std()) == pytest.approx((mu, 1), abs=0.03)
 
 
+def test_an_extra_shift_moves_times_towards_noise():
+    plain, noisier = (matching.sample_sigmas(jax.random.key(2), (1000,), 64, extra) for extra in (0.0, 1.5))
+    np.testing.assert_allclose(np.log(noisier / (1 - noisier)), np.log(plain / (1 - plain)) + 1.5, atol=1e-3)
+
+
 def test_the_loss_is_a_weighted_mean_over_tokens():
     predicted, velocity = normal(3, 5, 4), normal(4, 5, 4)
     errors = np.square(np.asarray(predicted - velocity)).mean(-1)

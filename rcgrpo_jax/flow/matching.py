@@ -27,23 +27,26 @@ def interpolate(
 
 
 def sample_sigmas(
-    key: PRNGKeyArray, shape: tuple[int, ...], num_image_tokens: int, **shift_options: float
+    key: PRNGKeyArray, shape: tuple[int, ...], num_image_tokens: int, extra_shift: float = 0.0, **shift_options: float
 ) -> Float[Array, "..."]:
     """Training times: logit-normal (Esser et al. 2024), shifted towards noise as the schedule of that size is.
 
-    `sigma = sigmoid(z + mu)`, `z ~ N(0, 1)`, `mu = schedule.shift(N_img)`: the median is the image of 1/2 under the
-    schedule's shift.
+    `sigma = sigmoid(z + mu)`, `z ~ N(0, 1)`, `mu = schedule.shift(N_img) + extra_shift`: without the extra, the median
+    is the image of 1/2 under the schedule's shift.
 
     Args:
         key: Random key.
         shape: Of the result.
         num_image_tokens: N_img, which sets the shift.
+        extra_shift: Above 0, noisier times: what is where is decided close to sigma = 1, since a token of 64 channels
+            shows through much noise.
         **shift_options: As for `schedule.sigmas`.
 
     Returns:
         float32 in (0, 1).
     """
-    return jax.nn.sigmoid(jax.random.normal(key, shape) + shift(num_image_tokens, **shift_options))
+    mu = shift(num_image_tokens, **shift_options) + extra_shift
+    return jax.nn.sigmoid(jax.random.normal(key, shape) + mu)
 
 
 def matching_loss(

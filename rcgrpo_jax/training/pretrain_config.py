@@ -39,6 +39,7 @@ def default_config() -> ConfigDict:
         ),
         flow=group(
             region_weight=1.0,  # of the mean error inside the mask, added to the mean over the image
+            extra_shift=0.0,  # added to the schedule's shift mu for the times of training: above 0, noisier ones
             picture_steps=8,  # solver steps of the pictures
         ),
         lora=shared.lora,
@@ -52,7 +53,8 @@ _CHOICES = {**MODEL_CHOICES, "stage": ("vae", "flow", "lora"), "save_dtype": ("f
 _RANGES = {
     **SHARED_RANGES,
     "batch.size": (1, math.inf), "batch.micro_batch": (0, math.inf), "vae.crop": (0, math.inf),
-    "vae.kl_weight": (0, math.inf), "flow.region_weight": (0, math.inf), "flow.picture_steps": (1, math.inf),
+    "vae.kl_weight": (0, math.inf), "flow.region_weight": (0, math.inf), "flow.extra_shift": (-10, 10),
+    "flow.picture_steps": (1, math.inf),
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ class FlowStage(Stage):
         params, lora = self.networks(trained, frozen)
         condition, data = self.condition(params, example)
         key_sigma, key_noise = jax.random.split(key)
-        sigma = matching.sample_sigmas(key_sigma, (), len(data), **self.shift_options)
+        sigma = matching.sample_sigmas(key_sigma, (), len(data), self.config.flow.extra_shift, **self.shift_options)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
         variables = {"params": params["transformer"], "lora": lora}
         predicted = self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
