@@ -347,6 +347,14 @@ def test_a_run_becomes_a_page(tmp_path, capsys):
         assert shown in text
 
 
+@pytest.mark.parametrize("kind", ["region", "global", "mixed"])
+def test_facts_name_what_was_perturbed(kind):
+    config = small_run.make_config(explore__kind=kind, explore__alpha_edit=0.25, explore__sigma=0.125).to_dict()
+    said = run_record.facts(run_record.RunRecord(config, [], None))["Exploration"]
+    assert ("0.25 inside" in said) == (kind != "global")
+    assert ("global, 0.125" in said) == (kind != "region")
+
+
 def test_a_run_before_its_first_checkpoint_and_picture_becomes_a_page_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 0, "loss": 0.5}) + '\n{"step": 2, "lo')
     page, _ = page_of("--workdir", tmp_path, "--out", tmp_path / "page.html")

@@ -22,7 +22,7 @@ from rcgrpo_jax.training.metrics import read_metrics
 
 SCRIPT = "run.py"  # name of the configuration file in the commands
 _SHARED = {
-    "Model": "{model[path]}, {model[dtype]}, guidance {model[guidance]}",
+    "Model": "{model[path]}, {model[dtype]}, quantization {model[quantization]}, guidance {model[guidance]}",
     "Data": "{data[path]}, {data[size][1]} x {data[size][0]} pixels",
     "Seed": "{seed}",
     "LoRA": "rank {lora[rank]}, alpha {lora[alpha]}, on {lora[targets]}",
@@ -39,6 +39,8 @@ _POST_TRAINING = {
 _EXPLORATION = {
     "region": "region-decoupled, {explore[alpha_edit]} inside and {explore[alpha_base]} outside the mask",
     "global": "global, {explore[sigma]}",
+    "mixed": "half region-decoupled, {explore[alpha_edit]} inside and {explore[alpha_base]} outside the mask; half "
+    "global, {explore[sigma]}",
 }
 _PRETRAINING = {"Method": "supervised training, stage {stage}", **_SHARED, "Batch": "{batch[size]} examples"}
 

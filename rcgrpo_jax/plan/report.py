@@ -74,8 +74,8 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     tokens = workload.programs.editor.max_text_tokens + 2 * workload.programs.grid[0] * workload.programs.grid[1]
     room = "" if topology.memory is None else f", {topology.memory / GIB:.2f} GiB a device"
     parts = [
-        f"model     {config.model.path}, {config.model.dtype}, attention {workload.attention}, "
-        f"remat {config.model.remat}, {tokens} tokens a sample\n"
+        f"model     {config.model.path}, {config.model.dtype}, quantization {config.model.quantization}, "
+        f"attention {workload.attention}, remat {config.model.remat}, {tokens} tokens a sample\n"
         f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}",
         _memory(plans),
         _work(plans, workload),
