@@ -154,6 +154,7 @@ def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monke
 
     monkeypatch.setattr(Trainer, "step", step)
     config = small_run.make_config(train__save_every=1, train__image_every=4, **changes)
+    caplog.set_level(logging.WARNING, "jax")  # the program's own commands want errors alone
     with jax.log_compiles():
         train(config, tmp_path, jax.devices()[:devices])
     compiled = []  # of each step
