@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
+from safetensors.numpy import load_file
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.main import main
@@ -188,6 +189,15 @@ def environment() -> dict[str, str]:
     """The variables of a process that computes as this one does and shares its compilations."""
     cache = {f"JAX_{name.upper()}": str(value) for name, value in COMPILATION_CACHE.items()}
     return {**os.environ, **cache, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Of all safetensors in a folder, by file and name."""
+    return {
+        f"{file.relative_to(folder)}/{name}": x
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
 
 
 def config_file(path: Path, body: str = "", config: ConfigDict | None = None, **changes) -> Path:

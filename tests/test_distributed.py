@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import small_run
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file
 
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import VAEConfig
@@ -161,21 +160,12 @@ def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
     assert [line["step"] for line in found] == [1, 2, 3]
     for line, expected in zip(found, wanted, strict=True):
         assert line == pytest.approx(expected, rel=1e-4)
-    first, found, wanted = (tensors(path) for path in (before, two / "model", one / "model"))
+    first, found, wanted = (small_run.tensors(path) for path in (before, two / "model", one / "model"))
     assert found.keys() == wanted.keys() == first.keys()
     difference, change = (
         np.sqrt(sum(np.square(x - other[name]).sum() for name, x in wanted.items())) for other in (found, first)
     )
     assert difference < 1e-3 * change
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Of all safetensors in a folder."""
-    return {
-        f"{file.relative_to(folder)}/{name}": x
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
 
 
 # How processes find each other

@@ -16,7 +16,6 @@ from diffusers import FluxKontextPipeline
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
-from safetensors.numpy import load_file
 from torch_parity import relative_error
 
 from rcgrpo_jax.cli.data import write_folder
@@ -83,15 +82,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Of all safetensors in a folder."""
-    return {
-        f"{file.parent.name}/{name}": x
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
-
-
 def losses(stage: str) -> np.ndarray:
     lines = small_run.metrics_without_times(trained(stage).parent)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -117,7 +107,7 @@ def test_a_picture_shows_a_few_examples_at_the_end(stage):
 
 
 def test_the_flow_trains_transformer_and_text_encoders_and_leaves_the_rest():
-    before, after = (tensors(folder) for folder in (trained("vae"), trained("flow")))
+    before, after = (small_run.tensors(folder) for folder in (trained("vae"), trained("flow")))
     assert before.keys() == after.keys()
     for name, x in before.items():
         same = np.array_equal(x, after[name])
@@ -136,7 +126,7 @@ def test_the_autoencoder_is_all_that_its_stage_changes():
 
 def test_an_adapter_is_all_that_its_stage_leaves():
     assert sorted(files(trained("lora"))) == [export.LORA_FILE]
-    assert all(np.any(x) for x in tensors(trained("lora")).values())  # B too
+    assert all(np.any(x) for x in small_run.tensors(trained("lora")).values())  # B too
 
 
 # Stopped and resumed, on more devices, in smaller batches
@@ -145,7 +135,7 @@ def test_an_adapter_is_all_that_its_stage_leaves():
 def test_an_adapter_learns_on_a_quantised_base(tmp_path):
     """The base is close to the float one, and not the same."""
     pretrain(make_config("lora", model__quantization="int8"), tmp_path / "run", jax.devices()[:1])
-    assert tensors(tmp_path / "run" / "lora").keys() == tensors(trained("lora")).keys()
+    assert small_run.tensors(tmp_path / "run" / "lora").keys() == small_run.tensors(trained("lora")).keys()
     found = np.array([line["loss"] for line in small_run.metrics_without_times(tmp_path / "run")])
     np.testing.assert_allclose(found, losses("lora"), rtol=0.05)
     assert found[0] != losses("lora")[0]
@@ -172,7 +162,7 @@ def resume(stage: str, folder: Path, devices: int, **changes) -> Path:
 @pytest.mark.parametrize("stage", ["flow", "lora"])
 def test_a_resumed_run_ends_where_the_first_did_bit_for_bit(stage, tmp_path):
     result = resume(stage, tmp_path / "run", devices=1)
-    found, wanted = tensors(result), tensors(trained(stage))
+    found, wanted = small_run.tensors(result), small_run.tensors(trained(stage))
     assert {name: x.tobytes() for name, x in found.items()} == {name: x.tobytes() for name, x in wanted.items()}
     assert small_run.metrics_without_times(result.parent) == small_run.metrics_without_times(trained(stage).parent)
 
@@ -183,7 +173,9 @@ def test_eight_devices_and_micro_batches_compute_the_same(tmp_path):
     found, wanted = (small_run.metrics_without_times(path.parent) for path in (result, trained("lora")))
     assert found[-2] == pytest.approx(wanted[-2], rel=1e-5)  # from the same parameters
     assert found[-1] == pytest.approx(wanted[-1], rel=1e-3)
-    found, wanted = (np.concatenate([x.ravel() for x in tensors(path).values()]) for path in (result, trained("lora")))
+    found, wanted = (
+        np.concatenate([x.ravel() for x in small_run.tensors(path).values()]) for path in (result, trained("lora"))
+    )
     assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
 
 
@@ -305,7 +297,7 @@ def test_the_command_says_where_the_result_is(tmp_path, capsys, caplog):
         f"tensorboard  {workdir / 'tensorboard'}",
         f"images       {workdir / 'images'}",
     ]
-    assert tensors(workdir / "lora").keys() == tensors(trained("lora")).keys()
+    assert small_run.tensors(workdir / "lora").keys() == small_run.tensors(trained("lora")).keys()
 
 
 def command(folder: Path, workdir: Path, config: ConfigDict) -> list[str]:
