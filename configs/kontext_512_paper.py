@@ -12,15 +12,11 @@ all steps; memory and time on a device have not been measured.
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.training.recipes import as_in_paper
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
-    config.surrogate.distance = "region"
-    config.surrogate.tau_edit = 0.9
-    config.surrogate.tau_base = 1.1
-    config.surrogate.anchor_mode = "integrate"
-    config.surrogate.steps = "all"
+    config = as_in_paper(default_config())
     config.surrogate.micro_batch = 8  # of 16 anchors
     config.rollout.micro_batch = 16
     config.rollout.decode_micro_batch = 16

@@ -1,5 +1,8 @@
 """Ablations: variants change what they say, pieces are made once, and all rows see the same edits."""
 
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import small_run
@@ -7,7 +10,7 @@ import small_run
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
-from rcgrpo_jax.training import ablation
+from rcgrpo_jax.training import ablation, loop
 from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Variant, configure, parse_variant
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.metrics import read_metrics
@@ -41,6 +44,7 @@ def test_variants_of_the_paper_are_valid_runs():
         changed = configure(config, variant, seed=3)
         validate(changed, 1)
         assert changed.seed == 3
+        assert changed.surrogate.distance == "region" or variant not in TAUS
         for field, value in variant.changes.items():
             group, name = field.split(".")
             assert changed[group][name] == value
@@ -59,7 +63,9 @@ def test_another_form_is_refused(text):
         parse_variant(text)
 
 
-@pytest.mark.parametrize("changes", [{"explore.alpha": 0.1}, {"explore.kind": 3}, {"nothing": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"explore.alpha": 0.1}, {"explore.kind": 3}, {"nothing": 1}, {"acd.weight": None}, {"seed": 3}]
+)
 def test_a_field_that_is_not_there_or_of_another_type_is_refused(changes):
     with pytest.raises(UsageError, match="variant 'x'"):
         configure(small_run.make_config(), Variant("x", changes), 0)
@@ -82,11 +88,16 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
 def test_global_exploration_moves_the_background_more(run, tmp_path):
     """Fig. 5b, of an untrained model."""
     out, _ = run
-    assert all("<svg" in (out / f"{plot}.svg").read_text() for plot in ("drift", "reward_std"))
+    for plot in ("drift", "reward_std_preservation"):
+        assert ElementTree.parse(out / f"{plot}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     config = small_run.make_config(data__path="scenes:train:4", rewards__colour=0.0)
-    everywhere, inside = (ablation.explore(config, variant, 0, tmp_path, num_batches=1) for variant in COMPONENTS[:2])
+    everywhere, inside = (
+        ablation.group_statistics(config, variant, 0, tmp_path, num_batches=1) for variant in COMPONENTS[:2]
+    )
     assert (everywhere.drift > 3 * inside.drift).all()
-    assert (everywhere.reward_std > 0).all()
+    stds = [found.reward_std["preservation"] for found in (everywhere, inside)]
+    assert (stds[0] > stds[1]).all()
+    assert (stds[1] > 0).all()
 
 
 def test_what_is_there_is_not_made_again(run, monkeypatch, capsys):
@@ -95,22 +106,63 @@ def test_what_is_there_is_not_made_again(run, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("trained or evaluated again")
 
-    monkeypatch.setattr(ablation, "train", refuse)
+    monkeypatch.setattr(ablation, "train_to_end", refuse)
     monkeypatch.setattr(ablation, "evaluate", refuse)
-    assert main([x for x in arguments if not x.startswith("--batches")]) == 0
+    assert main([*again(arguments), "--config.train.save_every=1"]) == 0  # of no account
     assert "global" in capsys.readouterr().out
+
+
+def again(arguments: list[str]) -> list[str]:
+    return [x for x in arguments if not x.startswith("--batches")]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("--eval_seed=1", "evaluation.protocol.seed: there 0, config 1"),
+        ("--steps=3", "evaluation.protocol.num_steps"),
+        ("--data=scenes:validation:3", "evaluation.protocol.data"),
+        ("--config.train.num_steps=3", "run.train.num_steps"),
+        ("--config.explore.alpha_edit=0.2", "run.explore.alpha_edit"),
+        ("--config.acd.layers=1", "evaluation.acd.layers"),
+    ],
+)
+def test_what_was_made_otherwise_is_not_taken_for_it(run, change, field, capsys, monkeypatch):
+    _, arguments = run
+    monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
+    assert main([*again(arguments), change]) == 1
+    said = capsys.readouterr().err
+    assert field in said
+    assert "another --out" in said
+
+
+def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, capsys):
+    _, arguments = run
+    stopped = SimpleNamespace(step=1)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
+    assert main([*again(arguments), f"--out={tmp_path}"]) == 1
+    assert "step 1 of 2" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "evaluations").rglob("*.npz")] == ["base.npz"]
+
+
+def test_acd_is_measured_alike_in_all_rows(run):
+    out, _ = run
+    files = sorted((out / "evaluations").rglob("*.npz"))
+    assert {Evaluation.load(file).settings["acd_layers"] for file in files} == {2}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--variant=global: acd.weight=0", "different names"),
+        ("--variant=Global!: acd.weight=0.5", "names that differ"),
+        ("--variant=..: acd.weight=0.5", "names that differ"),
+        ("--variant=other: explore.kind=region acd.weight=0", "'RDP' and 'other' are the same run"),
         ("--variant=bad: explore.alpha_edit=2", "explore.alpha_edit"),
         ("--data=scenes:heldout:0", "scenes"),
     ],
 )
 def test_mistakes_are_told_before_training(run, change, message, capsys, monkeypatch):
     _, arguments = run
-    monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
     assert main([*arguments, change]) == 2
     assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ from rcgrpo_jax.rewards.base import register
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
 from rcgrpo_jax.training.loop import make_rewards
+from rcgrpo_jax.training.recipes import as_in_paper
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -51,6 +52,31 @@ def test_the_configs_that_come_with_the_package_are_valid(file):
     config = runpy.run_path(str(file))["get_config"]()
     config.model.path = config.data.path = "somewhere"
     (pretrain_config.validate if "stage" in config else validate)(config, 8)
+
+
+def test_the_papers_settings_do_not_follow_the_defaults():
+    other = make(
+        explore__kind="mixed", explore__mask_threshold=0.5, explore__mask_dilation=2, surrogate__distance="l2",
+        surrogate__tau_edit=0.5, surrogate__tau_base=2.0, surrogate__anchor_mode="replay", surrogate__steps="random",
+        surrogate__weighting="policy", objective__quasi_norm=0.8, objective__kl_weight=0.1, acd__weight=0.0,
+        acd__reference_keys=True, acd__text="instruction",
+    )  # fmt: skip
+    assert as_in_paper(other) == as_in_paper(make())
+
+
+@pytest.mark.parametrize("value", [None, "0.3"])
+def test_what_is_no_number_is_refused(value):
+    config = make()
+    with config.ignore_type():
+        config.acd.weight = value
+    assert problems(config) == [f"acd.weight: {value!r} found; 0 or more was wanted"]
+
+
+@pytest.mark.parametrize("weight", [None, "1"])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    assert problems(make(rewards=ConfigDict({"preservation": weight}))) == [
+        f"rewards.preservation: {weight!r} found; a finite number was wanted"
+    ]
 
 
 def test_every_problem_is_listed_at_once():

@@ -23,8 +23,10 @@ from rcgrpo_jax.data.images import read_image, resize_image, resize_mask
 from rcgrpo_jax.data.scenes import Scenes
 from rcgrpo_jax.data.triples import TripleBatches
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.flow import matching
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.models.vae import VAE
+from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.pretrain import PICTURED, open_folder, pretrain
@@ -114,6 +116,17 @@ def test_the_flow_trains_transformer_and_text_encoders_and_leaves_the_rest():
         assert same == name.startswith("vae/") or not np.any(x), name  # a bias may be 0 and stay so
     assert all(np.isfinite(x).all() for x in after.values())
     assert files(trained("flow") / "vae") == files(trained("vae") / "vae")
+
+
+def test_the_flow_draws_its_times_with_the_shift_asked_for(tmp_path, monkeypatch):
+    config, heard = make_config("flow", flow__extra_shift=1.5), []
+    mesh = make_mesh({}, jax.devices()[:1])
+    stage = FlowStage(config, open_folder(config, tmp_path), mesh, tmp_path)
+    draw = matching.sample_sigmas
+    monkeypatch.setattr(matching, "sample_sigmas", lambda *args, **rest: heard.append(args[3]) or draw(*args, **rest))
+    example = jax.tree.map(lambda x: x[0], stage.arrays(stage.batches()[0]))
+    jax.eval_shape(stage.loss, stage.initial(jax.random.key(0)), stage.frozen(), jax.random.key(1), example)
+    assert heard == [1.5]
 
 
 def test_the_autoencoder_is_all_that_its_stage_changes():

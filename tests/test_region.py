@@ -31,7 +31,12 @@ def test_threshold_is_a_share_of_the_tokens_area():
     mask = mask_with((4, 8), (0, 0, 2, 4), (0, 4, 1, 8))  # half of the left token, a quarter of the right one
     np.testing.assert_array_equal(token_mask(mask, (1, 2), threshold=0.5), [1, 0])
     np.testing.assert_array_equal(token_mask(mask, (1, 2), threshold=0.25), [1, 1])
-    np.testing.assert_array_equal(token_mask(mask, (1, 2), threshold=0.51), [0, 0])
+
+
+def test_a_threshold_that_no_token_reaches_leaves_the_fullest():
+    mask = mask_with((4, 8), (0, 0, 2, 4), (0, 4, 1, 8))
+    np.testing.assert_array_equal(token_mask(mask, (1, 2), threshold=0.51), [1, 0])
+    np.testing.assert_array_equal(token_mask(jnp.zeros((4, 8)), (1, 2), threshold=0.51), [0, 0])
 
 
 def test_soft_masks_stay_soft_unless_thresholded():

@@ -38,6 +38,21 @@ def test_covers_a_difference_of_pairs(seeds, of_seeds):
     assert 0.91 <= hits / DRAWS <= 0.995
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.1])
+def test_covers_a_difference_of_pairs_of_seeds(shared):
+    """Also where a seed does the same to both, and then more closely than seed by seed alone."""
+    rng = np.random.default_rng(7)
+    hits, widths = 0, []
+    for _ in range(DRAWS):
+        common = shared * rng.standard_normal((5, 1)) + 0.5 * rng.standard_normal(EXAMPLES)
+        a, b = (draw(rng, 5, 0.03, 0.2) + common for _ in range(2))
+        interval = paired_interval(a, b)
+        hits += interval.low < 0 < interval.high
+        widths.append(interval.high - interval.low)
+    assert 0.91 <= hits / DRAWS <= 0.985
+    assert np.mean(widths) < 0.18
+
+
 def test_pairs_are_compared_more_closely_than_means():
     rng = np.random.default_rng(2)
     hard = rng.standard_normal(EXAMPLES)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.arguments import parse, write_text
 from rcgrpo_jax.cli.config_file import check_config, keep_compilations
 from rcgrpo_jax.data.sources import open_source
-from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.lpips import MISSING
-from rcgrpo_jax.evaluation.plots import distributions
-from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.plots import as_file, distributions
+from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
 from rcgrpo_jax.training.ablation import (
     BASE,
     COMPONENTS,
     TAUS,
     Protocol,
     configure,
-    explore,
+    group_statistics,
     parse_variant,
     run_base,
     run_variant,
+    slug,
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.
 
-Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it."""
+Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it.
+It uses one device."""
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
 
@@ -57,18 +60,20 @@ def run(argv: list[str]) -> None:
     config, out = values.config, Path(values.out)
     variants = [*TABLES.get(values.table, ()), *map(parse_variant, values.variant)]
     names = [variant.name for variant in variants]
-    if not variants or len({BASE, *names}) <= len(names):
+    if not variants or len({"", BASE, *map(slug, names)}) < len(names) + 2:
         raise UsageError(
-            f"--table, --variant: {', '.join(names) or 'none'} found; at least one was wanted, of different names.",
+            f"--table, --variant: {', '.join(names) or 'none'} found; at least one was wanted, of names that differ in "
+            "their letters and digits.",
             "Write --table components, or --variant 'NAME: FIELD=VALUE'.",
         )
-    for variant in variants:  # before hours of training
-        validate(configure(config, variant, 0), 1)
-    protocol = Protocol(open_source(values.data), values.steps, values.eval_seed)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be made ({error}).", "Choose a folder you can write to.") from None
+    runs = {variant.name: configure(config, variant, 0) for variant in variants}
+    for run in runs.values():  # before hours of training
+        validate(run, 1)
+    for (one, a), (other, b) in combinations(runs.items(), 2):
+        if a == b:
+            raise UsageError(f"variants {one!r} and {other!r} are the same run.", "Leave one of them out.")
+    open_source(values.data, config.data.polarity)
+    protocol = Protocol(values.data, values.steps, values.eval_seed)
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
 
@@ -77,15 +82,25 @@ def run(argv: list[str]) -> None:
     for seed in range(values.seeds):  # seed by seed, so that what is there after any of them is balanced
         for variant in variants:
             rows[variant.name].append(run_variant(config, variant, seed, protocol, out))
-        tables = make_tables(rows)
-        (out / "table.md").write_text(markdown(tables), encoding="utf-8")
-    print(plain(tables) + ("" if "lpips" in rows[BASE][0].measures else f"\n{MISSING}"))
+        tables, remarks = make_tables(rows), "\n".join(notes(rows[BASE][0]))
+        write_text(out / "table.md", f"{markdown(tables)}\n{remarks}\n")
+    print(f"{plain(tables)}\n{remarks}\n")
     print(f"table        {out / 'table.md'}")
     if values.batches:
-        found = {variant.name: explore(config, variant, 0, out, values.batches) for variant in variants}
-        for field, label in (("drift", "background drift"), ("reward_std", "within-group reward std")):
-            groups = {name: getattr(exploration, field) for name, exploration in found.items()}
-            (out / f"{field}.svg").write_text(distributions(groups, label), encoding="utf-8")
-            medians = "  ".join(f"{name} {np.median(group):.4g}" for name, group in groups.items())
-            print(f"{label}, medians of {values.batches * config.rollout.prompts} groups: {medians}")
-            print(f"plot         {out / f'{field}.svg'}")
+        distinct = {}  # variants that differ in their rewards alone explore alike
+        for variant in variants:
+            distinct.setdefault((str(runs[variant.name].explore), str(runs[variant.name].rollout)), variant)
+        found = {x.name: group_statistics(config, x, 0, out, values.batches) for x in distinct.values()}
+        plot(out / "drift.svg", "background drift", {name: x.drift for name, x in found.items()})
+        for reward in next(iter(found.values())).reward_std:
+            label = f"within-group standard deviation, {reward}"
+            plot(out / f"reward_std_{reward}.svg", label, {name: x.reward_std[reward] for name, x in found.items()})
+
+
+def plot(file: Path, label: str, groups: Mapping[str, np.ndarray]) -> None:
+    """Draws one of Fig. 5's distributions, and prints its medians."""
+    write_text(file, as_file(distributions(groups, label)))
+    count = min(np.isfinite(group).sum() for group in groups.values())
+    medians = "  ".join(f"{name} {np.nanmedian(group):.4g}" for name, group in groups.items())
+    print(f"{label}, medians of {count} groups: {medians}")
+    print(f"plot         {file}")

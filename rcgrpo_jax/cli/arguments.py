@@ -6,11 +6,12 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.errors import UsageError, UserError
 
 
 def parse(
@@ -77,6 +78,19 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise UsageError(f"--size: {text!r} found; WIDTHxHEIGHT in pixels was wanted.", "For example --size 1024x1024.")
     return int(found[2]), int(found[1])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and makes its folder.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
 
 
 def dtype_of(name: str) -> Any:

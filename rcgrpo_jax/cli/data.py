@@ -25,7 +25,7 @@ DATASETS = ("scenes",)
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory to write; files of the same names are replaced", values)
-    flags.DEFINE_enum("split", "train", SPLITS, "heldout and photo show shapes in colours unseen in train", values)
+    flags.DEFINE_enum("split", "train", SPLITS, "heldout and photo show combinations unseen in the others", values)
     flags.DEFINE_list("kinds", [*KINDS], "kinds of the tasks, in turn; one named twice comes twice as often", values)
     flags.DEFINE_integer("count", 300, "tasks", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("size", 128, "side, pixels", lower_bound=MIN_SIZE, flag_values=values)

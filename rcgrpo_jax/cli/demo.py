@@ -10,7 +10,7 @@ from absl import flags
 from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.export import export
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.training.loop import train_to_end
 from rcgrpo_jax.training.recipes import small_editor
 
 ABOUT = """Post-trains the editor that ships with the package on synthetic edits, exports the LoRA, compares it with the
@@ -28,15 +28,16 @@ def run(argv: list[str]) -> None:
     out = Path(values.out)
     config = small_editor()
     config.train.num_steps = values.steps
+    config.data.path = "scenes:train:96"  # 24 steps see each once
     data = f"scenes:heldout:{values.examples}"
 
     print(f"1/4 {values.steps} steps of RC-GRPO on {config.data.path} -> {out / 'run'}", flush=True)
-    train(config, out / "run", devices=jax.devices()[:1])
+    train_to_end(config, out / "run", devices=jax.devices()[:1])
     lora = export(out / "run", out / "lora")
     print(f"2/4 LoRA in diffusers format -> {lora}", flush=True)
     print(f"3/4 {values.examples} held-out edits, by the base and with the LoRA, from the same noise", flush=True)
-    common = [f"--model={config.model.path}", f"--dtype={config.model.dtype}", f"--data={data}"]
-    evaluate.run([*common, f"--lora={lora}", f"--out={out / 'evaluation'}"])
+    common = [f"--model={config.model.path}", f"--dtype={config.model.dtype}", f"--acd_layers={config.acd.layers}"]
+    evaluate.run([*common, f"--data={data}", f"--lora={lora}", f"--out={out / 'evaluation'}"])
     print("4/4 all of it on a page", flush=True)
     page = out / "report.html"
     report.run(

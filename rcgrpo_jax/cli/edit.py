@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
@@ -85,6 +87,16 @@ def check_output(path: str) -> None:
         ) from None
 
 
+def open_editor(
+    values: flags.FlagValues, folder: ModelFolder, mesh: Mesh, acd_layers: int = 1, **options: Any
+) -> Editor:
+    """The editor that `--dtype`, `--quantization` and `--text_tokens` ask for, with the fastest attention here."""
+    dtype = dtype_of(values.dtype)
+    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype), acd_layers)
+    options |= {"quantization": values.quantization, "attention": attention}
+    return Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), **options)
+
+
 def run(argv: list[str]) -> None:
     required = ("model", "image", "instruction", "out")
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
@@ -108,11 +120,7 @@ def run(argv: list[str]) -> None:
         lora = scale_adapter(adapter, config.scale)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1})
-    sharding_of = parameter_sharding(mesh)
-    dtype = dtype_of(values.dtype)
-    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
-    options = {"quantization": values.quantization, "attention": attention}
-    editor = Editor(folder, dtype, values.text_tokens, sharding_of, keep_text_encoders=False, **options)
+    editor = open_editor(values, folder, mesh, keep_text_encoders=False)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))

@@ -6,26 +6,20 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 
-from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
-from rcgrpo_jax.cli.edit import check_output
+from rcgrpo_jax.cli.arguments import parse, parse_size, write_text
+from rcgrpo_jax.cli.edit import check_output, open_editor
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
-from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
-from rcgrpo_jax.evaluation.lpips import MISSING
-from rcgrpo_jax.evaluation.tables import make_tables, markdown, plain
-from rcgrpo_jax.models.attention import AUTO, choose
+from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
 from rcgrpo_jax.models.lora import scale_adapter
-from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.metrics import Progress
 from rcgrpo_jax.weights.export import load_lora
@@ -49,6 +43,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_integer("batch", 50, "edits at a time", lower_bound=1, flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
+    flags.DEFINE_integer("acd_layers", 10, "last blocks whose attention counts for ACD", 1, flag_values=values)
     flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
@@ -67,10 +62,7 @@ def run(argv: list[str]) -> None:
         adapters["lora"] = scale_adapter(adapter, config.scale)
     source = open_source(values.data, values.polarity)
     mesh = make_mesh({"fsdp": -1})
-    dtype = dtype_of(values.dtype)
-    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype))
-    options = {"quantization": values.quantization, "attention": attention}
-    editor = Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), **options)
+    editor = open_editor(values, folder, mesh, values.acd_layers)
     evaluations = {}
     for name, lora in adapters.items():
         with Progress(len(source), description=name, lines=10) as progress:
@@ -89,14 +81,11 @@ def run(argv: list[str]) -> None:
             )
         evaluations[name].save(out / f"{name}.npz")
     tables = make_tables({name: [evaluation] for name, evaluation in evaluations.items()})
-    notes = [] if "lpips" in evaluations["base"].measures else [MISSING]
-    try:
-        (out / "table.md").write_text("\n".join([markdown(tables), *notes]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None
+    remarks = "\n".join(notes(evaluations["base"]))
+    write_text(out / "table.md", f"{markdown(tables)}\n{remarks}\n")
     title = f"{values.steps} solver steps, guidance {values.guidance}, one noise"
     save_image(out / "grid.png", comparison_grid(grid_rows(source, evaluations), title))
-    print("\n".join([plain(tables), *notes]))
+    print(f"{plain(tables)}\n{remarks}\n")
     print(f"measures  {', '.join(str(out / f'{name}.npz') for name in evaluations)}")
     print(f"table     {out / 'table.md'}")
     print(f"grid      {out / 'grid.png'}")

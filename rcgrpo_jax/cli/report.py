@@ -176,7 +176,7 @@ def attention_rows(
         whole.model.max_text_tokens,
         parameter_sharding(mesh),
         quantization=whole.model.quantization,
-        attention=AttentionOptions(acd_layers=whole.acd.layers),
+        attention=AttentionOptions(acd_layers=settings["acd_layers"]),
     )
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
     grid = editor.grid(*images.shape[1:3])

@@ -25,7 +25,7 @@ from rcgrpo_jax.errors import UsageError
 Flaw = Literal["wrong", "spill", "ghost"]
 
 KINDS: tuple[Kind, ...] = ("add", "remove", "replace")
-SPLITS = ("train", "heldout", "photo")
+SPLITS = ("train", "heldout", "photo", "validation")  # a split's place in it seeds its tasks: append only
 MIN_SIZE = 32  # pixels; below, small shapes cannot be told apart
 _STREAMS = ("scene", "background", "flaw")  # of random numbers, independent of each other
 
@@ -37,6 +37,7 @@ class Scenes:
       - `train`: only the 48 combinations `SEEN` of shape and colour occur, in any role.
       - `heldout`: what is added, removed, replaced and replaced by is of the 16 combinations `HELD_OUT`; the objects
         around are of `SEEN`, but for one that looks like the edited object and is told apart by size or place.
+      - `validation`: as `train`, other tasks; for choosing settings, so that `heldout` stays unseen.
       - `photo`: as `heldout`, on crops of the photographs of `data.photographs`, their tonal range narrowed.
 
     With `flaws`, that share of the targets shows an edit gone wrong, for pre-training an editor that has something left
@@ -79,7 +80,7 @@ class Scenes:
         if not 0 <= flaws <= 1:
             raise UsageError(f"scenes: flaws {flaws} found; a share in [0, 1] was wanted.", "Write 0.4 for 40 %.")
         self.split, self.count, self.size, self.seed, self.flaws, self.kinds = split, count, size, seed, flaws, kinds
-        self._combinations = SEEN if split == "train" else HELD_OUT
+        self._combinations = SEEN if split in ("train", "validation") else HELD_OUT
         self._backgrounds = tuple(find_photographs()) if split == "photo" else tuple(TEXTURES)
 
     def __len__(self) -> int:

@@ -64,7 +64,7 @@ def read_region(scenes: Scenes, index: int) -> Region:
 
 
 @jax.jit
-def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str, Float[Array, " P"]]:
+def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> Float[Array, " P"]:
     """Computes how well the edit's region tells what was asked for from all else (a measure of ours).
 
     It stands where the paper has LC-T, CLIP's similarity of the crop around the region and its caption. The caption of
@@ -76,10 +76,10 @@ def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str
         regions: A stack of what `read_region` gives.
 
     Returns:
-        `caption`, p of the right answer, and `caption_top1`, 1 where it is the most likely one; float32.
+        p of the right answer, in [0, 1], float32.
     """
 
-    def one(task: tuple[Float[Array, "S S 3"], Region]) -> tuple[Array, Array]:
+    def one(task: tuple[Float[Array, "S S 3"], Region]) -> Array:
         picture, region = task
         side, (black, white) = len(region.box), region.shapes.astype(jnp.float32)
         level = _LEVELS.reshape(1, len(COLOURS), 1, 1, 3)
@@ -88,10 +88,9 @@ def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> dict[str
         crop = jax.lax.dynamic_slice(picture, (*region.corner, 0), (side, side, 3))
         error = jnp.sum((lab_from_srgb(crop)[None] - lab_from_srgb(answers)) ** 2, axis=-1)
         distance = jnp.sum(error * region.box[None], axis=(-2, -1)) / jnp.sum(region.box)
-        return jax.nn.softmax(-distance / TEMPERATURE)[region.asked], jnp.argmin(distance) == region.asked
+        return jax.nn.softmax(-distance / TEMPERATURE)[region.asked]
 
-    probability, best = jax.lax.map(one, (edited, regions))
-    return {"caption": probability, "caption_top1": best.astype(jnp.float32)}
+    return jax.lax.map(one, (edited, regions))
 
 
 def _span(inside: Bool[np.ndarray, " w"]) -> Bool[np.ndarray, " w"]:

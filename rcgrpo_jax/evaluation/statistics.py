@@ -56,8 +56,9 @@ def mean_interval(values: Values) -> Interval:
 def paired_interval(values: Values, other: Values) -> Interval:
     """Estimates `mean(values) - mean(other)`, as `mean_interval` does, on the same N examples in the same order.
 
-    Seeds of the two are independent and may differ in number; examples are shared, so that what makes an example hard
-    for both cancels. An example that is not finite in either is left out of both.
+    Examples are shared, so that what makes an example hard for both cancels. As many seeds on both sides are pairs too,
+    row s of one with row s of the other: two runs of one seed begin with the same adapter and see the same prompts and
+    noise. Otherwise the seeds count as independent. An example that is not finite in either is left out of both.
 
     Args:
         values: `[S, N]`.
@@ -71,7 +72,7 @@ def paired_interval(values: Values, other: Values) -> Interval:
     """
     if values.shape[1] != other.shape[1]:
         raise ValueError(f"{values.shape[1]} and {other.shape[1]} examples are not pairs")
-    return _interval([values, other])
+    return mean_interval(values - other) if len(values) == len(other) else _interval([values, other])
 
 
 def _interval(tables: Sequence[Values]) -> Interval:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.lpips import MISSING
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, paired_interval
 
 Variants = Mapping[str, Sequence[Evaluation]]  # a row of the table -> its evaluations, one a training seed
@@ -48,7 +49,7 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
     """Lays out the means of all variants, and their paired differences from the first and from the row above.
 
     Cells are `mean [low, high]` with 95 % intervals (`statistics`). A star marks a difference whose interval excludes
-    zero. Columns that some evaluation lacks are left out.
+    zero. Columns that some evaluation lacks are left out. Where examples tell their kind, success is shown by kind too.
 
     Args:
         variants: Row -> evaluations of the same examples, one a training seed; the first row is the base.
@@ -82,7 +83,33 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
     if len(names) > 2:
         lines = [[f"{name} - {other}", *difference(name, other)] for other, name in pairwise(names)]
         tables.append(Table("Difference from the row above, in pairs", [["variants", *headers], *lines]))
+    if None not in evaluations[0].kinds:
+        tables.append(_by_kind(variants))
     return tables
+
+
+def notes(evaluation: Evaluation) -> list[str]:
+    """What a reader of the tables must know to read them right, a line each."""
+    lines = [
+        "Edit success and overall are the oracle's sub-score and score, and PSNR is part of them: where the oracle was "
+        "the reward, they are what was trained for, on other pictures. Caption, SSIM and LPIPS are not in it.",
+        f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.",
+        "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
+    ]
+    return lines if "lpips" in evaluation.measures else [*lines, MISSING]
+
+
+def _by_kind(variants: Variants) -> Table:
+    """Edit success of each kind of task."""
+    kinds = next(iter(variants.values()))[0].kinds
+    names = list(dict.fromkeys(kinds))
+
+    def cell(evaluations: Sequence[Evaluation], kind: str) -> str:
+        chosen = [i for i, other in enumerate(kinds) if other == kind]
+        return _cell(mean_interval(np.stack([x.measures["success"][chosen] for x in evaluations])), 3)
+
+    lines = [[name, *(cell(evaluations, kind) for kind in names)] for name, evaluations in variants.items()]
+    return Table("Edit success by kind", [["variant", *names], *lines])
 
 
 def markdown(tables: Sequence[Table]) -> str:

@@ -22,8 +22,8 @@ def token_mask(
     Args:
         mask_pixels: [h_px, w_px], values in [0, 1], 1 = edit region.
         grid: (rows, columns) of the target image's tokens; must divide the mask's size.
-        threshold: Share of a token's area, in (0, 1], from which the token is in the region. The result is then binary;
-            without it a soft mask stays soft.
+        threshold: Share of a token's area, in (0, 1], from which the token is in the region; where none has so much,
+            those with the most are. The result is then binary; without it a soft mask stays soft.
         dilation: Radius in tokens by which the region grows, as a square. Applied last.
 
     Returns:
@@ -40,6 +40,7 @@ def token_mask(
     cells = mask_pixels.astype(jnp.float32).reshape(rows, height // rows, columns, width // columns)
     tokens = cells.max(axis=(1, 3))
     if threshold is not None:
-        tokens = (cells.mean(axis=(1, 3)) >= threshold).astype(jnp.float32)
+        share = cells.mean(axis=(1, 3))
+        tokens = ((share > 0) & (share >= jnp.minimum(threshold, share.max()))).astype(jnp.float32)
     side = 2 * dilation + 1
     return jax.lax.reduce_window(tokens, 0.0, jax.lax.max, (side, side), (1, 1), "SAME").reshape(-1)

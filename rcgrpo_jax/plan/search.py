@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan import flops
@@ -87,6 +88,7 @@ class Search:
         self.target = height * width // (2 * model.config("vae").downscale) ** 2
         self.text = config.model.max_text_tokens or model.max_text_tokens
         self.chip = topology.chip or _UNKNOWN
+        self.attention = choose(config.model.attention, topology.devices[0].platform, config.model.dtype)
 
     def shapes(self) -> list[Shape]:
         """Mesh shapes that split the model and the samples evenly, the fastest first."""
@@ -108,7 +110,8 @@ class Search:
         mesh = make_mesh(dict(zip(AXES, shape, strict=True)), self.topology.devices)
         weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype), self.config.model.quantization)
         held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
-        whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights)) / shape[2]
+        parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.base))  # gathered after dequantisation
+        whole = parameters * jnp.dtype(self.config.model.dtype).itemsize / shape[2]
         samples = counts(self.config)[name == "update"]
         spread = shape[0] * shape[1]
         policies = REMAT_POLICIES if name == "update" else [self.config.model.remat]
@@ -133,7 +136,8 @@ class Search:
             whole: Bytes of the weights that a device works with, gathered.
         """
         config = changed(self.config, {"model.remat": remat})
-        work = flops.step(config, self.sizes, self.model.config("vae"), self.text, self.target)[name]
+        sizes = self.sizes, self.model.config("vae")
+        work = flops.step(config, *sizes, self.text, self.target, self.attention)[name]
         if name == "decode":
             return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, 0.0)
         passes = config.rollout.num_steps if name == "rollout" else 2 + (remat != "none")

@@ -20,7 +20,6 @@ class RewardInputs(NamedTuple):
     edited: Float[Array, "P G H W 3"]
     mask: Float[Array, "P H W"]  # in [0, 1], 1 where the edit belongs
     instructions: tuple[str, ...]  # one a prompt
-    captions: tuple[str | None, ...] | None = None  # of the edited picture
     targets: Float[Array, "P H W 3"] | None = None  # reference edits
 
 

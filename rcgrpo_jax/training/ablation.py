@@ -1,6 +1,7 @@
 """The paper's ablations: variants of one run, several training seeds each, evaluated on the same held-out edits.
 
 Every piece (a run, an evaluation) is kept on disk and made once, so that an interrupted ablation goes on where it was.
+All is done on one device.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,13 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.data.pipeline import Source
-from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.training.checkpoint import config_differences
+from rcgrpo_jax.training.config import MAY_DIFFER
 from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.loop import (
     Trainer,
@@ -31,7 +35,7 @@ from rcgrpo_jax.training.loop import (
     first_state,
     load_editor,
     make_rewards,
-    train,
+    train_to_end,
 )
 from rcgrpo_jax.training.metrics import Progress
 from rcgrpo_jax.weights.load import ModelFolder
@@ -46,20 +50,28 @@ class Variant(NamedTuple):
 
 BASE = "base"  # the row without training
 COMPONENTS = (  # Table 2
-    Variant("Neighbor GRPO", {"explore.kind": "global", "acd.weight": 0.0}),
-    Variant("RDP", {"explore.kind": "region", "acd.weight": 0.0}),
+    Variant("GRPO (global)", {"explore.kind": "global", "acd.weight": 0.0}),
+    Variant("GRPO + RDP", {"explore.kind": "region", "acd.weight": 0.0}),
     Variant("RDP + ACD", {"explore.kind": "region"}),
 )
-TAUS = tuple(  # Table 3
-    Variant(f"tau {edit} / {base}", {"surrogate.tau_edit": edit, "surrogate.tau_base": base})
+TAUS = tuple(  # Table 3, of the region metric
+    Variant(
+        f"tau {edit} / {base}",
+        {"surrogate.distance": "region", "surrogate.tau_edit": edit, "surrogate.tau_base": base},
+    )
     for edit, base in ((1.0, 1.0), (0.9, 1.1), (0.8, 1.2), (1.2, 0.8))
+)
+# Fields of a run that do not touch what it learns.
+_INCIDENTAL = (
+    *(field for field in MAY_DIFFER if field != "train"),
+    *(f"train.{field}" for field in ("save_every", "keep", "image_every", "profile_steps")),
 )
 
 
 class Protocol(NamedTuple):
     """How variants are evaluated: fresh noise, no perturbation."""
 
-    source: Source  # held-out examples with targets
+    data: str  # held-out examples with targets, as `data.path` names them
     num_steps: int = 28  # K
     seed: int = 0  # of the noise
 
@@ -95,6 +107,8 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
     """
     changed = config.copy_and_resolve_references().lock()  # against new fields
     try:
+        if "seed" in variant.changes or None in variant.changes.values():
+            raise TypeError("a seed, or a field without a value")
         changed.update_from_flattened_dict({**variant.changes, "seed": seed})
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -112,29 +126,64 @@ def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Proto
         seed: Of the training.
         protocol: Of the evaluation.
         out: Gets `runs/VARIANT/SEED` and `evaluations/VARIANT/SEED.npz`.
+
+    Raises:
+        UserError: The training was stopped, or an evaluation is there that was made otherwise.
     """
     file = out / "evaluations" / slug(variant.name) / f"{seed}.npz"
+    changed = configure(config, variant, seed)
+    origin = _origin(config, protocol, changed)
     if file.exists():
-        return Evaluation.load(file)
-    config = configure(config, variant, seed)
-    state = train(config, out / "runs" / slug(variant.name) / str(seed), jax.devices()[:1])
-    adapter = scale_adapter(state.averaged, LoRAConfig(**config.lora).scale)
-    return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", adapter)
+        return _load(file, origin)
+    state = train_to_end(changed, run_folder(out, variant, seed), jax.devices()[:1])
+    adapter = scale_adapter(state.averaged, LoRAConfig(**changed.lora).scale)
+    return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, adapter)
 
 
 def run_base(config: ConfigDict, protocol: Protocol, out: Path) -> Evaluation:
     """Evaluates the model without an adapter."""
-    file = out / "evaluations" / f"{BASE}.npz"
-    return Evaluation.load(file) if file.exists() else _evaluate(config, protocol, file, BASE)
+    file, origin = out / "evaluations" / f"{BASE}.npz", _origin(config, protocol)
+    return _load(file, origin) if file.exists() else _evaluate(config, protocol, file, BASE, origin)
 
 
-def _evaluate(config: ConfigDict, protocol: Protocol, file: Path, name: str, lora: dict | None = None) -> Evaluation:
-    mesh = make_mesh({}, jax.devices()[:1])
-    with Progress(len(protocol.source), description=f"evaluate {name}", lines=5) as progress:
+def run_folder(out: Path, variant: Variant, seed: int) -> Path:
+    """The directory of a run."""
+    return out / "runs" / slug(variant.name) / str(seed)
+
+
+def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
+    """What an evaluation is an evaluation of, and how it is made."""
+    common = {name: config[name].to_dict() for name in ("model", "data", "acd")}
+    model = {"fingerprint": ModelFolder(config.model.path).fingerprint("transformer")}
+    evaluated = {
+        "protocol": protocol._asdict(),
+        "model": model | {name: common["model"][name] for name in ("dtype", "quantization", "guidance")},
+        "data": {name: common["data"][name] for name in ("size", "polarity")},
+        "acd": {name: common["acd"][name] for name in ("layers", "reference_keys")},
+    }
+    return {"evaluation": evaluated, "run": run.to_dict() if run else {}}
+
+
+def _load(file: Path, origin: Mapping[str, Any]) -> Evaluation:
+    """Reads an evaluation of that origin."""
+    evaluation = Evaluation.load(file)
+    ignored = [f"run.{field}" for field in _INCIDENTAL]
+    if differences := config_differences(evaluation.origin, origin, ignored, saved_as="there"):
+        raise UserError(
+            f"{file} was made otherwise: {'; '.join(differences)}.", "Use another --out, or put the values back."
+        )
+    return evaluation
+
+
+def _evaluate(
+    config: ConfigDict, protocol: Protocol, file: Path, name: str, origin: Mapping[str, Any], lora: dict | None = None
+) -> Evaluation:
+    mesh, source = make_mesh({}, jax.devices()[:1]), open_source(protocol.data, config.data.polarity)
+    with Progress(len(source), description=f"evaluate {name}", lines=5) as progress:
         evaluation = evaluate(
             load_editor(config, ModelFolder(config.model.path), mesh),
-            protocol.source,
-            range(len(protocol.source)),
+            source,
+            range(len(source)),
             num_steps=protocol.num_steps,
             guidance=config.model.guidance,
             seed=protocol.seed,
@@ -143,19 +192,22 @@ def _evaluate(config: ConfigDict, protocol: Protocol, file: Path, name: str, lor
             mesh=mesh,
             progress=progress.update,
         )
+    evaluation = replace(evaluation, origin=origin)
     evaluation.save(file)
     return evaluation
 
 
-class Exploration(NamedTuple):
-    """What a perturbation does before any training, one value a group (Fig. 5)."""
+class GroupStatistics(NamedTuple):
+    """What a perturbation does before any training, one value a group (Fig. 5), over the perturbed candidates."""
 
     drift: Float[np.ndarray, " Q"]  # of the background, between candidates
-    reward_std: Float[np.ndarray, " Q"]  # of the task reward, within the group
+    reward_std: Mapping[str, Float[np.ndarray, " Q"]]  # of each reward, within the group
 
 
-def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batches: int) -> Exploration:
+def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batches: int) -> GroupStatistics:
     """Groups of the untrained model under a variant's perturbation; equal seeds see equal prompts and references.
+
+    Candidate 0 is left out: RDP does not perturb it, and global perturbation does.
 
     Args:
         config: Common to all variants.
@@ -168,7 +220,7 @@ def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batc
     config.acd.weight = 0.0  # as in the paper: task reward only
     mesh = make_mesh({}, jax.devices()[:1])
     folder, rewards = ModelFolder(config.model.path), make_rewards(config)
-    drifts, stds = [], []
+    drifts, stds = [], {name: [] for name in rewards}
     with jax.set_mesh(mesh):
         batches = encode(config, folder, out, mesh, config.rollout.prompts, partial(check_example, rewards))
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
@@ -176,11 +228,11 @@ def explore(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batc
         for step in range(num_batches):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
             drifts.append(np.asarray(background_drift(batches[step], sample.images)))
-            task = sum(trainer.weights[name] * score for name, score in sample.scores.items())
-            stds.append(task.std(-1))
-    return Exploration(np.concatenate(drifts), np.concatenate(stds))
+            for name in rewards:
+                stds[name].append(sample.scores[name][:, 1:].std(-1))
+    return GroupStatistics(np.concatenate(drifts), {name: np.concatenate(parts) for name, parts in stds.items()})
 
 
 def slug(name: str) -> str:
     """A name as a directory."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")

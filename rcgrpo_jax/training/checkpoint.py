@@ -259,20 +259,23 @@ def _check_same_arrays(path: Path, saved: Mapping[str, str], wanted: Mapping[str
         )
 
 
-def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+def config_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = (), saved_as: str = "checkpoint"
+) -> list[str]:
     """Names every field in which two configurations differ.
 
     Args:
         saved: Nested configuration of the checkpoint.
         current: Nested configuration of this run; compared as JSON, so a tuple equals the list it was saved as.
         ignore: Dotted fields that may differ, with all below them: `train` covers `train.num_steps`.
+        saved_as: What holds the first, for the lines.
 
     Returns:
         Sorted lines such as `explore.alpha_edit: checkpoint 0.3, config 0.5`.
     """
     old, new = _flatten(saved), _flatten(current)
     return [
-        f"{name}: checkpoint {old.get(name, 'absent')}, config {new.get(name, 'absent')}"
+        f"{name}: {saved_as} {old.get(name, 'absent')}, config {new.get(name, 'absent')}"
         for name in sorted({**old, **new})
         if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{prefix}.") for prefix in ignore)
     ]

@@ -165,7 +165,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     problems += [
         f"rewards.{name}: {weight!r} found; a finite number was wanted"
         for name, weight in config.rewards.items()
-        if not math.isfinite(weight)
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight)
     ]
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]

@@ -61,7 +61,8 @@ def check_fields(
         if get_field(config, field) not in allowed
     ]
     for field, (low, high) in ranges.items():
-        if not low <= (value := get_field(config, field)) <= high:
+        value = get_field(config, field)
+        if not isinstance(value, (int, float)) or not low <= value <= high:
             wanted = f"{low} {'or more' if high == math.inf else f'to {high}'}"
             problems.append(f"{field}: {value!r} found; {wanted} was wanted")
     return problems

@@ -89,6 +89,21 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         return run_steps(state, step, config, described, workdir, checkpointer, "train", samples, shown)
 
 
+def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
+    """As `train`, for what comes after a whole run.
+
+    Raises:
+        UserError: Also if SIGTERM stopped the run before its last step.
+    """
+    state = train(config, workdir, devices)
+    if int(state.step) < config.train.num_steps:
+        raise UserError(
+            f"{workdir}: stopped on request at step {int(state.step)} of {config.train.num_steps}.",
+            "The same command goes on from there.",
+        )
+    return state
+
+
 def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
     """The state before the first step, on every device."""
     shapes = abstract_params("transformer", folder.config("transformer"))
@@ -306,8 +321,12 @@ def _outside(a: Array, b: Array, mask: Array) -> Array:
 
 
 def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
-    """How far the background of perturbed candidates is from candidate 0's (Fig. 5b), mean absolute, in [0, 1]."""
-    return _outside(images[:, 1:], images[:, :1], jnp.asarray(batch.mask)).mean(-1)
+    """How far the backgrounds of perturbed candidates are from each other's (Fig. 5b), mean absolute, in [0, 1].
+
+    Each is compared with the next. Candidate 0 is left out: under RDP it is the unperturbed reference, to which all
+    others are nearer than to each other. NaN for a group of two.
+    """
+    return _outside(images[:, 1:-1], images[:, 2:], jnp.asarray(batch.mask)).mean(-1)
 
 
 def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
