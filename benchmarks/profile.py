@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"workdir: {metrics} is missing; the directory of a run was wanted.")
     if len(lines := read_metrics(metrics)) < 3:
         parser.error(f"workdir: {len(lines)} steps found in {metrics}, 3 were wanted. Train for longer.")
+    if "seconds/rollout" not in lines[0]:
+        parser.error(f"workdir: {metrics} is not of `rcgrpo train`. Name the directory of such a run.")
     seconds = phase_seconds(lines)
     print(align([["a step", "seconds", "share"], *rows(seconds, sum(seconds.values()))]))
     for trace in sorted(workdir.glob("profile/**/*.xplane.pb")):

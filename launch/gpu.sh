@@ -30,7 +30,7 @@ cd "$(dirname "$0")/.."
 extra=cuda
 poll=${RCGRPO_LAUNCH_POLL:-30} # seconds before a lost connection is made again
 tries=3                        # connections that may fail in a row
-action=run hosts=() coordinator="" slurm="" nodes=1 gpus=8 requeue=""
+action=run hosts=() coordinator="" slurm="" nodes="" gpus="" requeue=""
 sbatch_flags=()
 
 parse() {
@@ -74,10 +74,17 @@ parse() {
 }
 
 check() {
-  local count
-  for count in nodes gpus; do
-    [[ ${!count} =~ ^[1-9][0-9]*$ ]] ||
-      fail 2 "--$count: '${!count}' found; a positive integer was wanted." "Correct it."
+  local flag
+  for flag in nodes gpus; do
+    [[ ${!flag:-1} =~ ^[1-9][0-9]*$ ]] ||
+      fail 2 "--$flag: '${!flag}' found; a positive integer was wanted." "Correct it."
+  done
+  for flag in nodes gpus requeue sbatch_flags; do
+    [ "$slurm" ] || [ -z "${!flag-}" ] || fail 2 "--${flag%_flags} found without --slurm." "Add --slurm, or leave it out."
+  done
+  for flag in coordinator environment; do
+    [ ${#hosts[@]} -gt 0 ] || [ -z "${!flag-}" ] ||
+      fail 2 "--${flag/environment/env} found without --hosts." "Add --hosts, or set variables before the command."
   done
   [ -z "$slurm" ] || [ ${#hosts[@]} = 0 ] || fail 2 "--slurm and --hosts found; one was wanted." "Leave one out."
   if [ "$action" = run ]; then
@@ -105,7 +112,7 @@ on_workers() { # SHELL [FILE]
 
 follow() { # until rcgrpo has ended; its exit status
   local lost=0 result
-  trap 'kill $(jobs -p); say "rcgrpo goes on; the same command attaches again, stop ends it"; exit 130' INT
+  trap 'kill $(jobs -p) 2>/dev/null || true; say "rcgrpo goes on; the same command attaches again, stop ends it"; exit 130' INT
   while true; do
     on_workers "$(far follow)" || true
     result=$(outcome)
@@ -143,7 +150,7 @@ here() {
 }
 
 submit() {
-  local flags=(--job-name=rcgrpo "--nodes=$nodes" --ntasks-per-node=1 "--gpus-per-node=$gpus")
+  local flags=(--job-name=rcgrpo "--nodes=${nodes:-1}" --ntasks-per-node=1 "--gpus-per-node=${gpus:-8}")
   # The same file after a requeue; and time to save before the time limit: the signal goes to the tasks.
   flags+=(--requeue --open-mode=append --signal=TERM@300)
   [ ${#sbatch_flags[@]} = 0 ] || flags+=("${sbatch_flags[@]}")

@@ -80,7 +80,8 @@ far() { echo "cd $far_directory && $worker $1"; } # VERB -> the shell command th
 start() {
   local command="mkdir -p $far_directory/code && cd $far_directory" said
   # The lock is held as long as a command runs, and code in use is not replaced.
-  command+=" && flock --nonblock --conflict-exit-code 0 lock tar -xz -C code"
+  # Modules that are gone must not stay importable; all else that lies there may be a user's.
+  command+=" && flock --nonblock --conflict-exit-code 0 lock sh -c 'rm -rf code/rcgrpo_jax && tar -xz -C code'"
   [ ${#environment[@]} = 0 ] || command+=" && export $(quote "${environment[@]}")"
   command+=" && $worker start $extra $(quote "${arguments[@]}")"
   said=$(on_workers "$command" "$archive") || return

@@ -70,7 +70,7 @@ task() {
     code=0
     wait "$child" || code=$?
   done
-  [ -z "$stopped" ] || code=143
+  [ -z "$stopped" ] || [ "$code" != 0 ] || code=143 # one that could not save is no stop
   return "$code"
 }
 

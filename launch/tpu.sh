@@ -168,10 +168,11 @@ up() { # [patient]: what the API refuses, or does not answer, is asked again
       ACTIVE | READY) return ;;
       ABSENT) if create; then created=yes; else pause=refused; fi ;;
       FAILED)
-        [ -z "$created" ] || # this very request has
+        [ -z "$created" ] || [ "${1-}" ] || # this very request has
           fail 1 "$name: the request failed: $(tpu ask describe "--format=value(state.failedData.error.message)")" \
             "Change the request, or wait for capacity; launch/tpu.sh down deletes it."
         delete || pause=refused
+        [ -z "$created" ] || pause=refused # and is made again, though not at once
         ;;
       SUSPENDED | PREEMPTED | TERMINATED) delete || pause=refused ;;
       STOPPED) fail 1 "$name is stopped." "Start it: gcloud compute tpus tpu-vm start $name --zone=$zone" ;;

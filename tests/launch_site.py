@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 SYSTEM = "/usr/bin:/bin"
 DIRECTORY = 'rcgrpo/"$(hostname)"'
 UNPACK = (
-    f"mkdir -p {DIRECTORY}/code && cd {DIRECTORY} && flock --nonblock --conflict-exit-code 0 lock tar -xz -C code && "
+    f"mkdir -p {DIRECTORY}/code && cd {DIRECTORY} && flock --nonblock --conflict-exit-code 0 lock "
+    "sh -c 'rm -rf code/rcgrpo_jax && tar -xz -C code' && "
 )
 WORKER = "bash code/launch/lib_worker.sh"
 TRAIN = ["train", "--config", "configs/a.py", "--workdir", "gs://bucket/run"]

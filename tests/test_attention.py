@@ -56,6 +56,7 @@ def test_auto_is_the_fastest_of_the_platform_and_a_name_is_itself(platform, dtyp
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_the_tpu_kernel_compiles_split_over_samples_and_heads(sizes):
     """Four samples of four heads on four chips, rollout and gradient: each kernel sees a chip's part alone."""
+    pytest.importorskip("libtpu")
     config = MMDiTConfig(
         num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64,
         pooled_projection_dim=64,

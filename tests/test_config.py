@@ -72,6 +72,12 @@ def test_what_is_no_number_is_refused(value):
     assert problems(config) == [f"acd.weight: {value!r} found; 0 or more was wanted"]
 
 
+def test_a_quantised_base_is_not_kept_dequantised():
+    assert problems(make(model__quantization="nf4")) == []
+    (problem,) = problems(make(model__quantization="nf4", model__remat="none"))
+    assert problem.startswith("model.remat: none with model.quantization=nf4")
+
+
 @pytest.mark.parametrize("weight", [None, "1"])
 def test_a_weight_that_is_no_number_is_refused(weight):
     assert problems(make(rewards=ConfigDict({"preservation": weight}))) == [

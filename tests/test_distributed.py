@@ -3,6 +3,7 @@
 import signal
 import socket
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import join, split
 from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.loop import check_processes, train
+from rcgrpo_jax.training.loop import check_mesh, train
 from rcgrpo_jax.weights import random_folder
 
 SETTINGS = {"rollout__prompts": 4, "mesh__fsdp": 2, "train__num_steps": 3, "train__save_every": 1}
@@ -172,7 +173,7 @@ def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
 
 GIVEN = {"coordinator": "10.0.0.1:1234", "num_processes": "4", "process_id": "3"}
 VARIABLES = {distributed.VARIABLES[name]: value for name, value in GIVEN.items()}
-SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a[0-1]"}
 
 
 @pytest.fixture
@@ -184,7 +185,10 @@ def joined(monkeypatch):
     return calls
 
 
-EXPLICIT = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}
+EXPLICIT = {
+    "coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3,
+    "cluster_detection_method": "deactivate",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -196,8 +200,9 @@ EXPLICIT = {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process
         ({"process_id": "0"}, VARIABLES | SLURM, [EXPLICIT | {"process_id": 0}]),
         ({}, SLURM, [{"cluster_detection_method": "slurm"}]),
         ({}, SLURM | {"SLURM_NTASKS": "1"}, []),
+        ({}, {name: value for name, value in SLURM.items() if "STEP" not in name}, []),
     ],
-    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task"],
+    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task", "batch-script"],
 )
 def test_processes_find_each_other_as_they_are_told(joined, given, environ, calls):
     distributed.initialize(given, environ)
@@ -228,10 +233,32 @@ def test_a_coordinator_that_does_not_answer_is_told(monkeypatch):
         distributed.initialize(GIVEN, {})
 
 
-def test_groups_that_do_not_fall_to_whole_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    with pytest.raises(UsageError, match=r"rollout\.prompts: 2; each of 3 processes"):
-        check_processes(small_run.make_config(), make_mesh({"data": 8}))
+@dataclass(frozen=True)
+class Device:
+    """One of a machine that is not there."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("processes", "shape", "message"),
+    [
+        ([0, 0, 1, 1, 2, 2], {"data": 6}, r"rollout\.prompts: 2; each of 3 processes"),
+        ([0, 0, 1, 1], {"tensor": 4}, r"mesh\.tensor: 4; a process has 2 devices"),
+        ([0, 0, 0, 0], {"tensor": 4}, r"mesh\.tensor: 4; the model has 2 heads"),
+    ],
+)
+def test_a_mesh_that_splits_what_belongs_together_is_refused(processes, shape, message):
+    mesh = make_mesh(shape, [Device(i, process) for i, process in enumerate(processes)])
+    with pytest.raises(UsageError, match=message):
+        check_mesh(small_run.make_config(), mesh, small_run.TINY["transformer"])
+
+
+def test_the_devices_of_a_process_follow_each_other_on_a_mesh():
+    devices = [Device(i, process) for i, process in enumerate([0, 1, 0, 1])]
+    mesh = make_mesh({"fsdp": 4}, devices)
+    assert [device.id for device in mesh.devices.flat] == [0, 2, 1, 3]
 
 
 # What stays where

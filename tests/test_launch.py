@@ -47,6 +47,11 @@ def test_shellcheck():
         ("gpu.sh", "train", "'train' found; a flag was wanted."),
         ("gpu.sh", "--slurm --nodes=two -- train", "--nodes: 'two' found; a positive integer was wanted."),
         ("gpu.sh", "--slurm --hosts=a -- train", "--slurm and --hosts found; one was wanted."),
+        ("gpu.sh", "--nodes=2 -- train", "--nodes found without --slurm."),
+        ("gpu.sh", "--hosts=a --sbatch --x -- train", "--sbatch found without --slurm."),
+        ("gpu.sh", "--requeue -- train", "--requeue found without --slurm."),
+        ("gpu.sh", "--env A=1 -- train", "--env found without --hosts."),
+        ("gpu.sh", "--slurm --coordinator=a:1 -- train", "--coordinator found without --hosts."),
         ("gpu.sh", "status", "--hosts: nothing found; the hosts to status were wanted."),
     ],
 )

@@ -171,6 +171,13 @@ def test_a_request_that_is_refused_ends_the_command_only_at_first(site):
     assert [call[4] for call in site.calls("gcloud")].count("create") == 2
 
 
+def test_a_request_after_a_preemption_may_fail_and_is_made_again(site):
+    states = "ACTIVE SUSPENDED ABSENT FAILED ABSENT ACTIVE"
+    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN, states=states, lost="1")
+    assert done.returncode == 0
+    assert [call[4] for call in site.calls("gcloud")].count("create") == 2
+
+
 def test_the_end_of_an_earlier_command_is_not_taken_for_that_of_this_one(site):
     argv = ["--keep", "--type=v5litepod-16", "--"]
     assert tpu(site, "train", *argv, *TRAIN, states="ACTIVE").returncode == 0

@@ -288,6 +288,22 @@ def test_what_a_search_finds_fits_and_is_ranked(compiler):
     assert len(tried) == len({(str(shape), micro, remat) for _, shape, micro, remat in tried})  # none twice
 
 
+def test_a_search_minds_no_micro_batch_of_the_file(compiler):
+    where = compiler(4 * MIB, 4 * MIB, 6 * MIB)
+    free, fixed = (search(where, rollout__micro_batch=m, rollout__decode_micro_batch=m).run() for m in (0, 2))
+    assert [item.changes for item in fixed] == [item.changes for item in free] != []
+
+
+def test_a_fix_of_the_rollout_can_be_run(compiler):
+    """A smaller rollout is decoded in parts that divide it, and that is compiled too."""
+    where = compiler(4 * MIB, 8 * MIB, 3 * MIB)
+    config = {"mesh__data": 1, "mesh__fsdp": 4, "rollout__group_size": 12, "rollout__decode_micro_batch": 12}
+    changes, plans = search(where, **config).nearest([Plan("rollout", 24, 8 * MIB, 3 * MIB, 1.0)], (1, 4, 1))
+    assert changes == {"rollout.micro_batch": 8, "rollout.decode_micro_batch": 4}
+    assert [(plan.name, plan.micro_batch) for plan in plans] == [("rollout", 8), ("decode", 4)]
+    validate(changed(small_run.make_config(**config), changes), 4)
+
+
 def test_a_search_keeps_to_its_limit_and_skips_the_hopeless(compiler):
     where = compiler(4 * MIB, 4000 * MIB, 6 * MIB)
     assert search(where, limit=3).run() == []

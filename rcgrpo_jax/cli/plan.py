@@ -14,14 +14,14 @@ from ml_collections import ConfigDict, config_flags
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.config_file import check_config
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.parallel.mesh import AXES
+from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
 from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.loop import check_mesh, check_model_fits
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
@@ -69,6 +69,7 @@ def _say(line: str) -> None:
 def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
     validate(config, len(topology.devices))
     check_model_fits(config, model)
+    check_mesh(config, make_mesh(config.mesh, topology.devices), model.config("transformer"))
     workload = Workload(config, model, topology)
     plans = []
     for name in NAMES:
@@ -93,6 +94,7 @@ def _search(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topo
     freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0)
     validate(changed(config, freed | {"mesh.tensor": -1}), len(topology.devices))
     check_model_fits(config, model)
+    check_mesh(config, make_mesh({"data": -1}, topology.devices), model.config("transformer"))
     search = Search(config, model, topology, values.limit, _say)
     found = search.run()
     if not found:

@@ -46,7 +46,7 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
     given = {name: given.get(name) or environ.get(variable) for name, variable in VARIABLES.items()}
     if any(given.values()):
         options = _explicit(given)
-    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environ:  # which `srun` alone sets
         options = {"cluster_detection_method": "slurm"}
     elif any(os.path.exists(f"/dev/{device}") for device in ("accel0", "vfio/0")) and _has_libtpu():
         options = {}
@@ -74,7 +74,9 @@ def _explicit(given: Mapping[str, str | None]) -> dict[str, Any]:
             "number below the count were wanted.",
             "Processes are numbered from 0; HOST:PORT is that of process 0.",
         )
-    return {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(index)}
+    # Inside Slurm or Open MPI, JAX would take one device a process by itself.
+    options = {"cluster_detection_method": "deactivate"}
+    return options | {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(index)}
 
 
 def _has_libtpu() -> bool:
@@ -166,7 +168,7 @@ def watch() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise UserError(
             f"process {jax.process_index()}: another process is gone ({' '.join(str(error).split())[:200]}).",

@@ -43,8 +43,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     Args:
         sizes: Devices along each axis; a missing axis is 1, one may be -1.
-        devices: Devices to use; all of `jax.devices()` by default.
+        devices: Devices to use; all of `jax.devices()` by default. Those of a process are put side by side, so that
+            each has whole rows of a batch.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     shape = mesh_shape(sizes, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -11,16 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import Chip
-from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, place
+from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, micro_batches, place
 from rcgrpo_jax.plan.roofline import Time, roofline
 from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.training.fields import quantization_problems
+from rcgrpo_jax.training.loop import check_mesh
 from rcgrpo_jax.weights.load import ModelFolder
 
 MICRO_BATCH = {
@@ -92,38 +97,57 @@ class Search:
 
     def shapes(self) -> list[Shape]:
         """Mesh shapes that split the model and the samples evenly, the fastest first."""
-        n, heads = len(self.topology.devices), self.sizes.num_attention_heads
-        shapes = [
-            (n // (fsdp * tensor), fsdp, tensor)
-            for tensor in _divisors(n)
-            for fsdp in _divisors(n // tensor)
-            if heads % tensor == 0
-        ]
+        n = len(self.topology.devices)
+        shapes = [(n // (fsdp * tensor), fsdp, tensor) for tensor in _divisors(n) for fsdp in _divisors(n // tensor)]
+        shapes = [shape for shape in shapes if self._can_run(shape)]
         best = {
             shape: [min(self.settings(name, shape), default=None, key=_speed) for name in NAMES] for shape in shapes
         }
         possible = [shape for shape in shapes if all(best[shape])]
         return sorted(possible, key=lambda shape: sum(setting.seconds for setting in best[shape]))
 
-    def settings(self, name: str, shape: Shape) -> list[Setting]:
-        """Micro-batches and, for the update, remat policies of a program that may fit; the fastest first."""
-        mesh = make_mesh(dict(zip(AXES, shape, strict=True)), self.topology.devices)
+    def _mesh(self, shape: Shape) -> Mesh:
+        return make_mesh(dict(zip(AXES, shape, strict=True)), self.topology.devices)
+
+    def _can_run(self, shape: Shape) -> bool:
+        try:
+            check_mesh(self.config, self._mesh(shape), self.sizes)
+        except UsageError:
+            return False
+        return True
+
+    def settings(self, name: str, shape: Shape, config: ConfigDict | None = None) -> list[Setting]:
+        """Micro-batches and, for the update, remat policies of a program that may fit; the fastest first.
+
+        Args:
+            name: Of the program.
+            shape: Of the mesh.
+            config: Says how many candidates are decoded, and how many at a time; all by default.
+        """
+        config = config or changed(self.config, dict.fromkeys(MICRO_BATCH.values(), 0))
+        mesh = self._mesh(shape)
         weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype), self.config.model.quantization)
         held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.base))  # gathered after dequantisation
         whole = parameters * jnp.dtype(self.config.model.dtype).itemsize / shape[2]
-        samples = counts(self.config)[name == "update"]
+        samples = micro_batches(config)["rollout"] if name == "decode" else counts(config)[name == "update"]
         spread = shape[0] * shape[1]
-        policies = REMAT_POLICIES if name == "update" else [self.config.model.remat]
+        policies = [config.model.remat]
+        if name == "update":
+            policies = [x for x in REMAT_POLICIES if not quantization_problems(changed(config, {"model.remat": x}))]
         found = []
         for remat in policies:
             changes = dict(zip((f"mesh.{axis}" for axis in AXES), shape, strict=True))
             changes |= {"model.remat": remat} if name == "update" else {}
             for micro in _divisors(samples):
-                if micro % (math.lcm(spread, self.config.rollout.prompts) if name == "rollout" else spread) == 0:
+                if micro % (math.lcm(spread, config.rollout.prompts) if name == "rollout" else spread) == 0:
                     time = self._time(name, shape, remat, samples // micro, micro // spread, whole)
                     needed = held + self._activations(name, remat, micro // spread) / shape[2]
-                    found.append(Setting(changes | {MICRO_BATCH[name]: micro}, micro, time.seconds, needed))
+                    chosen = changes | {MICRO_BATCH[name]: micro}
+                    if name == "rollout":  # and as many of them decoded at a time as before, or the next that divides
+                        both = math.gcd(micro, micro_batches(config)["decode"])
+                        chosen[MICRO_BATCH["decode"]] = both if both % spread == 0 else spread
+                    found.append(Setting(chosen, micro, time.seconds, needed))
         limit = self.topology.memory or math.inf
         return sorted((setting for setting in found if setting.needed <= limit), key=_speed)
 
@@ -186,15 +210,17 @@ class Search:
         """All settings found under which every program fits, the fastest first, and the first of each mesh shape."""
         found = []
         for shape in self.shapes():
-            changes, plans = {}, []
-            for name in reversed(NAMES):  # the update asks for most
-                pair = self.first_that_fits(name, self.settings(name, shape), self.config)
+            changes, plans = dict.fromkeys(MICRO_BATCH.values(), 0), {}
+            for name in ("update", "rollout", "decode"):  # the update asks for most; what is decoded was rolled out
+                config = changed(self.config, changes)
+                pair = self.first_that_fits(name, self.settings(name, shape, config), config)
                 if pair is None:
                     break
                 changes |= pair[0].changes
-                plans.insert(0, pair[1])
+                plans[name] = pair[1]
             if len(plans) == len(NAMES):
-                found.append(Found(changes, plans, step_seconds(self.config, plans, self.topology.chip)))
+                ordered = [plans[name] for name in NAMES]
+                found.append(Found(changes, ordered, step_seconds(self.config, ordered, self.topology.chip)))
         return sorted(found, key=lambda item: item.seconds)
 
     def nearest(self, failed: list[Plan], shape: Shape) -> tuple[dict[str, Any], list[Plan]] | None:
@@ -203,29 +229,34 @@ class Search:
         Returns:
             Fields to set and the programs as compiled with them, or None if nothing fits on this mesh shape.
         """
-        changes, plans = {}, []
-        for plan in failed:
-            pair = self.first_that_fits(plan.name, list(self._nearer(plan, shape)), self.config)
+        config, plans = self.config, []
+        bounds = {plan.name: plan.micro_batch - 1 for plan in failed}
+        for name in NAMES:
+            if name not in bounds:
+                continue
+            pair = self.first_that_fits(name, list(self._nearer(name, bounds[name], shape, config)), config)
             if pair is None:
                 return None
-            changes |= {field: value for field, value in pair[0].changes.items() if not field.startswith("mesh.")}
+            config = changed(config, pair[0].changes)
             plans.append(pair[1])
-        if changes.get("model.remat") == self.config.model.remat:
-            del changes["model.remat"]
-        return changes, plans
+            if name == "rollout":  # it holds more while it decodes
+                bounds["decode"] = min(micro_batches(config)["decode"], bounds.get("decode", math.inf))
+        old, new = (flatten_dict(x.to_dict(), sep=".") for x in (self.config, config))
+        fields = (*MICRO_BATCH.values(), "model.remat")
+        return {field: new[field] for field in fields if new[field] != old[field]}, plans
 
-    def _nearer(self, plan: Plan, shape: Shape) -> Iterator[Setting]:
-        settings = sorted(self.settings(plan.name, shape), key=lambda setting: -setting.micro_batch)
-        for remat in dict.fromkeys((self.config.model.remat, "full")):
+    def _nearer(self, name: str, bound: int, shape: Shape, config: ConfigDict) -> Iterator[Setting]:
+        """Settings with micro-batches up to a bound, and with `remat=full` those just above it too; largest first."""
+        settings = sorted(self.settings(name, shape, config), key=lambda setting: -setting.micro_batch)
+        for remat in dict.fromkeys((config.model.remat, "full")):
             for setting in settings:
                 same = setting.changes.get("model.remat", remat) == remat
-                smaller = setting.micro_batch < plan.micro_batch or remat != self.config.model.remat
-                if same and smaller and setting.micro_batch <= plan.micro_batch:
+                if same and setting.micro_batch <= bound + (remat != config.model.remat):
                     yield setting
 
 
-def _speed(setting: Setting) -> tuple[float, float]:
-    return setting.seconds, setting.needed
+def _speed(setting: Setting) -> tuple[float, int]:
+    return setting.seconds, -setting.micro_batch
 
 
 def _divisors(n: int) -> list[int]:

@@ -9,7 +9,15 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
-from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, get_field, refusal, size_problems
+from rcgrpo_jax.training.fields import (
+    MODEL_CHOICES,
+    SHARED_RANGES,
+    check_fields,
+    get_field,
+    quantization_problems,
+    refusal,
+    size_problems,
+)
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
@@ -185,7 +193,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
             f"{math.log(g):.3f}"
         )
-    problems += size_problems(config)
+    problems += size_problems(config) + quantization_problems(config)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))

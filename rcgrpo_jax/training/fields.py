@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
-from rcgrpo_jax.models.quantization import QUANTIZATIONS
+from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 
 Choices = Mapping[str, Sequence[str]]
 Ranges = Mapping[str, tuple[float, float]]  # field -> (lowest, highest), both allowed
@@ -89,6 +89,16 @@ def size_problems(config: ConfigDict) -> list[str]:
     if len(sides) == 2 and all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
         return []
     return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted"]
+
+
+def quantization_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with `model.quantization` in training."""
+    if config.model.quantization == NONE or config.model.remat != "none":
+        return []
+    return [
+        f"model.remat: none with model.quantization={config.model.quantization}; full or dots was wanted, or the "
+        "backward pass keeps the dequantised kernels of all blocks"
+    ]
 
 
 def _fields(config: ConfigDict, free: Sequence[str]) -> set[str]:

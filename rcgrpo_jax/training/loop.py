@@ -22,6 +22,7 @@ from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.models.attention import choose
+from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
@@ -59,9 +60,9 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
-    check_processes(config, mesh)
     rewards = make_rewards(config)
     folder = ModelFolder(config.model.path)
+    check_mesh(config, mesh, folder.config("transformer"))
     check_model_fits(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict()
@@ -110,19 +111,25 @@ def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainSta
     return jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
 
 
-def check_processes(config: ConfigDict, mesh: Mesh) -> None:
-    """Refuses a run whose groups do not fall to whole processes."""
-    count, local = jax.process_count(), mesh.local_mesh.shape
+def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
+    """Refuses a mesh that splits a group over processes, or a sample over them, or a head over devices."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    count, tensor = len(np.unique(processes)), mesh.shape["tensor"]
     if config.rollout.prompts % count:
         raise UsageError(
             f"config: rollout.prompts: {config.rollout.prompts}; each of {count} processes scores whole groups.",
             f"Choose a multiple of {count}.",
         )
-    if local["tensor"] != mesh.shape["tensor"]:
+    if np.any(processes != processes[..., :1]):
         raise UsageError(
-            f"config: mesh.tensor: {mesh.shape['tensor']}; a process has {mesh.local_mesh.size} devices, and the "
-            "copies of a sample must lie within one.",
-            f"Choose a divisor of {mesh.local_mesh.size}.",
+            f"config: mesh.tensor: {tensor}; a process has {mesh.size // count} devices, and the parts of a sample "
+            "must lie within one.",
+            f"Choose a divisor of {mesh.size // count}.",
+        )
+    if sizes.num_attention_heads % tensor:
+        raise UsageError(
+            f"config: mesh.tensor: {tensor}; the model has {sizes.num_attention_heads} heads.",
+            f"Choose a divisor of {sizes.num_attention_heads}.",
         )
 
 
@@ -315,7 +322,7 @@ def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, flo
 
 @jax.jit
 def _outside(a: Array, b: Array, mask: Array) -> Array:
-    """Mean absolute difference of two batches of pictures outside the mask, `[P, G]`, in [0, 1]."""
+    """Mean absolute difference of pictures from others, or from one a prompt, outside the mask, `[P, G]`, in [0, 1]."""
     background = jnp.broadcast_to((1.0 - mask)[:, None, :, :, None], a.shape)
     return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
 
@@ -332,8 +339,7 @@ def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
 def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
     """How far the background moves: from candidate to candidate, and from the source."""
     mask = jnp.asarray(batch.mask)
-    source = jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255
-    error = _outside(images, jnp.broadcast_to(source, images.shape), mask)
+    error = _outside(images, jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255, mask)
     return {
         "background/drift": float(gather(background_drift(batch, images)).mean()),
         "background/error": float(gather(error).mean()),

@@ -10,7 +10,14 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training import config as rl
-from rcgrpo_jax.training.fields import MODEL_CHOICES, SHARED_RANGES, check_fields, refusal, size_problems
+from rcgrpo_jax.training.fields import (
+    MODEL_CHOICES,
+    SHARED_RANGES,
+    check_fields,
+    quantization_problems,
+    refusal,
+    size_problems,
+)
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("save_dtype", "train", "mesh", "model.attention", "model.remat", "data.cache", "batch.micro_batch")
@@ -74,7 +81,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
         )
     if not problems:
-        problems += size_problems(config)
+        problems += size_problems(config) + quantization_problems(config)
         spread = math.prod(
             size
             for axis, size in zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True)

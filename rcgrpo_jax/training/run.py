@@ -32,14 +32,15 @@ def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
     """The checkpoints of a run, in a directory that is made if missing.
 
     Raises:
-        UserError: If the directory cannot be made.
+        UserError: If the directory cannot be made, or another process ends while the run is open.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"workdir: {workdir} cannot be made ({error}).", "Choose a folder you can write to.") from None
     options = config.train
-    with Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep) as checkpointer:
+    saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
+    with saving as checkpointer, watch():
         yield checkpointer
 
 
@@ -100,7 +101,6 @@ def run_steps(
         MetricsWriter(workdir, resume_step=first) as writer,
         Progress(last, first, name) as progress,
         termination() as stop,
-        watch(),
     ):
         for step in traced(range(first + 1, last + 1), name, workdir / "profile", config.train.profile_steps):
             draw = step % config.train.image_every == 0 or step == last
