@@ -45,8 +45,8 @@ class EncodedSource:
 
     Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
-    The file of an example is named by a hash of its pixels, mask and instruction, of the encoders' weights, and of the
-    size and dtype, so that changed inputs never meet old results.
+    The file of an example is named by a hash of its pixels, mask, target and instruction, of the encoders' weights, and
+    of the size and dtype, so that changed inputs never meet old results.
 
     Args:
         source: The examples.
