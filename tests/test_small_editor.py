@@ -9,6 +9,7 @@ from PIL import Image
 
 from rcgrpo_jax.data.scenes import Scenes
 from rcgrpo_jax.editor import Editor, to_pixels, to_unit
+from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 
 SIDE, STEPS = 128, 8
@@ -60,12 +61,10 @@ def test_diffusers_makes_the_same_edit(editor, scenes):
 
 
 def test_edits_scenes_of_objects_it_never_saw(editor, scenes):
-    """The region changes much more than the background, which stays recognisable."""
-    examples = [scenes[i] for i in range(12)]
-    sources, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
-    noise = jax.random.normal(jax.random.key(1), (len(examples), (SIDE // 16) ** 2, 64))
-    edits = editor.edit(sources, [x.instruction for x in examples], noise, STEPS)
-    change = np.abs(edits.astype(float) - sources).mean(-1)
-    inside, outside = ((change * m).sum((1, 2)) / m.sum((1, 2)) for m in (masks, 1 - masks))
-    assert np.median(inside / outside) > 3
-    assert np.median(outside) < 12
+    """It does what it is asked, not perfectly, and keeps the background; a picture left alone has a success of 0."""
+    found = evaluate(editor, scenes, range(30), num_steps=STEPS, batch=30)
+    success = found.measures["success"]
+    for kind, low, high in (("add", 0.12, 0.6), ("remove", 0.5, 0.95), ("replace", 0.3, 0.8)):
+        assert low < np.mean([x for x, other in zip(success, found.kinds, strict=True) if other == kind]) < high
+    assert found.measures["caption"].mean() > 0.2
+    assert 24 < found.measures["psnr"].mean() < 30

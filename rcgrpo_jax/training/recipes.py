@@ -35,7 +35,7 @@ def small_editor() -> ConfigDict:
     config.data.size = (128, 128)
     config.lora.rank, config.lora.alpha = 16, 32.0
     config.surrogate.steps = "early"
-    config.rewards = ConfigDict({"oracle": 1.0})
+    config.rewards = ConfigDict({"oracle": 1.0, "preservation": 0.0})
     config.acd.layers = 4  # of 6 blocks
     config.optimizer.learning_rate = 2e-3
     config.train.num_steps = 40
