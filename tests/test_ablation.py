@@ -11,7 +11,7 @@ from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.training import ablation, loop
-from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Variant, configure, parse_variant
+from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.metrics import read_metrics
 
@@ -64,7 +64,15 @@ def test_another_form_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"explore.alpha": 0.1}, {"explore.kind": 3}, {"nothing": 1}, {"acd.weight": None}, {"seed": 3}]
+    "changes",
+    [
+        {"explore.alpha": 0.1},
+        {"explore.kind": 3},
+        {"nothing": 1},
+        {"acd.weight": None},
+        {"seed": 3},
+        {"model.path": "x"},
+    ],
 )
 def test_a_field_that_is_not_there_or_of_another_type_is_refused(changes):
     with pytest.raises(UsageError, match="variant 'x'"):
@@ -85,17 +93,25 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     assert all(name in table for name in ("base", "global", "RDP"))
 
 
-def test_global_exploration_moves_the_background_more(run, tmp_path):
-    """Fig. 5b, of an untrained model."""
+def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch):
+    """Fig. 5b, of an untrained model; candidate 0, which RDP alone leaves as it is, does not count."""
     out, _ = run
     for plot in ("drift", "reward_std_preservation"):
         assert ElementTree.parse(out / f"{plot}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    sample = ablation.Trainer.sample
+
+    def first_apart(*args):
+        found = sample(*args)
+        return found._replace(scores={name: np.c_[x[:, :1] + 1e6, x[:, 1:]] for name, x in found.scores.items()})
+
+    monkeypatch.setattr(ablation.Trainer, "sample", first_apart)
     config = small_run.make_config(data__path="scenes:train:4", rewards__colour=0.0)
     everywhere, inside = (
         ablation.group_statistics(config, variant, 0, tmp_path, num_batches=1) for variant in COMPONENTS[:2]
     )
     assert (everywhere.drift > 3 * inside.drift).all()
     stds = [found.reward_std["preservation"] for found in (everywhere, inside)]
+    assert (stds[0] < 1).all()
     assert (stds[0] > stds[1]).all()
     assert (stds[1] > 0).all()
 
@@ -145,10 +161,20 @@ def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, cap
     assert [file.name for file in (tmp_path / "evaluations").rglob("*.npz")] == ["base.npz"]
 
 
-def test_acd_is_measured_alike_in_all_rows(run):
-    out, _ = run
-    files = sorted((out / "evaluations").rglob("*.npz"))
-    assert {Evaluation.load(file).settings["acd_layers"] for file in files} == {2}
+def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatch):
+    """By one ruler for ACD, and with its polarity of masks, whatever a variant trains with."""
+    heard = []
+
+    def measure(editor, *_, **__):
+        heard.append(editor.transformer.attention.acd_layers)
+        return Evaluation((), {}, np.zeros((0, 1, 1, 3), np.uint8), {})
+
+    monkeypatch.setattr(ablation, "evaluate", measure)
+    monkeypatch.setattr(ablation, "open_source", lambda *named: heard.append(named) or [])
+    monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: SimpleNamespace(averaged={}))
+    config = small_run.make_config(acd__layers=2, data__polarity="black")
+    ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, Protocol("here"), tmp_path)
+    assert heard == [("here", "black"), 2]
 
 
 @pytest.mark.parametrize(

@@ -374,10 +374,15 @@ def test_plain_tables_are_aligned():
 
 
 @pytest.mark.parametrize(
-    "other", [made([1, 1, 1], [1, 1, 1], names=("a", "b", "d"), steps=28), made([1, 1, 1], [1, 1, 1], steps=8)]
+    ("other", "problem"),
+    [
+        (made([1, 1, 1], [1, 1, 1], names=("a", "b", "d"), steps=28), "other names of examples"),
+        (made([1, 1], [1, 1], names=("a", "b"), steps=28), "examples 3 and 2"),
+        (made([1, 1, 1], [1, 1, 1], steps=8), "steps 28 and 8"),
+    ],
 )
-def test_only_like_is_compared_with_like(other):
-    with pytest.raises(UserError, match="the same examples and settings were wanted"):
+def test_only_like_is_compared_with_like(other, problem):
+    with pytest.raises(UserError, match=f"{problem} found; the same examples and settings were wanted"):
         make_tables({"base": [made([1, 1, 1], [1, 1, 1], steps=28)], "other": [other]})
 
 

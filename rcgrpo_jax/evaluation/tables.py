@@ -139,9 +139,11 @@ def _cell(interval: Interval, decimals: int, sign: bool = False) -> str:
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
     first = evaluations[0]
     for other in evaluations[1:]:
-        if other.names != first.names or dict(other.settings) != dict(first.settings):
-            one, two = (f"{len(x.names)} examples with {dict(x.settings)}" for x in (first, other))
+        a, b = ({"examples": len(x.names), **x.settings} for x in (first, other))
+        differing = [f"{name} {a.get(name)} and {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+        if differing or other.names != first.names:
             raise UserError(
-                f"evaluations of {one} and of {two} found; the same examples and settings were wanted.",
+                f"evaluations with {', '.join(differing) or 'other names of examples'} found; the same examples and "
+                "settings were wanted.",
                 "Evaluate all models alike.",
             )

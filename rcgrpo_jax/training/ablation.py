@@ -107,8 +107,10 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
     """
     changed = config.copy_and_resolve_references().lock()  # against new fields
     try:
-        if "seed" in variant.changes or None in variant.changes.values():
-            raise TypeError("a seed, or a field without a value")
+        if common := {"seed", "model.path"} & variant.changes.keys():
+            raise TypeError(f"{', '.join(common)} found; all variants share seeds and base")
+        if None in variant.changes.values():
+            raise TypeError("a field without a value found")
         changed.update_from_flattened_dict({**variant.changes, "seed": seed})
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(
@@ -135,7 +137,7 @@ def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Proto
     origin = _origin(config, protocol, changed)
     if file.exists():
         return _load(file, origin)
-    state = train_to_end(changed, run_folder(out, variant, seed), jax.devices()[:1])
+    state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), jax.devices()[:1])
     adapter = scale_adapter(state.averaged, LoRAConfig(**changed.lora).scale)
     return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, adapter)
 
@@ -144,11 +146,6 @@ def run_base(config: ConfigDict, protocol: Protocol, out: Path) -> Evaluation:
     """Evaluates the model without an adapter."""
     file, origin = out / "evaluations" / f"{BASE}.npz", _origin(config, protocol)
     return _load(file, origin) if file.exists() else _evaluate(config, protocol, file, BASE, origin)
-
-
-def run_folder(out: Path, variant: Variant, seed: int) -> Path:
-    """The directory of a run."""
-    return out / "runs" / slug(variant.name) / str(seed)
 
 
 def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
