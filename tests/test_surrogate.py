@@ -119,7 +119,8 @@ def first_update(name, temperature, weighted_by_old=False):
         log_old = jax.lax.stop_gradient(surrogate.anchor_log_policy(anchor, candidates, distance, temperature))
 
         def objective(anchor, candidates):
-            log_ratio = surrogate.anchor_log_policy(anchor, candidates, distance, temperature) - log_old
+            log_pi = surrogate.anchor_log_policy(anchor, candidates, distance, temperature)
+            log_ratio = surrogate.log_ratio_to_itself(log_pi)
             weights = jnp.exp(log_old) if weighted_by_old else None
             return grpo.clipped_objective(log_ratio, advantages, 1e-4, weights), log_ratio
 

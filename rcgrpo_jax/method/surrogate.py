@@ -175,6 +175,26 @@ def anchor_log_policy(
     return log_policy(distance(jax.lax.stop_gradient(candidates), anchor[..., None, :, :]), temperature)
 
 
+@jax.custom_jvp
+def log_ratio_to_itself(log_pi: Float[Array, "... G"]) -> Float[Array, "... G"]:
+    """log rho at theta = theta_old (Eq. 15): exactly zero, with the gradient of log pi.
+
+    A compiler may compute the two sides of log pi - stop_gradient(log pi) apart: they then differ by their rounding.
+
+    Args:
+        log_pi: From `log_policy`.
+
+    Returns:
+        Zeros of the same shape.
+    """
+    return jnp.zeros_like(log_pi)
+
+
+@log_ratio_to_itself.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jnp.zeros_like(primals[0]), tangents[0]
+
+
 def calibrated_temperature(
     distances: Float[Array, "... G"], target_entropy: float | Float[Array, "..."]
 ) -> Float[Array, "..."]:

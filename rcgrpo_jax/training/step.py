@@ -215,9 +215,9 @@ class Programs:
             stored = states[index, anchor_index, steps][:, None]
             temperature = surrogate.calibrated_temperature(distance(candidates, stored), options.target_entropy)
         log_pi = surrogate.anchor_log_policy(anchor, candidates, distance, temperature)
-        # The first update compares the policy with itself through one forward: the ratio is 1 by construction.
+        # The first update compares the policy with itself.
+        log_ratio = jnp.where(first, surrogate.log_ratio_to_itself(log_pi), log_pi - log_old)
         log_old = jnp.where(first, jax.lax.stop_gradient(log_pi), log_old)
-        log_ratio = log_pi - log_old
         weights = jnp.exp(log_old) if options.weighting == "policy" else None
         gain = grpo.clipped_objective(log_ratio, advantages[index][None], objective.clip, weights)
         kl = grpo.categorical_kl(log_old, log_pi).mean()
