@@ -231,7 +231,7 @@ class Trainer:
         Returns:
             The new state, metrics, and the rows.
         """
-        programs, start = self.programs, time.monotonic()
+        start = time.monotonic()
         sample = self.sample(state, batch)
         scores, times = sample.scores, [start, sample.rolled_out]
         with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
@@ -242,18 +242,10 @@ class Trainer:
             rows = grid_rows(batch, sample.images, scores) if draw else []
             measured = reward_metrics(scores, total) | drift_metrics(batch, sample.images)
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
-        advantages = put(advantages, programs.mesh)
         times.append(time.monotonic())
 
-        log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
-        for update in range(self.config.objective.updates):
-            state, log_pi, metrics = programs.update(
-                self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,
-                jnp.asarray(update == 0),
-            )  # fmt: skip
-            log_old = log_pi if update == 0 else log_old
+        state, metrics = self.learn(state, sample, advantages)
         state = state.replace(step=state.step + 1)
-        metrics = {name: float(x) for name, x in metrics.items()}
         times.append(time.monotonic())
 
         metrics |= measured
@@ -283,6 +275,21 @@ class Trainer:
         with jax.set_mesh(self.own_mesh):
             images = join(*pictures)
         return Sample(prompts, exploration, rollout, images, scores, rolled_out)
+
+    def learn(
+        self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The updates on a sample; the state is donated."""
+        programs = self.programs
+        advantages = put(advantages, programs.mesh)
+        log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
+        for update in range(self.config.objective.updates):
+            state, log_pi, metrics = programs.update(
+                self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,
+                jnp.asarray(update == 0),
+            )  # fmt: skip
+            log_old = log_pi if update == 0 else log_old
+        return state, {name: float(x) for name, x in metrics.items()}
 
     def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""
