@@ -39,6 +39,28 @@ def test_the_tpu_kernel_computes_what_xla_does(monkeypatch, tokens, keys):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs JAX_PLATFORMS=cuda and a CUDA device")
+@pytest.mark.parametrize(("tokens", "keys"), [(2560, 2560), (150, 278)], ids=str)
+def test_cudnn_computes_what_xla_does(tokens, keys):
+    """Values and gradients under `vmap`, in bfloat16 at FLUX's head width; against XLA's in float32."""
+    rng = np.random.default_rng(0)
+    q, k, v, w = (jnp.asarray(rng.normal(size=(2, n, 4, 128)), jnp.bfloat16) for n in (tokens, keys, keys, tokens))
+
+    def value_and_gradients(implementation, dtype):
+        def weighted(q, k, v):
+            return (w * jax.vmap(lambda *x: attention.attend(*x, implementation))(q, k, v)).sum(dtype=jnp.float32)
+
+        found = jax.jit(jax.grad(weighted, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in (q, k, v)))
+        return attention.attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), implementation), *found
+
+    for found, wanted in zip(
+        value_and_gradients("cudnn", jnp.bfloat16), value_and_gradients("xla", jnp.float32), strict=True
+    ):
+        wanted = np.asarray(wanted, np.float32)
+        assert np.linalg.norm(np.float32(found) - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "name"),
     [

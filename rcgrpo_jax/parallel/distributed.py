@@ -54,10 +54,11 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
         return
     try:
         jax.distributed.initialize(**options)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # OSError: a TPU without Google's metadata server
         raise UserError(
             f"distributed: {given['coordinator'] or 'the processes of this job'}: {' '.join(str(error).split())[:200]}",
-            "Start the same command on every process, and let each reach the first one's port.",
+            "Start the same command on every process, and let each reach the first one's port; a process that is alone "
+            "can say so: --coordinator=localhost:8476 --num_processes=1 --process_id=0.",
         ) from None
 
 
