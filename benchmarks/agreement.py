@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,12 +30,10 @@ from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.plan.report import align
 from rcgrpo_jax.training import recipes
-from rcgrpo_jax.training.ablation import Variant, configure, parse_variant
+from rcgrpo_jax.training.ablation import Variant, configure, parse_variant, untrained
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import Sample, Trainer, check_example, first_state, load_editor, make_rewards
+from rcgrpo_jax.training.loop import Sample, Trainer
 from rcgrpo_jax.training.state import TrainState
-from rcgrpo_jax.weights.load import ModelFolder
 
 TOTAL = "total"  # all rewards, as they are weighed in training
 
@@ -86,11 +83,8 @@ def measure(config: ConfigDict, count: int, cache: Path) -> tuple[dict[str, floa
     """The median within-group std of each reward, and the agreements, over `count` batches."""
     config.objective.updates = 1
     mesh = make_mesh({}, jax.devices()[:1])
-    folder, rewards = ModelFolder(config.model.path), make_rewards(config)
     with jax.set_mesh(mesh):
-        batches = encode(config, folder, cache, mesh, config.rollout.prompts, partial(check_example, rewards))
-        trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-        state = first_state(config, folder, mesh)
+        trainer, state, batches = untrained(config, mesh, cache)
         stds, found = [], []
         for step in range(count):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
@@ -123,11 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         variants = [parse_variant(text) for text in arguments.variant] or [Variant("small editor", {})]
         configs = [configure(recipes.small_editor(), variant, arguments.seed) for variant in variants]
+        for config in configs:
+            validate(config, 1)
         with TemporaryDirectory() as cache:
             for variant, config in zip(variants, configs, strict=True):
-                validate(config, 1)
-                table += lines(variant.name, *measure(config, arguments.batches, Path(cache)))
-                print(align([table[0], *table[-1:]]), file=sys.stderr)
+                rows = lines(variant.name, *measure(config, arguments.batches, Path(cache)))
+                print(align(rows), file=sys.stderr)  # the next one takes minutes
+                table += rows
     except UserError as error:
         parser.error(str(error))
     print(align(table))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
@@ -27,7 +28,7 @@ from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.checkpoint import config_differences
 from rcgrpo_jax.training.config import MAY_DIFFER
-from rcgrpo_jax.training.encode import encode
+from rcgrpo_jax.training.encode import Batches, encode
 from rcgrpo_jax.training.loop import (
     Trainer,
     background_drift,
@@ -38,6 +39,7 @@ from rcgrpo_jax.training.loop import (
     train_to_end,
 )
 from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.training.state import TrainState
 from rcgrpo_jax.weights.load import ModelFolder
 
 
@@ -194,6 +196,20 @@ def _evaluate(
     return evaluation
 
 
+def untrained(config: ConfigDict, mesh: Mesh, cache: Path) -> tuple[Trainer, TrainState, Batches]:
+    """What the first step of a run starts from: its trainer, its state, and its prompts, encoded.
+
+    Args:
+        config: Of the run.
+        mesh: Of one device, set by `jax.set_mesh`.
+        cache: Has the cache of encodings.
+    """
+    folder, rewards = ModelFolder(config.model.path), make_rewards(config)
+    batches = encode(config, folder, cache, mesh, config.rollout.prompts, partial(check_example, rewards))
+    trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
+    return trainer, first_state(config, folder, mesh), batches
+
+
 class GroupStatistics(NamedTuple):
     """What a perturbation does before any training, one value a group (Fig. 5), over the perturbed candidates."""
 
@@ -215,19 +231,15 @@ def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path,
     """
     config = configure(config, variant, seed)
     config.acd.weight = 0.0  # as in the paper: task reward only
+    drifts, stds = [], []
     mesh = make_mesh({}, jax.devices()[:1])
-    folder, rewards = ModelFolder(config.model.path), make_rewards(config)
-    drifts, stds = [], {name: [] for name in rewards}
     with jax.set_mesh(mesh):
-        batches = encode(config, folder, out, mesh, config.rollout.prompts, partial(check_example, rewards))
-        trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-        state = first_state(config, folder, mesh)
+        trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
             drifts.append(np.asarray(background_drift(batches[step], sample.images)))
-            for name in rewards:
-                stds[name].append(sample.scores[name][:, 1:].std(-1))
-    return GroupStatistics(np.concatenate(drifts), {name: np.concatenate(parts) for name, parts in stds.items()})
+            stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
+    return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))
 
 
 def slug(name: str) -> str:
