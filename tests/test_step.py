@@ -1,6 +1,7 @@
 """A training step does what the paper says: Eq. 4-18 meet a real model, the mesh and the optimizer."""
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 import small_run
+from safetensors.numpy import load_file
 
 from rcgrpo_jax.method import surrogate
-from rcgrpo_jax.models.lora import scale_adapter
+from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.training.loop import Trainer
+from rcgrpo_jax.weights.export import save_lora
 
 BASE = {
     "optimizer__max_grad_norm": 1e9,
@@ -291,8 +294,8 @@ def test_bfloat16_keeps_float32_states_and_an_exact_ratio():
 # Micro-batches and meshes
 
 
-def assert_same_step(trainer: Trainer, tolerance: float):
-    """States, metrics, gradient and the updated adapter are those of one device that takes everything at once."""
+def assert_same_step(trainer: Trainer, tolerance: float, folder: Path):
+    """States, metrics, gradient, adapter and exported file are those of one device that takes everything at once."""
     wanted, step = base_step(), explore_and_roll_out(trainer)
     np.testing.assert_array_equal(step.exploration.noise, wanted.exploration.noise)
     np.testing.assert_allclose(step.rollout.states, wanted.rollout.states, atol=10 * tolerance)
@@ -308,6 +311,11 @@ def assert_same_step(trainer: Trainer, tolerance: float):
     assert relative_error(*jax.device_get((gradient(found), gradient(wanted)))) < 10 * tolerance
     changes = [optax.tree.sub(*jax.device_get((x.after.params, x.before.params))) for x in (found, wanted)]
     assert relative_error(*changes) < 1e-4  # Adam divides by gradients that may be near zero
+    files = [
+        save_lora(folder / str(i), x.after.params, LoRAConfig(**trainer.config.lora))
+        for i, x in enumerate((found, wanted))
+    ]
+    assert relative_error(*map(load_file, files)) < 1e-4
 
 
 @functools.cache
@@ -317,19 +325,20 @@ def base_images() -> np.ndarray:
         return np.asarray(trainer.programs.decode(trainer.decoder, base_step().rollout.states[:, :, -1]))
 
 
-def test_micro_batches_change_nothing():
+def test_micro_batches_change_nothing(tmp_path):
     trainer = small_run.make_trainer(
         **BASE, rollout__micro_batch=2, rollout__decode_micro_batch=4, surrogate__micro_batch=4
     )
-    assert_same_step(trainer, 1e-6)
+    assert_same_step(trainer, 1e-6, tmp_path)
 
 
-def test_a_mesh_changes_nothing():
-    """Samples, weights and heads spread at once; `test_resume` has eight devices that spread samples alone."""
-    trainer = small_run.make_trainer((2, 2, 2), **BASE)
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (4, 1, 2)], ids=str)
+def test_a_mesh_changes_nothing(shape, tmp_path):
+    """Samples, weights and heads are spread; `test_resume` has eight devices that spread samples alone."""
+    trainer = small_run.make_trainer(shape, **BASE)
     kernel = trainer.params["single_transformer_blocks"]["attn"]["to_q"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    assert_same_step(trainer, 1e-5)
+    assert kernel.addressable_shards[0].data.size == kernel.size // (shape[1] * shape[2])
+    assert_same_step(trainer, 1e-5, tmp_path)
 
 
 # Exploration
