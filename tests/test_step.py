@@ -315,7 +315,9 @@ def assert_same_step(trainer: Trainer, tolerance: float, folder: Path):
         save_lora(folder / str(i), x.after.params, LoRAConfig(**trainer.config.lora))
         for i, x in enumerate((found, wanted))
     ]
-    assert relative_error(*map(load_file, files)) < 1e-4
+    # A is random and large, and would hide an update of B that got lost
+    learned = [{key: x for key, x in load_file(file).items() if "lora_B" in key} for file in files]
+    assert relative_error(*learned) < 1e-4
 
 
 @functools.cache
