@@ -44,7 +44,7 @@ class Preset:
     def __post_init__(self) -> None:
         config = default_config()
         config.model.path, config.data.path = self.name if self.model else SMALL_EDITOR.name, "none"
-        config.surrogate.steps = "early"  # as configs/kontext_512.py has it
+        config.surrogate.distance = "region"  # the mask-aware one
         config.update_from_flattened_dict(dict(self.changes))
         validate(config, 1)
         for name, values in KNOWN.items():

@@ -11,4 +11,6 @@ from rcgrpo_jax.training.recipes import as_in_paper, small_editor
 
 
 def get_config() -> ConfigDict:
-    return as_in_paper(small_editor())
+    config = as_in_paper(small_editor())
+    config.rewards.preservation = 0.0  # the judge's score alone, beside ACD's
+    return config

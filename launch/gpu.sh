@@ -89,6 +89,12 @@ check() {
   [ -z "$slurm" ] || [ ${#hosts[@]} = 0 ] || fail 2 "--slurm and --hosts found; one was wanted." "Leave one out."
   if [ "$action" = run ]; then
     need_arguments
+    case $(workdir) in "" | /* | *://*) ;; *)
+      [ ${#hosts[@]} -lt 2 ] ||
+        fail 2 "--workdir: '$(workdir)' found, which every host has for itself; one that all see was wanted." \
+          "Name it by its absolute path."
+      ;;
+    esac
   elif [ ${#hosts[@]} = 0 ]; then
     fail 2 "--hosts: nothing found; the hosts to $action were wanted." "Repeat those of the command that started it."
   fi

@@ -52,6 +52,17 @@ need_arguments() {
       "For example: -- train --config configs/kontext_512.py --workdir DIRECTORY"
 }
 
+# The --workdir among the arguments of rcgrpo.
+workdir() {
+  local word before="" found=""
+  for word in "${arguments[@]}"; do
+    [ "$before" != --workdir ] || found=$word
+    case $word in --workdir=*) found=${word#*=} ;; esac
+    before=$word
+  done
+  echo "$found"
+}
+
 # Makes $archive: the working tree as git sees it, changed and new files too, ignored ones not.
 pack() {
   local directory="${TMPDIR:-/tmp}/rcgrpo" index tree

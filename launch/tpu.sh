@@ -107,14 +107,8 @@ check_type() {
 }
 
 check_workdir() { # it must outlive the TPU VM: a preemption takes the disk along, and so does `down`
-  local word before="" workdir=""
-  for word in "${arguments[@]}"; do
-    [ "$before" != --workdir ] || workdir=$word
-    case $word in --workdir=*) workdir=${word#*=} ;; esac
-    before=$word
-  done
-  case $workdir in gs://?* | /*) ;; *)
-    fail 2 "--workdir: '$workdir' found, on a disk that goes with the TPU VM; gs://BUCKET/DIRECTORY was wanted." \
+  case $(workdir) in gs://?* | /*) ;; *)
+    fail 2 "--workdir: '$(workdir)' found, on a disk that goes with the TPU VM; gs://BUCKET/DIRECTORY was wanted." \
       "Name one, or a path on a file server that every worker mounts."
     ;;
   esac

@@ -1,5 +1,8 @@
 """The errors a user can cause, each with what was found, what was wanted and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A failure that the user can mend; the command line prints it in two lines and exits with 1.
@@ -24,3 +27,8 @@ class UsageError(UserError):
     """A command line or configuration that cannot be run as written; exit code 2."""
 
     exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that one which is not known was probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

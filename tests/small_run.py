@@ -106,7 +106,8 @@ def make_config(**changes) -> ConfigDict:
     config.data.update(path=str(data_folder()), size=(64, 64), cache=str(workspace() / "encoded"))
     config.lora.update(rank=4, alpha=8.0)
     config.rollout.update(prompts=2, group_size=4, num_steps=4)
-    config.surrogate.anchors = 2
+    config.explore.update(alpha_edit=0.3, sigma=0.3)
+    config.surrogate.update(anchors=2, distance="region", steps="all")
     config.acd.layers = 2
     config.optimizer.weight_decay = 0.0
     config.train.update(num_steps=4, save_every=2, image_every=2)

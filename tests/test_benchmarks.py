@@ -72,7 +72,7 @@ def move_the_mask(other: torch_step.Step) -> None:
 
 def widen_the_clip(other: torch_step.Step) -> None:
     other.config = other.config.copy_and_resolve_references()
-    other.config.objective.clip = 0.03
+    other.config.objective.clip = 0.1
 
 
 def drop_a_unit(other: torch_step.Step) -> None:

@@ -93,6 +93,27 @@ def test_an_error_that_was_not_foreseen_is_two_lines_too(capsys, monkeypatch):
         small_run.run_command(capsys, "edit", "--debug")
 
 
+def test_too_little_memory_says_what_takes_less(capsys, monkeypatch):
+    def full(argv):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr("rcgrpo_jax.cli.train.run", full)
+    code, problem, remedy = fail(capsys, "train")
+    assert code == 1
+    assert "Out of memory" in problem
+    assert "rollout.micro_batch" in remedy
+
+
+@pytest.mark.parametrize(
+    "environ", [{"RCGRPO_NUM_PROCESSES": "2"}, {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"}], ids=["ours", "slurm"]
+)
+def test_commands_for_one_process_refuse_to_be_several(capsys, monkeypatch, environ):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    code, problem, _ = fail(capsys, "demo", "--out=nowhere")
+    assert (code, problem) == (2, "one of 2 processes; train and pretrain alone spread their work over several.")
+
+
 def test_interruption_from_the_keyboard_is_quiet(capsys, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
@@ -273,13 +294,6 @@ def black(data: Path) -> None:
     Image.new("L", (64, 64)).save(data / "mask0.png")
 
 
-def one_pixel(data: Path) -> None:
-    Image.new("RGB", (200, 200)).save(data / "0.png")
-    mask = Image.new("L", (200, 200))
-    mask.putpixel((0, 0), 255)
-    mask.save(data / "mask0.png")
-
-
 def no_image(data: Path) -> None:
     (data / "0.png").write_text("text")
 
@@ -289,14 +303,13 @@ def no_image(data: Path) -> None:
     [
         (half_size, "0.png|the mask is 32 x 32 pixels; the image's 64 x 64 were wanted"),
         (black, "the mask is empty"),
-        (one_pixel, "the mask is empty after resizing to 64 x 64 pixels"),
         (no_image, "0.png: the file is not an image"),
         (lambda data: (data / "0.png").unlink(), "1 of the files that its examples need do not exist"),
         (lambda data: (data / "metadata.jsonl").unlink(), "no examples found"),
         (lambda data: write_metadata(data, instruction=" "), "the instruction is blank"),
         (lambda data: write_metadata(data, instruction="Make it nicer."), "'Make it nicer.': no colour is named"),
     ],
-    ids=["mask-size", "empty-mask", "vanishing-mask", "no-image", "missing-file", "no-examples", "blank", "no-colour"],
+    ids=["mask-size", "empty-mask", "no-image", "missing-file", "no-examples", "blank", "no-colour"],
 )
 def test_train_names_what_is_wrong_with_the_data(capsys, tmp_path, train_argv, spoil, problem):
     spoil(tmp_path / "data")

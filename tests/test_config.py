@@ -18,6 +18,10 @@ from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
 from rcgrpo_jax.training.loop import make_rewards
 from rcgrpo_jax.training.recipes import as_in_paper
 
+DEVICES = {
+    "kontext_512_v5e_16": 16, "kontext_512_v5p_8": 4, "kontext_512_v5p_64": 32, "kontext_512_v6e_8": 8,
+    "kontext_512_h100": 1, "kontext_512_8xh100": 8,
+}  # fmt: skip
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
@@ -51,7 +55,7 @@ def test_the_defaults_are_valid():
 def test_the_configs_that_come_with_the_package_are_valid(file):
     config = runpy.run_path(str(file))["get_config"]()
     config.model.path = config.data.path = "somewhere"
-    (pretrain_config.validate if "stage" in config else validate)(config, 8)
+    (pretrain_config.validate if "stage" in config else validate)(config, DEVICES.get(file.stem, 8))
 
 
 def test_the_papers_settings_do_not_follow_the_defaults():
@@ -103,11 +107,13 @@ def test_every_problem_of_sizes_is_listed_at_once():
         make(
             surrogate__anchors=12, surrogate__steps="random", surrogate__num_random_steps=9,
             surrogate__weighting="policy", surrogate__target_entropy=3.0, data__size=(512, 500),
-            rollout__micro_batch=5,
+            rollout__micro_batch=5, objective__kl_weight=0.1,
         )
     )  # fmt: skip
-    fields = ("surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "data.size",
-              "rollout.micro_batch", "rollout")  # fmt: skip
+    fields = (
+        "surrogate.anchors", "objective.kl_weight", "surrogate.num_random_steps", "surrogate.target_entropy",
+        "data.size", "rollout.micro_batch", "rollout",
+    )  # fmt: skip
     assert [line.split(":")[0] for line in found] == list(fields)
 
 
@@ -202,9 +208,9 @@ def test_sizes_that_are_no_sizes(size):
         ({"rollout__micro_batch": 12}, 8, ["P x G = 4 x 12 = 48 in micro-batches of 12", "8 devices"]),
         ({"rollout__decode_micro_batch": 20}, 1, ["micro-batches of 20"]),
         ({"rollout__micro_batch": 6}, 1, ["rollout.micro_batch: 6", "rollout.prompts = 4"]),
-        ({"surrogate__micro_batch": 24}, 1, ["anchors to differentiate = 128 in micro-batches of 24"]),
+        ({"surrogate__micro_batch": 24}, 1, ["anchors to differentiate = 64 in micro-batches of 24"]),
         ({"surrogate__micro_batch": 32, "surrogate__anchor_mode": "integrate"}, 1, ["= 16 in micro-batches of 32"]),
-        ({"surrogate__steps": "early", "surrogate__micro_batch": 128}, 1, ["= 64 in micro-batches of 128"]),
+        ({"surrogate__steps": "all", "surrogate__micro_batch": 256}, 1, ["= 128 in micro-batches of 256"]),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_over_the_mesh_names_the_numbers(changes, devices, words):

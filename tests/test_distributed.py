@@ -139,8 +139,9 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
 
 # The pictures of a supervised run take longer to compile than its update.
 NO_PICTURES = """
-from rcgrpo_jax.training.stages import FlowStage, unit
-FlowStage.picture = lambda self, trained, frozen, example: unit(example.source)
+from rcgrpo_jax.editor import to_unit
+from rcgrpo_jax.training.stages import FlowStage
+FlowStage.picture = lambda self, trained, frozen, example: to_unit(example.source)
 """
 
 

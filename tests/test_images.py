@@ -219,6 +219,17 @@ def test_resizing_keeps_constants_and_mask_values(picture):
     np.testing.assert_array_equal(images.resize_mask(mask, (8, 12)), mask.repeat(2, 0).repeat(2, 1))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (7, 30), (64, 5)])
+def test_a_stroke_of_one_pixel_survives_any_resizing(size):
+    for pixel in (0, 1, 30, 63):
+        mask = np.zeros((64, 64), np.float32)
+        mask[pixel, :] = 0.5
+        small = images.resize_mask(mask, size)
+        assert small.shape == size
+        assert set(np.unique(small)) == {0, 0.5}
+        assert (small.max(axis=0) == 0.5).all()
+
+
 def test_kontext_sizes_are_those_of_diffusers():
     diffusers = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux_kontext")
     assert list(images.KONTEXT_SIZES) == diffusers.PREFERRED_KONTEXT_RESOLUTIONS

@@ -41,6 +41,7 @@ def test_shellcheck():
         ("tpu.sh", "up --nmae=n", "'--nmae' found; a flag was wanted."),
         ("tpu.sh", "run --name=n --zone=z", "nothing found after --; the arguments of rcgrpo were wanted."),
         ("tpu.sh", "train --name=n --zone=z --type=v6e-8 -- train --workdir=a", "--workdir: 'a' found, on a disk that"),
+        ("gpu.sh", "--hosts=a,b -- train --workdir=runs/a", "--workdir: 'runs/a' found, which every host has for it"),
         ("tpu.sh", "train --name=n --zone=z --type=v6e-8 -- train --workdir a", "--workdir: 'a' found, on a disk that"),
         ("tpu.sh", "train --name=n --zone=z --type=v6e-8 -- train", "--workdir: '' found, on a disk that"),
         ("gpu.sh", "--dry-run", "nothing found after --; the arguments of rcgrpo were wanted."),

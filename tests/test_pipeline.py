@@ -128,14 +128,6 @@ def test_an_entry_that_could_not_be_finished_is_written_again(calls, tmp_path):
     assert EncodedSource([make_example()], make_editor(), SIZE, tmp_path)[0]["instruction"] == "Make it red."
 
 
-def test_a_mask_that_vanishes_is_refused(calls, tmp_path):
-    mask = np.zeros((64, 64), np.float32)
-    mask[0, 0] = 1
-    with pytest.raises(UserError, match="a: the mask is empty after resizing to 16 x 16"):
-        EncodedSource([make_example(mask=mask)], make_editor(), (16, 16), tmp_path)
-    assert not calls
-
-
 def test_an_example_is_checked_before_it_is_encoded(calls, tmp_path):
     def refuse(example: EditExample) -> None:
         raise UserError(f"{example.instruction}: no", "")

@@ -62,12 +62,14 @@ def test_a_step_is_its_samples_and_units():
     unit = one.forward + one.recomputed["full"] + one.backward
     found = flops.step(config, *sizes)
     assert found["rollout"] == 4 * 12 * 8 * (one.forward + one.concentration)
-    assert found["update"] == 4 * 4 * 8 * unit
+    assert found["update"] == 4 * 4 * 4 * unit  # of 8 steps, the noisier half
     assert found["decode"] == 4 * 12 * flops.vae_decoder(sizes[1], 64 * 64)
-    early = flops.step(changed(config, {"surrogate.steps": "early"}), *sizes)
-    assert early["update"] == found["update"] / 2
-    integrated = flops.step(changed(config, {"surrogate.anchor_mode": "integrate"}), *sizes)
-    assert integrated["update"] == 4 * 4 * 8 * (unit + one.forward)
+    every = flops.step(changed(config, {"surrogate.steps": "all"}), *sizes)
+    assert every["update"] == 2 * found["update"]
+    integrate = {"surrogate.anchor_mode": "integrate"}
+    for steps, count in (("early", 4), ("all", 8)):
+        integrated = flops.step(changed(config, integrate | {"surrogate.steps": steps}), *sizes)
+        assert integrated["update"] == 4 * 4 * count * (unit + one.forward)
 
 
 # Programs
@@ -134,6 +136,11 @@ def test_what_a_run_keeps_counts_once_in_every_program():
     assert half.held("decode") >= total_bytes(earlier) + total_bytes(pictures) + total_bytes(half.trees["part"])
     whole = workload(4, mesh__data=4)
     assert trees["params"] < 0.5 * total_bytes(whole.trees["params"])
+
+
+def test_a_program_that_cannot_be_read_has_no_cost(caplog):
+    assert workload().cost("update", "ENTRY %main { %loop = while(), condition=%nowhere }") is None
+    assert "update: the compiled program could not be read" in caplog.text
 
 
 def test_without_a_path_the_model_is_flux_kontext():

@@ -22,6 +22,7 @@ from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.data.images import read_image, resize_image, resize_mask
 from rcgrpo_jax.data.scenes import Scenes
 from rcgrpo_jax.data.triples import TripleBatches
+from rcgrpo_jax.editor import to_unit
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.flow import matching
 from rcgrpo_jax.models.config import VAEConfig
@@ -32,7 +33,7 @@ from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.pretrain import PICTURED, open_folder, pretrain
 from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, default_config, validate
 from rcgrpo_jax.training.run import StepFunction
-from rcgrpo_jax.training.stages import FlowStage, unit
+from rcgrpo_jax.training.stages import FlowStage
 from rcgrpo_jax.weights import export, random_folder
 from rcgrpo_jax.weights.load import MANIFEST, ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS
@@ -165,8 +166,8 @@ def unfinished(stage: str, folder: Path) -> Path:
 def resume(stage: str, folder: Path, devices: int, **changes) -> Path:
     """The last steps once more."""
     workdir = unfinished(stage, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FlowStage, "picture", lambda self, trained, frozen, example: unit(example.source))  # to save time
+    with pytest.MonkeyPatch.context() as patch:  # to save time
+        patch.setattr(FlowStage, "picture", lambda self, trained, frozen, example: to_unit(example.source))
         result = pretrain(make_config(stage, **changes), workdir, jax.devices()[:devices])
     assert result in (workdir / "model", workdir / "lora" / export.LORA_FILE)
     return workdir / trained(stage).name
@@ -290,7 +291,7 @@ def test_the_autoencoder_of_diffusers_has_latents_of_unit_variance():
     latents = (raw - theirs.config.shift_factor) * theirs.config.scaling_factor
     assert (latents.mean().item(), latents.std().item()) == pytest.approx((0, 1), abs=1e-3)
     folder = ModelFolder(trained("vae"))
-    ours = jax.jit(VAE(folder.config("vae")).apply)({"params": folder.load("vae")}, unit(images[:2]))
+    ours = jax.jit(VAE(folder.config("vae")).apply)({"params": folder.load("vae")}, to_unit(images[:2]))
     assert relative_error(ours.transpose(0, 3, 1, 2), made) < 1e-5
 
 

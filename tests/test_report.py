@@ -314,7 +314,10 @@ def write_run(workdir, config: dict, state=None) -> None:
 def write_evaluation(folder, shift: float = 0.1) -> None:
     examples = EditFolder(small_run.data_folder())
     images = np.stack([x.image for x in examples])
-    settings = {"steps": 2, "guidance": 2.5, "seed": 7, "size": [64, 64], "acd_layers": 2}
+    settings = {
+        "steps": 2, "guidance": 2.5, "seed": 7, "size": [64, 64], "acd_layers": 2, "text_tokens": 16,
+        "dtype": "float32", "quantization": "none",
+    }  # fmt: skip
     for name, better in (("base", 0.0), ("lora", shift)):
         measures = {"success": np.float32([0.1, 0.4, 0.6]) + better, "psnr": np.float32([20, 25, 21.5])}
         Evaluation(tuple(x.name for x in examples), measures, images, settings).save(folder / f"{name}.npz")

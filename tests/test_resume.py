@@ -15,6 +15,7 @@ import small_run
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.training.loop import train
 from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.weights import random_folder
 
 SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
 # What a configuration file adds to a run: a signal at the end of the third step, once the second is on disk.
@@ -146,6 +147,23 @@ def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_p
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
     state = train(small_run.make_config(**SETTINGS), workdir)  # only reads the last checkpoint
     assert_bit_equal(state, straight[0])
+
+
+def test_another_model_under_the_same_path_is_refused(tmp_path):
+    model = random_folder.build(tmp_path / "model", configs=small_run.TINY)
+    config = small_run.make_config(**SETTINGS, model__path=str(model), train__num_steps=1)
+    train(config, tmp_path / "run")
+    shutil.rmtree(model)
+    random_folder.build(model, seed=1, configs=small_run.TINY)
+    config.train.num_steps = 2
+    with pytest.raises(UserError, match="model_digest: checkpoint"):
+        train(config, tmp_path / "run")
+
+
+def test_processes_that_do_not_share_their_directory_are_told(interrupted, monkeypatch):
+    monkeypatch.setattr("rcgrpo_jax.training.run.gather", lambda found: np.append(found, 0))
+    with pytest.raises(UserError, match="checkpoints of different steps, 2, 0; one directory for all was wanted"):
+        train(small_run.make_config(**SETTINGS), interrupted)
 
 
 def test_other_data_under_the_same_path_are_refused(tmp_path):

@@ -12,9 +12,10 @@ import pytest
 import small_run
 from safetensors.numpy import load_file
 
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
-from rcgrpo_jax.training.loop import Trainer
+from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.export import save_lora
 
 BASE = {
@@ -238,9 +239,11 @@ def test_one_small_update_raises_the_surrogate_objective(seed):
 
 
 def test_groups_without_signal_leave_the_adapter_as_it_is():
+    """Momentum is there, and does not move it either."""
     trainer = small_run.make_trainer(**BASE)
-    result = update(trainer, base_step()._replace(advantages=jnp.zeros((2, 4))), small_run.make_state(trainer))
-    assert leaves_equal(result.after.params, result.before.params)
+    moving = update(trainer, base_step(), small_run.make_state(trainer)).after
+    result = update(trainer, base_step()._replace(advantages=jnp.zeros((2, 4))), moving)
+    assert leaves_equal(result.after.replace(key=None), moving.replace(key=None))
 
 
 @pytest.mark.parametrize(
@@ -249,16 +252,31 @@ def test_groups_without_signal_leave_the_adapter_as_it_is():
 def test_failed_and_equal_rewards_teach_nothing(monkeypatch, score, counter):
     trainer = small_run.make_trainer(**BASE)
     batch = small_run.make_batch(trainer)
-    monkeypatch.setattr(
-        trainer, "rewards", {"stub": lambda inputs: np.full(inputs.edited.shape[:2], score, np.float32)}
-    )
-    monkeypatch.setattr(trainer, "weights", {"stub": 1.0})
-    state = small_run.make_state(trainer)
+    state, _, _ = small_run.take_step(trainer, small_run.make_state(trainer), batch)
+    always(monkeypatch, trainer, score)
     after, metrics, _ = small_run.take_step(trainer, state, batch)
     assert metrics[counter] == trainer.config.rollout.prompts
     assert metrics["grad_norm"] == 0
     assert np.isfinite(metrics["loss"])
     assert leaves_equal(after.params, state.params)
+
+
+def test_a_reward_that_keeps_failing_ends_the_run(monkeypatch):
+    trainer = small_run.make_trainer(**BASE)
+    batch, state = small_run.make_batch(trainer), small_run.make_state(trainer)
+    monkeypatch.setattr(trainer, "unscored", 0)
+    for score in (np.nan, 0.5, *[np.nan] * (UNSCORED_STEPS - 1)):
+        always(monkeypatch, trainer, score)
+        small_run.take_step(trainer, state, batch)
+    with pytest.raises(UserError, match=f"stub scored no group of the last {UNSCORED_STEPS} steps"):
+        small_run.take_step(trainer, state, batch)
+
+
+def always(monkeypatch, trainer: Trainer, score: float) -> None:
+    """Makes `score` the only reward of every candidate."""
+    rewards = {"stub": lambda inputs: np.full(inputs.edited.shape[:2], score, np.float32)}
+    monkeypatch.setattr(trainer, "rewards", rewards)
+    monkeypatch.setattr(trainer, "weights", {"stub": 1.0})
 
 
 def test_a_step_changes_the_adapter_and_never_the_base():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 
 def parse(
@@ -47,9 +46,9 @@ def parse(
     try:
         rest = values([command, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), n=1)
+        near = nearest(error.flagname, list(values))
         raise UsageError(
-            f"unknown flag --{error.flagname}." + (f" Did you mean --{near[0]}?" if near else ""),
+            f"unknown flag --{error.flagname}." + (f" Did you mean --{near}?" if near else ""),
             f"`rcgrpo {command} --help` lists the flags.",
         ) from None
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:

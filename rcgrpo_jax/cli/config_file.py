@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import runpy
 import traceback
@@ -16,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from rcgrpo_jax.cli.arguments import one_line, parse
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 
 
@@ -102,9 +101,9 @@ def check_config(command: str, argv: Sequence[str], defaults: str) -> None:
     fields = list(flatten_dict(load_config(values["config"].value, defaults).to_dict(), sep="."))
     for name in re.findall(r"^--?config\.([^=\n]+)", "\n".join(argv), re.MULTILINE):
         if not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            near = difflib.get_close_matches(name, fields, n=1)
+            near = nearest(name, fields)
             raise UsageError(
-                f"--config.{name}: there is no such field." + (f" Did you mean --config.{near[0]}?" if near else ""),
+                f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
                 f"`default_config` in {defaults.replace('.', '/')}.py lists the fields.",
             )
 

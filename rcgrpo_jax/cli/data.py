@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.scenes import KINDS, MIN_SIZE, SPLITS, Scenes
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.training.metrics import Progress
 
 ABOUT = """Writes a data set as a folder of PNG files and a metadata.jsonl, which data.path of a configuration takes.
@@ -70,10 +69,10 @@ def write_folder(source: Source, folder: Path, progress: Callable[[], None] = la
 def run(argv: list[str]) -> None:
     values, (dataset,) = parse("data", ABOUT, argv, _flags, positional=("dataset",), required=("out",))
     if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1)
+        near = nearest(dataset, DATASETS)
         raise UsageError(
             f"unknown data set {dataset!r}; {', '.join(DATASETS)} was wanted."
-            + (f" Did you mean {near[0]!r}?" if near else ""),
+            + (f" Did you mean {near!r}?" if near else ""),
             "`rcgrpo data --help` describes them.",
         )
     scenes = Scenes(values.split, values.count, values.size, values.seed, values.flaws, values.kinds)

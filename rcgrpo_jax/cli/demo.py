@@ -14,12 +14,12 @@ from rcgrpo_jax.training.loop import train_to_end
 from rcgrpo_jax.training.recipes import small_editor
 
 ABOUT = """Post-trains the editor that ships with the package on synthetic edits, exports the LoRA, compares it with the
-base on held-out edits, and writes a page about it. Run again on the same directory, it resumes the training."""
+base on held-out edits, and writes a page about it. Run again with the same flags, it resumes the training."""
 
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory to write", values)
-    flags.DEFINE_integer("steps", 24, "training steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 40, "training steps", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("examples", 60, "held-out edits to compare on", lower_bound=1, flag_values=values)
 
 
@@ -27,8 +27,8 @@ def run(argv: list[str]) -> None:
     values, _ = parse("demo", ABOUT, argv, _flags, required=("out",))
     out = Path(values.out)
     config = small_editor()
-    config.train.num_steps = values.steps
-    config.data.path = "scenes:train:96"  # 24 steps see each once
+    config.train.num_steps = config.optimizer.decay_steps = values.steps
+    config.data.path = f"scenes:train:{values.steps * config.rollout.prompts}"  # each is seen once
     data = f"scenes:heldout:{values.examples}"
 
     print(f"1/4 {values.steps} steps of RC-GRPO on {config.data.path} -> {out / 'run'}", flush=True)

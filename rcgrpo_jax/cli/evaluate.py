@@ -41,7 +41,13 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
-    flags.DEFINE_integer("batch", 50, "edits at a time", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "batch",
+        8,
+        "edits at a time, encoded and decoded by every device: memory, not results, depends on it",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
     flags.DEFINE_integer("acd_layers", 10, "last blocks whose attention counts for ACD", 1, flag_values=values)
     flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)

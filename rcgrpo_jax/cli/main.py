@@ -6,8 +6,9 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
@@ -22,8 +23,15 @@ COMMANDS = {
     "data": "write a data set of synthetic editing tasks",
     "demo": "the whole way on the small editor that ships with the package",
 }
+DISTRIBUTED = ("train", "pretrain")  # commands of which several processes make one run
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
+)
+
+NOT_FORESEEN = "This was not foreseen; run again with --debug for the traceback, and please report it."
+OUT_OF_MEMORY = (
+    "The device has too little memory: lower rollout.micro_batch, rollout.decode_micro_batch or surrogate.micro_batch "
+    "(--batch of evaluate), or spread the model by mesh.fsdp; `rcgrpo plan` tells what fits."
 )
 
 
@@ -47,6 +55,11 @@ def _run(argv: list[str], debug: bool) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
+        if argv[0] not in DISTRIBUTED and (count := _processes(os.environ)) > 1:
+            raise UsageError(
+                f"one of {count} processes; {' and '.join(DISTRIBUTED)} alone spread their work over several.",
+                "Run it once, in a single process.",
+            )
         command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")
         command.run([arg for arg in argv[1:] if arg != "--debug"])
         return 0
@@ -62,12 +75,15 @@ def _run(argv: list[str], debug: bool) -> int:
         if debug:
             raise
         reason = " ".join(str(error).split())[:500]
-        print(
-            f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n"
-            "  This was not foreseen; run again with --debug for the traceback, and please report it.",
-            file=sys.stderr,
-        )
+        remedy = OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in reason else NOT_FORESEEN
+        print(f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n  {remedy}", file=sys.stderr)
         return 1
+
+
+def _processes(environ: Mapping[str, str]) -> int:
+    """How many processes the launcher has started of this command."""
+    found = environ.get("RCGRPO_NUM_PROCESSES") or ("SLURM_STEP_NODELIST" in environ and environ.get("SLURM_NTASKS"))
+    return int(found) if found and found.isdigit() else 1
 
 
 def _leave(code: int) -> None:
@@ -78,10 +94,8 @@ def _leave(code: int) -> None:
 
 
 def _unknown(name: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"unknown command {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    near = nearest(name, COMMANDS)
+    return f"unknown command {name!r}." + (f" Did you mean {near!r}?" if near else "")
 
 
 def quiet() -> None:

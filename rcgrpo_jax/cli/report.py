@@ -22,7 +22,7 @@ from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
 from rcgrpo_jax.evaluation.heatmaps import attention_maps, overlay
 from rcgrpo_jax.evaluation.report import Report, Row, write_report
 from rcgrpo_jax.evaluation.statistics import Interval, paired_interval
@@ -172,17 +172,16 @@ def attention_rows(
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(whole, params)))
     editor = Editor(
         folder,
-        jnp.dtype(whole.model.dtype),
-        whole.model.max_text_tokens,
+        jnp.dtype(settings["dtype"]),
+        settings["text_tokens"],
         parameter_sharding(mesh),
-        quantization=whole.model.quantization,
+        quantization=settings["quantization"],
         attention=AttentionOptions(acd_layers=settings["acd_layers"]),
     )
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
     grid = editor.grid(*images.shape[1:3])
     shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
-    key = jax.random.key(settings["seed"])
-    noise = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(len(examples))])
+    noise = initial_noise(settings["seed"], np.arange(len(examples)), shape)
     lora = jax.device_put(scale_adapter(state.averaged, LoRAConfig(**whole.lora).scale), replicated(mesh))
     instructions = [x.instruction for x in examples]
     with jax.set_mesh(mesh):

@@ -145,7 +145,8 @@ def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, A
             "model": model["path"], "lora": f"{workdir}/lora", "data": data or "DATA", "steps": settings["steps"],
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
             "acd_layers": settings["acd_layers"],
-            "text_tokens": model["max_text_tokens"], "dtype": model["dtype"], "out": f"{workdir}/evaluation",
+            "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",
+            "quantization": settings["quantization"], "polarity": config["data"]["polarity"],
         }  # fmt: skip
         lines.append(["rcgrpo", "evaluate", *(f"--{name}={value}" for name, value in options.items())])
     return [shlex.join(line) for line in lines]

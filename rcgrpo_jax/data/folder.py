@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import Polarity, check_polarity, read_image, read_mask
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, nearest
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
 
@@ -136,10 +135,10 @@ def _from_line(table: Path, number: int, line: str, polarity: Polarity, fields: 
 
     for field in fields:
         if field not in row:
-            near = difflib.get_close_matches(field, row, n=1)
+            near = nearest(field, row)
             raise UserError(
                 f"{where}: the field {field!r} is missing; found {', '.join(map(repr, row)) or 'none'}.",
-                f"Did you mean {near[0]!r}? Rename it." if near else f"Add {field!r} to the line.",
+                f"Did you mean {near!r}? Rename it." if near else f"Add {field!r} to the line.",
             )
     for field in (*fields, "caption", "target", "mask_polarity"):
         value = row.get(field)

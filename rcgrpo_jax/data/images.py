@@ -152,9 +152,17 @@ def resize_image(image: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UI
 
 
 def resize_mask(mask: Float[np.ndarray, "H W"], size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
-    """Resamples a mask to `size = (height, width)` by the nearest pixel, so that no new values appear at its edge."""
-    height, width = size
-    return np.array(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST))
+    """Resamples a mask to `size = (height, width)`, so that no new values appear and no part of a region is lost.
+
+    Where it shrinks, a pixel takes the largest of those it stands for; else the nearest.
+    """
+    for axis, count in enumerate(size):
+        given = mask.shape[axis]
+        if count < given:
+            mask = np.maximum.reduceat(mask, np.arange(count) * given // count, axis=axis)
+        else:
+            mask = mask.take((np.arange(count) * 2 + 1) * given // (2 * count), axis=axis)
+    return mask.astype(np.float32)
 
 
 def for_display(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from rcgrpo_jax.data.ahead import Ahead
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import resize_image, resize_mask
+from rcgrpo_jax.data.prefetch import Prefetch
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
@@ -121,11 +121,6 @@ class EncodedSource:
             return
         pixels = resize_image(example.image, size)
         mask = resize_mask(example.mask, size)
-        if not mask.any():
-            raise UserError(
-                f"{example.name}: the mask is empty after resizing to {size[1]} x {size[0]} pixels.",
-                "Draw a larger region, or train at a larger data.size.",
-            )
         encoding = editor.encode_text([example.instruction])
         tensors = {
             "reference": np.asarray(editor.encode_image(pixels[None]))[0],
@@ -133,13 +128,13 @@ class EncodedSource:
             "pooled": np.asarray(encoding.pooled)[0],
             "text_weights": (np.arange(encoding.text.shape[1]) < encoding.lengths[0]).astype(np.float32),
             "pixels": pixels,
-            "mask": mask.astype(np.float32),
+            "mask": mask,
         }
         if example.target is not None:
             tensors["target"] = resize_image(example.target, size)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{jax.process_index()}.partial")
+            partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
             save_file(tensors, partial, metadata={"instruction": example.instruction})
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
@@ -174,7 +169,7 @@ class Batches:
 
         self.source, self._prompts = source, prompts
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._ahead = Ahead(self._read)
+        self._prefetch = Prefetch(self._read)
 
     def __getitem__(self, step: int) -> EditBatch:
         """The batch of a step.
@@ -182,7 +177,7 @@ class Batches:
         Raises:
             UserError: If an entry of the cache cannot be read.
         """
-        return self._ahead[step]
+        return self._prefetch[step]
 
     def _read(self, step: int) -> EditBatch:
         rows = [self._dataset[step * self._prompts + i] for i in distributed.own_rows(self._prompts)]

@@ -6,7 +6,6 @@ the same bytes in every run, but for the last bit of numpy's sines on another pr
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from rcgrpo_jax.data.backgrounds import TEXTURES, find_photographs, photograph, 
 from rcgrpo_jax.data.composition import HELD_OUT, SEEN, Kind, Scene, compose
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.shapes import render, signed_distance
-from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.errors import UsageError, nearest
 
 Flaw = Literal["wrong", "spill", "ghost"]
 
@@ -69,10 +68,10 @@ class Scenes:
     ):
         for field, found, known in (("split", split, SPLITS), *(("kind", kind, KINDS) for kind in kinds)):
             if found not in known:
-                near = difflib.get_close_matches(found, known, n=1)
+                near = nearest(found, known)
                 raise UsageError(
                     f"scenes: the {field} {found!r} found; one of {', '.join(known)} was wanted.",
-                    f"Did you mean {near[0]!r}?" if near else "Name one of these.",
+                    f"Did you mean {near!r}?" if near else "Name one of these.",
                 )
         for field, found, least in (("count", count, 1), ("size", size, MIN_SIZE), ("seed", seed, 0)):
             if found < least:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
 import tempfile
@@ -16,7 +15,7 @@ from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import Polarity, check_polarity
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
     from rcgrpo_jax.data.pipeline import Source
@@ -219,10 +218,10 @@ def _kind(feature) -> str | None:
 def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None:
     """Raises a UserError unless the dataset has the feature and it holds what it should."""
     if field not in features:
-        near = difflib.get_close_matches(field, features, n=1)
+        near = nearest(field, features)
         raise UserError(
             f"{where}: the feature {field!r} is missing; found {', '.join(map(repr, sorted(features)))}.",
-            f"Did you mean {near[0]!r}? Rename it." if near else f"Write the dataset with {field!r}.",
+            f"Did you mean {near!r}? Rename it." if near else f"Write the dataset with {field!r}.",
         )
     if _kind(features[field]) != kind:
         wanted = {"RGB": "uint8 [H, W, 3]", "L": "uint8 [H, W, 1] or [H, W]", "text": "a text"}[kind]

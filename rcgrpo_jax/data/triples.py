@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from rcgrpo_jax.data.ahead import Ahead
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
+from rcgrpo_jax.data.prefetch import Prefetch
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.distributed import own_rows
 from rcgrpo_jax.weights.tokenizers import Tokenizers, tokenize
@@ -47,7 +47,7 @@ class TripleBatches:
 
         self._size, self._count, self._tokenizers, self._length = size, count, tokenizers, max_text_tokens
         self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._ahead = Ahead(self._make)
+        self._prefetch = Prefetch(self._make)
 
     def __getitem__(self, step: int) -> Triples:
         """The batch of a step.
@@ -55,7 +55,7 @@ class TripleBatches:
         Raises:
             UserError: If an example cannot be read or has no target.
         """
-        return self._ahead[step]
+        return self._prefetch[step]
 
     def _make(self, step: int) -> Triples:
         examples = [self._dataset[step * self._count + i] for i in own_rows(self._count)]

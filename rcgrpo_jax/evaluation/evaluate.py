@@ -93,7 +93,7 @@ def evaluate(
     guidance: float = 2.5,
     seed: int = 0,
     lora: dict | None = None,
-    batch: int = 50,
+    batch: int = 8,
     size: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -205,7 +205,7 @@ def _edit(
     grid = editor.grid(*pixels.shape[1:3])
     encoding, reference = editor.encode_text(instructions), editor.encode_image(pixels)
     condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(pixels), guidance, jnp.float32))
-    inputs = (condition, jnp.asarray(mask), _noise(seed, indices, reference.shape[1:]))
+    inputs = (condition, jnp.asarray(mask), initial_noise(seed, indices, reference.shape[1:]))
     sigmas = editor.sigmas(num_steps, grid[0] * grid[1])
     tokens, acd = _rollout(editor.transformer, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
     return editor.decode(tokens, grid), acd
@@ -215,7 +215,8 @@ def _edit(
 
 
 @partial(jax.jit, static_argnums=2)
-def _noise(seed: int, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
+def initial_noise(seed: int, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
+    """The noise from which the examples of these indices are edited, of shape (N, C) each."""
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
 
 

@@ -81,8 +81,9 @@ def _features(weights: tuple[Layer, ...], pictures: Float[Array, "P H W 3"]) -> 
     for layer, (stride, padding, pooled) in zip(weights, _LAYERS, strict=True):
         x = nn.max_pool(x, (3, 3), (2, 2)) if pooled else x
         x = jax.lax.conv_general_dilated(
-            x, layer.kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+            x, layer.kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",  # else a TPU would multiply in bfloat16
+        )  # fmt: skip
         x = nn.relu(x + layer.bias)
         features.append(x)
     return features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,19 +28,15 @@ def integrate(
     return integrate_with_aux(lambda x, sigma: (velocity(x, sigma), None), x, sigmas)[0]
 
 
-def integrate_with_aux(velocity: Any, x: Array, sigmas: Array) -> tuple[Array, Any]:
-    """`integrate` for a velocity that returns `(v, aux)`; `aux` comes back stacked over the K steps."""
+def integrate_with_aux(
+    velocity: Callable[[Array, Array], tuple[Array, Any]], x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"]
+) -> tuple[Float[Array, "K+1 *b N C"], Any]:
+    """`integrate` for a velocity that returns `(v, aux)`; the arrays of `aux` come back as `[K, ...]`, one a step."""
 
-    def step(x, times):
+    def step(x: Array, times: tuple[Array, Array]) -> tuple[Array, tuple]:
         sigma, sigma_next = times
-        aux = None
-
-        def only_velocity(x, sigma):
-            nonlocal aux
-            v, aux = velocity(x, sigma)
-            return v
-
-        x = euler_step(only_velocity, x, sigma, sigma_next)
+        v, aux = velocity(x, sigma)
+        x = euler_step(lambda *_: v, x, sigma, sigma_next)
         return x, (x, aux)
 
     sigmas = jnp.asarray(sigmas, jnp.float32)

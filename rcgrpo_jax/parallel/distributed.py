@@ -52,6 +52,8 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
         options = {}
     else:
         return
+    # JAX's service would take SIGTERM for itself, from now on; `training.run.termination` answers to it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError, OSError) as error:  # OSError: a TPU without Google's metadata server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -30,6 +31,8 @@ from rcgrpo_jax.training.step import Programs
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
+
+logger = logging.getLogger(__name__)
 
 FLUX_KONTEXT = "flux-kontext"  # the model.path that stands for the shapes of FLUX.1-Kontext-dev, without its files
 NAMES = ("rollout", "decode", "update")
@@ -155,11 +158,20 @@ class Workload:
             held,
         )
         seconds = time.monotonic() - started
-        cost = Cost()
-        cost.add(count(compiled.as_text(), self.topology.slices), self.calls[name])
         return Plan(
-            needed=memory.peak, available=self.topology.memory, memory=memory, cost=cost, seconds=seconds, **common
-        )
+            needed=memory.peak, available=self.topology.memory, memory=memory, cost=self.cost(name, compiled.as_text()),
+            seconds=seconds, **common
+        )  # fmt: skip
+
+    def cost(self, name: str, program: str) -> Cost | None:
+        """What a compiled program does in a step; None if it cannot be read, which loses no memory's figures."""
+        cost = Cost()
+        try:
+            cost.add(count(program, self.topology.slices), self.calls[name])
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # another form of XLA's text
+            logger.warning("%s: the compiled program could not be read (%s: %s)", name, type(error).__name__, error)
+            return None
+        return cost
 
 
 def micro_batches(config: ConfigDict) -> dict[str, int]:

@@ -29,7 +29,7 @@ def step_estimate(
         efficiency: Share of the roofline that is reached, in (0, 1].
         price: Of a chip-hour, in any currency; None: no cost.
     """
-    if topology.chip is None or not all(plan.fits for plan in plans):
+    if topology.chip is None or not all(plan.fits and plan.cost for plan in plans):
         return None
     least = step_seconds(config, list(plans), topology.chip)
     seconds = least / efficiency

@@ -62,7 +62,9 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def step_seconds(config: ConfigDict, plans: list[Plan], chip: Chip | None) -> float:
-    """Roofline of a whole step: rollout, decode and all updates, one after another."""
+    """Roofline of a whole step: rollout, decode and all updates, one after another; infinite if one is unreadable."""
+    if not all(plan.cost for plan in plans):
+        return math.inf
     times = {plan.name: roofline(plan.cost, chip or _UNKNOWN).seconds for plan in plans}
     return times["rollout"] + times["decode"] + config.objective.updates * times["update"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Float
 
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 
 class RewardInputs(NamedTuple):
@@ -62,10 +61,10 @@ def make(name: str, **options: Any) -> Reward:
         UsageError: No reward has the name, or its factory does not take the options.
     """
     if name not in _FACTORIES:
-        near = difflib.get_close_matches(name, _FACTORIES, n=1)
+        near = nearest(name, _FACTORIES)
         raise UsageError(
             f"reward: {name!r} found; one of {', '.join(sorted(_FACTORIES))} was wanted.",
-            f"Did you mean {near[0]!r}?" if near else "Name one of these, or import the module that registers yours.",
+            f"Did you mean {near!r}?" if near else "Name one of these, or import the module that registers yours.",
         )
     signature = inspect.signature(_FACTORIES[name])
     try:
@@ -102,8 +101,8 @@ def option_problems(name: str, options: Any) -> list[str]:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"one of {', '.join(sorted(known)) or '(none)'} was wanted"
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else f"one of {', '.join(sorted(known)) or '(none)'} was wanted"
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -236,8 +236,9 @@ def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path,
     with jax.set_mesh(mesh):
         trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):
-            sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
-            drifts.append(np.asarray(background_drift(batches[step], sample.images)))
+            batch = batches[step]
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), batch)
+            drifts.append(np.asarray(background_drift(batch, sample.images)))
             stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
     return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))
 

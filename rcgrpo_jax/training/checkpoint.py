@@ -32,7 +32,7 @@ class Checkpointer:
 
     Args:
         directory: Where the step directories are; created by the first save.
-        save_every: Steps between two saves; a preemption notice saves at once.
+        save_every: Steps between two saves.
         keep: Newest checkpoints to keep; older ones are deleted after a save.
     """
 
@@ -44,10 +44,9 @@ class Checkpointer:
     @cached_property
     def _orbax(self) -> Any:
         policies, preserve = ocp.training.save_decision_policies, ocp.training.preservation_policies
-        when = [policies.FixedIntervalPolicy(self._save_every), policies.PreemptionCheckpointingPolicy()]
         return ocp.training.Checkpointer(
             self.directory,
-            save_decision_policy=policies.AnySavePolicy(when),
+            save_decision_policy=policies.FixedIntervalPolicy(self._save_every),
             preservation_policy=preserve.LatestN(self._keep),
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
@@ -56,7 +55,7 @@ class Checkpointer:
         """Starts to save `state` if `step` is due; the arrays may be donated as soon as this returns.
 
         Args:
-            step: Updates done.
+            step: Training steps done.
             state: Pytree of arrays of any dtype, typed random keys included.
             config: JSON-serialisable configuration of the run.
             force: Save even if the step is not due (the last step).

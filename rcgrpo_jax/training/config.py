@@ -54,9 +54,9 @@ def default_config() -> ConfigDict:
         ),
         explore=group(
             kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6; mixed: half and half (ours)
-            alpha_edit=0.3,  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
+            alpha_edit=0.5,  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
             alpha_base=0.01,  # perturbation outside, in [0, 1] (ours)
-            sigma=0.3,  # perturbation everywhere for kind=global and mixed, in [0, 1]
+            sigma=0.5,  # perturbation everywhere for kind=global and mixed, in [0, 1]
             mask_threshold=0.0,  # share of a token's pixels that puts it into the region; 0: any pixel (ours)
             mask_dilation=0,  # tokens by which the region grows for the perturbation; surrogate and ACD keep the mask
         ),
@@ -68,22 +68,22 @@ def default_config() -> ConfigDict:
             decode_micro_batch=0,  # of these, images decoded at a time; 0: all
         ),
         surrogate=group(
-            distance="region",  # region (B.3, form ours), tau (ours), l2 (Eq. 7), mean
-            tau_edit=0.9,  # bandwidth inside the mask
+            distance="l2",  # l2 (Eq. 7), region (B.3, form ours), tau (ours), mean
+            tau_edit=0.9,  # bandwidth inside the mask, of region and tau
             tau_base=1.1,  # bandwidth outside
             anchors=4,  # B, anchors of a group, from the perturbed candidates
             anchor_mode="replay",  # replay: one step from the stored state; integrate: the whole path, Eq. 13
-            steps="all",  # solver steps that carry the loss: all, early (the noisier half), random
+            steps="early",  # solver steps that carry the loss: early (the noisier half), all, random
             num_random_steps=4,  # how many for steps=random
             weighting="uniform",  # expectation over candidates: uniform (Eq. 5), or policy (under pi_old)
             target_entropy=1.0,  # nats, for weighting=policy: the temperature is calibrated to it
             micro_batch=0,  # anchors (replay: anchor-steps) differentiated at a time over the mesh; 0: all
         ),
         objective=group(
-            clip=0.02,  # c, half-width of the ratio's clip (ours; peers use 1e-4)
+            clip=0.02,  # c, half-width of the ratio's clip (ours; peers use 1e-4); the ratio of the first update is 1
             advantage_clip=5.0,  # largest |A|
             quasi_norm=0.0,  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
-            kl_weight=0.0,  # beta
+            kl_weight=0.0,  # beta, of the KL to the policy of the rollout; the first update's has no gradient
             updates=1,  # optimizer updates on one rollout
         ),
         rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
@@ -186,6 +186,11 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     g, b, k = config.rollout.group_size, config.surrogate.anchors, config.rollout.num_steps
     if b > g - 1:
         problems.append(f"surrogate.anchors: {b} of {g - 1} perturbed candidates; rollout.group_size is {g}")
+    if config.objective.kl_weight and config.objective.updates == 1:
+        problems.append(
+            f"objective.kl_weight: {config.objective.kl_weight} with objective.updates = 1; the first update is at the "
+            "policy of the rollout, so that two or more were wanted"
+        )
     if config.surrogate.steps == "random" and config.surrogate.num_random_steps > k:
         problems.append(f"surrogate.num_random_steps: {config.surrogate.num_random_steps} of {k} steps")
     if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(g):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
@@ -107,5 +106,5 @@ def _fields(config: ConfigDict, free: Sequence[str]) -> set[str]:
 
 def _unknown(field: str, known: set[str]) -> str:
     """A ConfigDict takes any new field: a misspelt one in a file would leave the default in force."""
-    near = difflib.get_close_matches(field, known, n=1)
-    return f"{field}: no such field" + (f"; did you mean {near[0]}?" if near else "")
+    near = nearest(field, known)
+    return f"{field}: no such field" + (f"; did you mean {near}?" if near else "")

@@ -38,6 +38,8 @@ from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
+UNSCORED_STEPS = 3  # without a group that could be scored, in a row, before a run gives up
+
 
 def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
     """Post-trains a LoRA; called again on the same `workdir` it goes on from the last checkpoint.
@@ -65,7 +67,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     check_mesh(config, mesh, folder.config("transformer"))
     check_model_fits(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
-        described = config.to_dict()
+        described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
             check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
@@ -214,6 +216,7 @@ class Trainer:
         self.programs = Programs(config, editor, mesh)
         self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.own_prompts = len(own_rows(config.rollout.prompts))
+        self.unscored = 0  # steps in a row without a group to learn from
         self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
@@ -230,10 +233,14 @@ class Trainer:
 
         Returns:
             The new state, metrics, and the rows.
+
+        Raises:
+            UserError: A reward has failed in every group for `UNSCORED_STEPS` steps.
         """
         start = time.monotonic()
         sample = self.sample(state, batch)
         scores, times = sample.scores, [start, sample.rolled_out]
+        self._check_scored(scores)
         with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
             total = grpo.combine_rewards(scores, self.weights)
             advantages = grpo.group_advantages(
@@ -252,6 +259,16 @@ class Trainer:
         metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
         metrics["samples_per_second"] = total.size / (times[-1] - times[0])
         return state, metrics, rows
+
+    def _check_scored(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Gives up after `UNSCORED_STEPS` steps in a row in which some reward failed in every group."""
+        failed = [name for name, score in scores.items() if not np.isfinite(score).all(axis=-1).any()]
+        self.unscored = self.unscored + 1 if failed else 0
+        if self.unscored == UNSCORED_STEPS:
+            raise UserError(
+                f"rewards: {', '.join(failed)} scored no group of the last {UNSCORED_STEPS} steps.",
+                "Look at what computes it; the same command resumes from the last checkpoint.",
+            )
 
     def sample(self, state: TrainState, batch: EditBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""

@@ -48,7 +48,7 @@ class MetricsWriter:
         """Writes one step, on disk when this returns; a value that is not finite becomes `null` in the JSON.
 
         Args:
-            step: Updates done.
+            step: Training steps done.
             metrics: Name -> scalar (a number or a 0-dimensional array).
         """
         if not self._active:

@@ -61,7 +61,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict()
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
-            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
+            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest", "model_digest"))
         stage = STAGES[config.stage](config, open_folder(config, workdir), mesh, workdir)
         batches = stage.batches()
         described |= stage.identity(batches)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.parallel.distributed import anyone, is_main, watch
+from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, watch
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
 from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
 
@@ -32,7 +32,8 @@ def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
     """The checkpoints of a run, in a directory that is made if missing.
 
     Raises:
-        UserError: If the directory cannot be made, or another process ends while the run is open.
+        UserError: If the directory cannot be made or is not the same for all processes, or another process ends while
+            the run is open.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,13 @@ def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
     options = config.train
     saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
     with saving as checkpointer, watch():
+        found = gather(np.array([checkpointer.latest_step() or 0]))
+        if found.min() < found.max():
+            raise UserError(
+                f"workdir: {workdir}: the processes find checkpoints of different steps, {', '.join(map(str, found))}; "
+                "one directory for all was wanted.",
+                "Choose a folder that all processes share.",
+            )
         yield checkpointer
 
 

@@ -20,7 +20,7 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.data.triples import TripleBatches
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.editor import Editor, to_unit
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.flow import latents, matching, rollout
 from rcgrpo_jax.method.region import token_mask
@@ -103,11 +103,6 @@ class Stage:
         return self.folder.load(name, jnp.float32, parameter_sharding(self.mesh))
 
 
-def unit(pixels: Array) -> Float[Array, "H W 3"]:
-    """Pixels 0..255 as the VAE's [-1, 1]."""
-    return pixels.astype(jnp.float32) / 127.5 - 1.0
-
-
 class VAEStage(Stage):
     """Reconstruction of sources and targets, half and half (Kingma and Welling 2014).
 
@@ -124,7 +119,7 @@ class VAEStage(Stage):
     def loss(self, trained, frozen, key, example):
         key_which, key_crop, key_sample = jax.random.split(key, 3)
         image = jnp.where(jax.random.bernoulli(key_which), example.target, example.source)  # they share most pixels
-        image = self._crop(key_crop, unit(image))
+        image = self._crop(key_crop, to_unit(image))
         vae, variables = self.editor.vae, {"params": trained}
         mean, log_variance = vae.apply(variables, image, method="moments")
         sample = mean + jnp.exp(log_variance / 2) * jax.random.normal(key_sample, mean.shape)
@@ -143,10 +138,10 @@ class VAEStage(Stage):
         return jax.lax.dynamic_slice(image, (top, left, 0), (side, side, 3))
 
     def picture(self, trained, frozen, example):
-        return self.editor.vae.apply({"params": trained}, unit(example.target))
+        return self.editor.vae.apply({"params": trained}, to_unit(example.target))
 
     def save(self, trained, examples):
-        images = unit(jnp.concatenate([examples.source, examples.target]))
+        images = to_unit(jnp.concatenate([examples.source, examples.target]))
         mean, _ = jax.jit(partial(self.editor.vae.apply, method="moments"))({"params": trained}, images)
         mean = mean.astype(jnp.float32)
         config = replace(self.editor.vae.config, shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
@@ -182,7 +177,7 @@ class FlowStage(Stage):
 
     def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
         """Packed latents of pictures."""
-        encoded = self.editor.vae.apply({"params": params["vae"]}, unit(pixels), method="encode")
+        encoded = self.editor.vae.apply({"params": params["vae"]}, to_unit(pixels), method="encode")
         return latents.pack(encoded).astype(jnp.float32)
 
     def loss(self, trained, frozen, key, example):
@@ -241,7 +236,7 @@ class LoRAStage(FlowStage):
         return encode(self.config, self.folder, self.workdir, self.mesh, self.config.batch.size, check)
 
     def identity(self, batches):
-        return {"data_digest": batches.source.digest}
+        return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
 
     def arrays(self, batch: EditBatch) -> Encoded:
         return Encoded(batch.pixels, batch.targets, batch.mask, batch.reference, batch.text, batch.pooled)

@@ -222,8 +222,8 @@ class Programs:
         gain = grpo.clipped_objective(log_ratio, advantages[index][None], objective.clip, weights)
         kl = grpo.categorical_kl(log_old, log_pi).mean()
         metrics = {
-            "ratio_mean": jnp.exp(log_ratio).mean(),
-            "ratio_deviation": jnp.abs(jnp.expm1(log_ratio)).max(),
+            "ratio_mean": jnp.exp(jnp.minimum(log_ratio, grpo.MAX_LOG_RATIO)).mean(),
+            "ratio_deviation": jnp.abs(jnp.expm1(jnp.minimum(log_ratio, grpo.MAX_LOG_RATIO))).max(),
             "clip_fraction": grpo.clip_fraction(log_ratio, objective.clip),
             "kl": kl,
             "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
@@ -265,7 +265,9 @@ class Programs:
 
         units = (*self.units(exploration), log_old)
         grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.config.surrogate.micro_batch, self.mesh)
-        state = apply_gradients(state, grads, self.config.optimizer)
+        updated = apply_gradients(state, grads, self.config.optimizer)
+        learned = jnp.any(advantages != 0)  # else momentum and weight decay would move the adapter all the same
+        state = jax.tree.map(partial(jnp.where, learned), updated, state)
         scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         return state, log_pi, scalars

@@ -1,0 +1,43 @@
+"""Short runs of the experiments of docs/findings.md: a change of the code that loses what they found fails here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_run
+
+from rcgrpo_jax.cli.main import main
+from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.statistics import paired_interval
+from rcgrpo_jax.training.ablation import COMPONENTS, group_statistics
+from rcgrpo_jax.training.recipes import small_editor
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return small_run.workspace() / "experiment"
+
+
+def test_what_is_rewarded_rises_on_edits_never_seen(folder):
+    """A sixth of the candidates of a run in the findings, at twice the learning rate."""
+    changes = {
+        "data.path": "scenes:train:80", "rollout.prompts": 8, "rewards.preservation": 0.0, "acd.weight": 0.0,
+        "optimizer.learning_rate": 4e-3, "optimizer.decay_steps": 10, "train.num_steps": 10,
+    }  # fmt: skip
+    config = small_run.ROOT / "configs" / "small_editor.py"
+    arguments = [f"--config={config}", f"--out={folder}", "--data=scenes:validation:48", "--steps=8", "--seeds=1"]
+    fields = [f"--config.{field}={value}" for field, value in changes.items()]
+    assert main(["ablate", *arguments, *fields, "--variant=RDP: explore.kind=region"]) == 0
+    base, trained = (Evaluation.load(folder / "evaluations" / file) for file in ("base.npz", "rdp/0.npz"))
+    assert paired_interval(trained.measures["success"][None], base.measures["success"][None]).low > 0
+
+
+def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
+    """Fig. 5, at equal strength."""
+    config = small_editor()
+    config.data.path, config.data.cache, config.rollout.prompts = "scenes:train:80", str(folder / "cache"), 8
+    assert config.explore.alpha_edit == config.explore.sigma
+    everywhere, inside = (group_statistics(config, variant, 0, folder, num_batches=2) for variant in COMPONENTS[:2])
+    assert np.median(inside.drift) < 0.8 * np.median(everywhere.drift)
+    for reward in ("oracle", "preservation"):
+        assert np.median(inside.reward_std[reward]) < np.median(everywhere.reward_std[reward])
