@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def test_diffusers_reads_the_small_tokenizers_from_a_pipeline_folder(folder, sma
 def test_special_tokens_stand_where_flux_has_them(tmp_path):
     clip_size = write_clip_tokenizer(tmp_path / "tokenizer")
     t5_size = write_t5_tokenizer(tmp_path / "tokenizer_2")
-    clip, t5 = load_tokenizers(tmp_path)
+    tokenizers = load_tokenizers(tmp_path)
+    clip, t5 = tokenizers.clip, tokenizers.t5
     assert (len(clip), len(t5)) == (clip_size, t5_size)
     assert max(clip_size, t5_size) < 2000
     assert (clip.bos_token_id, clip.eos_token_id, clip.pad_token_id) == (clip_size - 2, clip_size - 1, clip_size - 1)
@@ -155,6 +157,14 @@ def test_an_instruction_that_just_fits_is_not_cut(small, caplog):
         tokens = tokenize(small, ["make it red"], 4)
     assert not caplog.records
     assert tokens.t5_lengths == [4]
+
+
+def test_threads_may_share_tokenizers(small):
+    lengths = [16, 24, 32, 40] * 25
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda length: tokenize(small, INSTRUCTIONS, length), lengths))
+    for length, tokens in zip(lengths, together, strict=True):
+        np.testing.assert_array_equal(tokens.t5, tokenize(small, INSTRUCTIONS, length).t5)
 
 
 def test_writing_twice_gives_the_same_bytes(folder, tmp_path):

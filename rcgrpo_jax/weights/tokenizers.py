@@ -11,8 +11,10 @@ import logging
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -74,11 +76,19 @@ _T5_SUFFIXES = ("'s", "es", "ed", "ing", "er", "est", "ly", "ish")
 _T5_CHARACTERS = ((0x21, 0x7E), (0xA1, 0x17F), (0x300, 0x45F), (0x2010, 0x2027), (0x20AC, 0x20AC))
 
 
-class Tokenizers(NamedTuple):
-    """The `tokenizer/` and `tokenizer_2/` of a FLUX folder."""
+@dataclass(frozen=True)
+class Tokenizers:
+    """The `tokenizer/` and `tokenizer_2/` of a FLUX folder.
+
+    Attributes:
+        clip: CLIP's.
+        t5: T5's.
+        lock: Held while they are called: a call sets how the tokenizer pads and cuts, for all threads.
+    """
 
     clip: CLIPTokenizer
     t5: T5TokenizerFast
+    lock: Lock = field(default_factory=Lock, repr=False)
 
 
 class TextTokens(NamedTuple):
@@ -110,9 +120,10 @@ def tokenize(tokenizers: Tokenizers, instructions: Sequence[str], max_text_token
         The ids of both and the lengths of T5's.
     """
     texts = list(instructions)
-    clip = tokenizers.clip(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True)
-    t5 = tokenizers.t5(texts, padding="max_length", max_length=max_text_tokens, truncation=True)
-    whole = tokenizers.t5(texts, verbose=False)  # transformers' own warning would name its limit, not ours
+    with tokenizers.lock:
+        clip = tokenizers.clip(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True)
+        t5 = tokenizers.t5(texts, padding="max_length", max_length=max_text_tokens, truncation=True)
+        whole = tokenizers.t5(texts, verbose=False)  # transformers' own warning would name its limit, not ours
     for text, ids in dict(zip(texts, whole["input_ids"], strict=True)).items():
         if len(ids) > max_text_tokens:
             logger.warning(
