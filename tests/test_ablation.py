@@ -84,7 +84,7 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     files = ["base.npz", *(f"{name}/{seed}.npz" for name in ("global", "rdp") for seed in (0, 1))]
     found = {file: Evaluation.load(out / "evaluations" / file) for file in files}
     assert len({evaluation.names for evaluation in found.values()}) == 1
-    edits = [evaluation.images for evaluation in found.values()]
+    edits = [evaluation.measures["psnr"] for evaluation in found.values()]
     for i, a in enumerate(edits):
         assert all(np.any(a != b) for b in edits[:i]), "two of the runs made the same edits"
     for name in ("global", "rdp"):

@@ -191,7 +191,7 @@ def _evaluate(
             mesh=mesh,
             progress=progress.update,
         )
-    evaluation = replace(evaluation, origin=origin)
+    evaluation = replace(evaluation, origin=origin, images=evaluation.images[:0])  # the adapters make them again
     evaluation.save(file)
     return evaluation
 
