@@ -49,6 +49,7 @@ def small_editor() -> ConfigDict:
     config.data.size = (128, 128)
     config.lora.rank, config.lora.alpha = 16, 32.0
     config.rollout.prompts, config.rollout.group_size, config.rollout.num_steps = 12, 8, 4
+    config.explore.alpha_edit = config.explore.sigma = 0.8
     config.surrogate.anchors = 2
     config.rewards = ConfigDict({"oracle": 1.0, "preservation": 4.0})
     config.acd.layers = 4  # of 6 blocks
