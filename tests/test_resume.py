@@ -149,6 +149,14 @@ def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_p
     assert_bit_equal(state, straight[0])
 
 
+def test_model_and_data_may_move(straight, interrupted, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(small_run.model_folder(), model)
+    shutil.copytree(small_run.data_folder(), data)
+    moved = small_run.make_config(**SETTINGS, model__path=str(model), data__path=str(data))
+    assert_bit_equal(train(moved, interrupted), straight[0])
+
+
 def test_another_model_under_the_same_path_is_refused(tmp_path):
     model = random_folder.build(tmp_path / "model", configs=small_run.TINY)
     config = small_run.make_config(**SETTINGS, model__path=str(model), train__num_steps=1)

@@ -22,6 +22,8 @@ from rcgrpo_jax.training.fields import (
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
               "rollout.decode_micro_batch", "surrogate.micro_batch")  # fmt: skip
+# Fields that may differ where what they name has been moved: digests are saved beside them.
+PATHS = ("model.path", "data.path")
 
 
 def default_config() -> ConfigDict:

@@ -29,7 +29,7 @@ from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, 
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
-from rcgrpo_jax.training.config import MAY_DIFFER, validate
+from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
@@ -69,10 +69,10 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
-            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest"))
+            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, *PATHS, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
-        state = restore(checkpointer, first_state(config, folder, mesh), described, MAY_DIFFER)
+        state = restore(checkpointer, first_state(config, folder, mesh), described, (*MAY_DIFFER, *PATHS))
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
