@@ -33,11 +33,16 @@ def test_what_is_rewarded_rises_on_edits_never_seen(folder):
 
 
 def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
-    """Fig. 5, at equal strength."""
+    """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt."""
     config = small_editor()
     config.data.path, config.data.cache, config.rollout.prompts = "scenes:train:80", str(folder / "cache"), 8
     assert config.explore.alpha_edit == config.explore.sigma
-    everywhere, inside = (group_statistics(config, variant, 0, folder, num_batches=2) for variant in COMPONENTS[:2])
-    assert np.median(inside.drift) < 0.8 * np.median(everywhere.drift)
-    for reward in ("oracle", "preservation"):
-        assert np.median(inside.reward_std[reward]) < np.median(everywhere.reward_std[reward])
+    everywhere, inside = (group_statistics(config, variant, 0, folder, num_batches=4) for variant in COMPONENTS[:2])
+    assert ratio(inside.drift, everywhere.drift) < 0.7
+    assert ratio(inside.reward_std["preservation"], everywhere.reward_std["preservation"]) < 0.7
+    assert ratio(inside.reward_std["oracle"], everywhere.reward_std["oracle"]) < 0.95
+
+
+def ratio(values: np.ndarray, other: np.ndarray) -> float:
+    """The geometric mean over pairs."""
+    return float(np.exp(np.mean(np.log(values / other))))
