@@ -82,6 +82,15 @@ def test_a_quantised_base_is_not_kept_dequantised():
     assert problem.startswith("model.remat: none with model.quantization=nf4")
 
 
+def test_updates_after_the_end_of_the_decay_are_refused():
+    """They would be taken at a learning rate of 0."""
+    fields = {"optimizer__warmup_steps": 4, "optimizer__decay_steps": 16, "objective__updates": 2}
+    assert problems(make(train__num_steps=10, **fields)) == []
+    assert problems(make(train__num_steps=11, **fields)) == [
+        "optimizer.decay_steps: 16 ends the learning at update 20 of 22; at least 18, or 0 for no decay, was wanted"
+    ]
+
+
 @pytest.mark.parametrize("weight", [None, "1"])
 def test_a_weight_that_is_no_number_is_refused(weight):
     assert problems(make(rewards=ConfigDict({"preservation": weight}))) == [

@@ -412,6 +412,7 @@ def test_the_written_folder_reads_back_the_same(tmp_path, capsys, flags):
     (["scenes", "--out=x", "--split=test"], "split"),
     (["scenes", "--out=x", "--count=0"], "count"),
     (["scenes", "--out=x", "--size=8"], "size"),
+    (["scenes", "--out=x", "--kinds="], "no kinds of edits found"),
     (["scenes", "--out=x", "--flaw=1"], "Did you mean --flaws"),
 ])  # fmt: skip
 def test_usage_errors_of_the_command(argv, problem, tmp_path, monkeypatch):

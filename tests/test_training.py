@@ -170,12 +170,13 @@ def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monke
 def test_every_part_rolls_out_before_the_first_is_scored(monkeypatch):
     """The devices have work while a reward, which may be a server's, takes its time."""
     trainer, order = small_run.make_trainer(rollout__micro_batch=4), []
-    for owner, name in ((trainer.programs, "rollout"), (trainer.programs, "decode"), (trainer, "score")):
+    programs = trainer.programs
+    for owner, name in ((trainer, "compared"), (programs, "rollout"), (programs, "decode"), (trainer, "score")):
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: order.append(name) or call(*args))
-    with jax.set_mesh(trainer.programs.mesh):
+    with jax.set_mesh(programs.mesh):
         trainer.sample(small_run.make_state(trainer), small_run.make_batch(trainer))
-    assert order == ["rollout", "decode"] * 2 + ["score"] * 2
+    assert order == ["compared", *["rollout", "decode"] * 2, "score", "score"]
 
 
 def test_the_update_writes_the_state_where_the_old_one_was():
@@ -188,8 +189,13 @@ def test_the_update_writes_the_state_where_the_old_one_was():
     assert update.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
 
 
-def test_a_reward_that_needs_a_target_is_refused_without_one(tmp_path):
-    config = small_run.make_config()
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [({}, "no target image; the reward 'oracle' compares with one"),
+     ({"data__path": "scenes:train:6:1"}, "flawed on purpose; the reward 'oracle' takes targets for right")],
+)  # fmt: skip
+def test_a_reward_that_needs_a_target_is_refused_without_a_right_one(data, problem, tmp_path):
+    config = small_run.make_config(**data)
     config.rewards = ConfigDict({"oracle": 1.0})
-    with pytest.raises(UserError, match="no target image; the reward 'oracle' compares with one"):
+    with pytest.raises(UserError, match=problem):
         train(config, tmp_path, jax.devices()[:1])

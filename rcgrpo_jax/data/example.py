@@ -22,6 +22,7 @@ class EditExample:
     instruction: str  # any Unicode text, passed on as it is
     caption: str | None = None  # describes the edited image
     target: UInt8[np.ndarray, "H W 3"] | None = None  # the right result, where one is known
+    flawed: bool = False  # whether the target is wrong on purpose, as a share of `data.scenes` may be
 
 
 def check_example(example: EditExample) -> EditExample:

@@ -76,6 +76,11 @@ class Scenes:
         for field, found, least in (("count", count, 1), ("size", size, MIN_SIZE), ("seed", seed, 0)):
             if found < least:
                 raise UsageError(f"scenes: {field} {found} found; at least {least} was wanted.", f"Raise the {field}.")
+        if not kinds:
+            raise UsageError(
+                f"scenes: no kinds of edits found; some of {', '.join(KINDS)} were wanted.",
+                "Name one, or leave them out.",
+            )
         if not 0 <= flaws <= 1:
             raise UsageError(f"scenes: flaws {flaws} found; a share in [0, 1] was wanted.", "Write 0.4 for 40 %.")
         self.split, self.count, self.size, self.seed, self.flaws, self.kinds = split, count, size, seed, flaws, kinds
@@ -101,6 +106,7 @@ class Scenes:
             instruction=scene.instruction,
             caption=scene.caption,
             target=target,
+            flawed=flaw is not None,
         )
 
     def scene(self, index: int) -> Scene:

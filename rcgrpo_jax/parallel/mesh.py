@@ -49,3 +49,45 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     shape = mesh_shape(sizes, len(devices))
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_parts(mesh: Mesh, heads: int) -> None:
+    """Refuses a mesh that splits a sample over processes or a head over devices, or where a process has no block of it.
+
+    Args:
+        mesh: As `make_mesh` gives it.
+        heads: Attention heads of the model.
+
+    Raises:
+        UsageError: With the nearest size that is right.
+    """
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    own, (data, fsdp, tensor) = mesh.size // len(np.unique(processes)), mesh.devices.shape
+    if np.any(processes != processes[..., :1]):
+        raise UsageError(
+            f"config: mesh.tensor: {tensor}; a process has {own} devices, and the parts of a sample must lie within "
+            "one.",
+            f"Choose a divisor of {own}.",
+        )
+    if heads % tensor:
+        raise UsageError(
+            f"config: mesh.tensor: {tensor}; the model has {heads} heads.", f"Choose a divisor of {heads}."
+        )
+    if not _in_blocks(processes):
+        rows = data * fsdp
+        sizes = sorted(
+            (size for size in range(1, rows + 1) if rows % size == 0),
+            key=lambda size: (max(size, fsdp) / min(size, fsdp), -size),
+        )
+        near = next(size for size in sizes if _in_blocks(processes.reshape(-1, size, tensor)))
+        raise UsageError(
+            f"config: mesh.fsdp: {fsdp}; a process has {own} devices, and they must form a block of the mesh, here "
+            f"data={data}, fsdp={fsdp}, tensor={tensor}.",
+            f"Choose mesh.data={rows // near} and mesh.fsdp={near}.",
+        )
+
+
+def _in_blocks(processes: np.ndarray) -> bool:
+    """Whether the places of every process form a box: `Mesh.local_mesh` is made of nothing else."""
+    places = (np.argwhere(processes == process) for process in np.unique(processes))
+    return all(np.prod(np.ptp(own, axis=0) + 1) == len(own) for own in places)

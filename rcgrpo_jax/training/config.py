@@ -16,6 +16,7 @@ from rcgrpo_jax.training.fields import (
     get_field,
     quantization_problems,
     refusal,
+    schedule_problems,
     size_problems,
 )
 
@@ -201,6 +202,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"{math.log(g):.3f}"
         )
     problems += size_problems(config) + quantization_problems(config)
+    problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))

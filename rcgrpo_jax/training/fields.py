@@ -100,6 +100,17 @@ def quantization_problems(config: ConfigDict) -> list[str]:
     ]
 
 
+def schedule_problems(config: ConfigDict, updates: int) -> list[str]:
+    """What is wrong with `optimizer.decay_steps` for that many updates in all."""
+    decay, end = config.optimizer.decay_steps, config.optimizer.warmup_steps + config.optimizer.decay_steps
+    if not decay or updates <= end:
+        return []
+    return [
+        f"optimizer.decay_steps: {decay} ends the learning at update {end} of {updates}; at least "
+        f"{updates - config.optimizer.warmup_steps}, or 0 for no decay, was wanted"
+    ]
+
+
 def _fields(config: ConfigDict, free: Sequence[str]) -> set[str]:
     return {name for name in flatten_dict(config.to_dict(), sep=".") if name.split(".")[0] not in free}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
-from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.parallel.mesh import check_parts, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
 from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
@@ -114,25 +114,14 @@ def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainSta
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
-    """Refuses a mesh that splits a group over processes, or a sample over them, or a head over devices."""
-    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    count, tensor = len(np.unique(processes)), mesh.shape["tensor"]
+    """Refuses a mesh that splits a group over processes, and what `check_parts` refuses."""
+    count = len({device.process_index for device in mesh.devices.flat})
     if config.rollout.prompts % count:
         raise UsageError(
             f"config: rollout.prompts: {config.rollout.prompts}; each of {count} processes scores whole groups.",
             f"Choose a multiple of {count}.",
         )
-    if np.any(processes != processes[..., :1]):
-        raise UsageError(
-            f"config: mesh.tensor: {tensor}; a process has {mesh.size // count} devices, and the parts of a sample "
-            "must lie within one.",
-            f"Choose a divisor of {mesh.size // count}.",
-        )
-    if sizes.num_attention_heads % tensor:
-        raise UsageError(
-            f"config: mesh.tensor: {tensor}; the model has {sizes.num_attention_heads} heads.",
-            f"Choose a divisor of {sizes.num_attention_heads}.",
-        )
+    check_parts(mesh, sizes.num_attention_heads)
 
 
 def make_rewards(config: ConfigDict) -> dict[str, Any]:
@@ -181,10 +170,17 @@ def check_example(rewards: Mapping[str, Any], example: EditExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
-        if getattr(reward, "needs_target", False) and example.target is None:
+        if not getattr(reward, "needs_target", False):
+            continue
+        if example.target is None:
             raise UserError(
                 f"{example.name}: no target image; the reward {name!r} compares with one.",
                 f"Add targets, or set --config.rewards.{name}=0.",
+            )
+        if example.flawed:
+            raise UserError(
+                f"{example.name}: its target is flawed on purpose; the reward {name!r} takes targets for right.",
+                "Leave the share of flaws out of data.path.",
             )
 
 
@@ -276,15 +272,16 @@ class Trainer:
         prompts = programs.prompts(batch)
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
+        compared = self.compared(batch)  # copied before the rollouts: what comes later on the devices waits for them
         rollouts, pictures = [], []
         for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
             rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
             pictures.append(self.own(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
         with together():  # all is dispatched: the devices roll out the next part while one is scored
-            scores = [self.score(batch, images) for images in pictures[:-1]]
+            scores = [self.score(compared, images) for images in pictures[:-1]]
             jax.block_until_ready(pictures[-1])
             rolled_out = time.monotonic()
-            scores.append(self.score(batch, pictures[-1]))
+            scores.append(self.score(compared, pictures[-1]))
         rollout = join(*rollouts)
         scores = gather(jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *scores))
         if "acd" in self.weights:
@@ -314,15 +311,22 @@ class Trainer:
         with jax.set_mesh(self.own_mesh):
             return rows.reshape(self.own_prompts, -1, *rows.shape[1:])
 
-    def score(self, batch: EditBatch, images: Float[Array, "p g H W 3"]) -> dict[str, Float[np.ndarray, "p g"]]:
-        """Every reward of this process' candidates; NaN where one could not be scored."""
+    def compared(self, batch: EditBatch) -> Callable[..., reward_registry.RewardInputs]:
+        """What this process' rewards compare edits with, all but `edited`."""
         with jax.set_mesh(self.own_mesh):
             source = jnp.asarray(batch.pixels, jnp.float32) / 255
             targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
-            inputs = reward_registry.RewardInputs(
-                source, images, jnp.asarray(batch.mask), batch.instructions, targets=targets
-            )
-            return reward_registry.score_all(self.rewards, inputs)
+            return partial(
+                reward_registry.RewardInputs, source=source, mask=jnp.asarray(batch.mask),
+                instructions=batch.instructions, targets=targets,
+            )  # fmt: skip
+
+    def score(
+        self, compared: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]
+    ) -> dict[str, Float[np.ndarray, "p g"]]:
+        """Every reward of this process' candidates; NaN where one could not be scored."""
+        with jax.set_mesh(self.own_mesh):
+            return reward_registry.score_all(self.rewards, compared(edited=images))
 
 
 def join(*parts: Any) -> Any:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.editor import to_pixels
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, together
-from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
@@ -62,7 +62,10 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         described = config.to_dict()
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
             check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest", "model_digest"))
-        stage = STAGES[config.stage](config, open_folder(config, workdir), mesh, workdir)
+        folder = open_folder(config, workdir)
+        # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
+        check_parts(mesh, folder.config("transformer").num_attention_heads)
+        stage = STAGES[config.stage](config, folder, mesh, workdir)
         batches = stage.batches()
         described |= stage.identity(batches)
         key_params, key = jax.random.split(jax.random.key(config.seed))

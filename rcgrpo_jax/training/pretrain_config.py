@@ -16,6 +16,7 @@ from rcgrpo_jax.training.fields import (
     check_fields,
     quantization_problems,
     refusal,
+    schedule_problems,
     size_problems,
 )
 
@@ -82,6 +83,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         )
     if not problems:
         problems += size_problems(config) + quantization_problems(config)
+        problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(
             size
             for axis, size in zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True)
