@@ -17,7 +17,7 @@ fail() { # EXIT_CODE PROBLEM REMEDY
 
 say() { printf 'launch/%s: %s\n' "${0##*/}" "$1" >&2; }
 
-usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; } # the comment at the top of the script
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "launch/${0##*/}"; } # the comment at the top of the script
 
 quote() { # WORDS -> one line that any POSIX shell reads as these words
   local word line=""

@@ -26,12 +26,13 @@ def run(tmp_path_factory):
         "    c.data.update(path='scenes:train:4', size=(64, 64))\n"
         "    c.lora.update(rank=2, alpha=4.0)\n"
         "    c.rollout.update(prompts=2, group_size=4, num_steps=2)\n"
-        "    c.surrogate.anchors = 2\n    c.acd.layers = 2\n    c.rewards.update(preservation=1.0, colour=0.0)\n"
+        "    c.surrogate.anchors = 2\n    c.acd.layers = 2\n"
+        "    c.rewards.update(preservation=1.0, colour=0.0, oracle=0.0)\n"
         "    c.optimizer.learning_rate = 0.01\n    c.train.num_steps = 2\n    return c\n"
     )
     arguments = [
         "ablate", f"--config={folder / 'config.py'}", f"--out={folder / 'out'}", "--seeds=2", "--steps=2",
-        "--data=scenes:heldout:3", "--variant=global: explore.kind=global acd.weight=0",
+        "--data=scenes:heldout:3", "--variant=global: explore.kind=global acd.weight=0 rewards.oracle=1.0",
         "--variant=RDP: acd.weight=0", "--batches=2",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -90,13 +91,16 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     for name in ("global", "rdp"):
         assert len(read_metrics(out / "runs" / name / "0" / "metrics.jsonl")) == 2
     table = (out / "table.md").read_text()
-    assert all(name in table for name in ("base", "global", "RDP"))
+    page = (out / "report.html").read_text()
+    assert all(name in text for name in ("base", "global", "RDP") for text in (table, page))
+    assert 'section id="distributions"' in page
+    assert "explore.kind = global" in page
 
 
 def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch):
     """Fig. 5b, of an untrained model; candidate 0, which RDP alone leaves as it is, does not count."""
     out, _ = run
-    for plot in ("drift", "reward_std_preservation"):
+    for plot in ("drift", "reward_std_preservation", "reward_std_oracle"):  # that only one of the two has
         assert ElementTree.parse(out / f"{plot}.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     sample = ablation.Trainer.sample
 
@@ -114,6 +118,19 @@ def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch
     assert (stds[0] < 1).all()
     assert (stds[0] > stds[1]).all()
     assert (stds[1] > 0).all()
+
+
+def test_exploration_alone_trains_nothing(run, tmp_path, monkeypatch, capsys):
+    _, arguments = run
+    monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
+    arguments = [*again(arguments), f"--out={tmp_path}", "--seeds=0"]
+    assert main(arguments) == 2
+    assert "--seeds: 0 found, and no --batches" in capsys.readouterr().err
+    assert main([*arguments, "--batches=1"]) == 0
+    assert "background drift, 2 groups" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert 'section id="distributions"' in page
+    assert 'section id="results"' not in page
 
 
 def test_what_is_there_is_not_made_again(run, monkeypatch, capsys):
@@ -185,6 +202,8 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
         ("--variant=other: explore.kind=region acd.weight=0", "'RDP' and 'other' are the same run"),
         ("--variant=bad: explore.alpha_edit=2", "explore.alpha_edit"),
         ("--data=scenes:heldout:0", "scenes"),
+        ("--data=scenes:train/add:9", "'global' trains on scenes:train:4; other examples were wanted"),
+        ("--variant=seen: data.path=scenes:heldout:8", "'seen' trains on scenes:heldout:8"),
     ],
 )
 def test_mistakes_are_told_before_training(run, change, message, capsys, monkeypatch):

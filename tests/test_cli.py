@@ -17,6 +17,7 @@ from rcgrpo_jax.cli import main as entry
 from rcgrpo_jax.cli.config_file import keep_compilations
 from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.weights.export import load_lora, save_lora
@@ -89,8 +90,22 @@ def test_an_error_that_was_not_foreseen_is_two_lines_too(capsys, monkeypatch):
     first, second = err.splitlines()
     assert first == "rcgrpo edit: error: ZeroDivisionError: a b"
     assert "--debug" in second
-    with pytest.raises(ZeroDivisionError):
-        small_run.run_command(capsys, "edit", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ZeroDivisionError(), 1), (UserError("a", "b"), 1), (UsageError("a", "b"), 2)]
+)
+def test_debug_shows_the_traceback_and_keeps_no_other_process_waiting(capsys, monkeypatch, error, code):
+    def broken(argv):
+        raise error
+
+    left = []
+    monkeypatch.setattr("rcgrpo_jax.cli.edit.run", broken)
+    monkeypatch.setattr("rcgrpo_jax.parallel.distributed.leave", left.append)
+    found, _, err = small_run.run_command(capsys, "edit", "--debug")
+    assert (found, left) == (code, [code])
+    assert err.startswith("Traceback")
+    assert "in broken" in err
 
 
 def test_too_little_memory_says_what_takes_less(capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """The main job from end to end: a run, its LoRA, a comparison, a page; diffusers makes the same edits."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -30,8 +31,9 @@ def test_leaves_what_it_promises(out):
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert [line["step"] for line in read_metrics(out / "run" / "metrics.jsonl")] == [1, 2]
     page = (out / "report.html").read_text()
-    for content in ("edit success", "base", "lora", "ACD", "<svg", "data:image/webp"):
-        assert content in page
+    sections = set(re.findall(r'<section id="(\w+)">', page))
+    assert sections == {"facts", "results", "examples", "attention", "curves", "grids", "reproduce"}
+    assert page.count("data:image/webp") >= 3 * 4 + 3 * 2  # source, base, LoRA and target; maps of both
     assert all(example.instruction in page for example in map(Scenes("heldout", 3).__getitem__, range(3)))
 
 
@@ -40,6 +42,11 @@ def test_says_where_everything_is(out, capsys):
     printed = capsys.readouterr().out
     for path in ("lora/pytorch_lora_weights.safetensors", "evaluation/table.md", "report.html"):
         assert str(out / path) in printed
+
+
+def test_another_length_on_the_same_folder_is_refused(out, capsys):
+    assert main(["demo", f"--out={out}", "--steps=3"]) == 2
+    assert f"--steps: 3 found; {out} holds a run of 2." in capsys.readouterr().err
 
 
 def test_diffusers_makes_the_same_edits_with_the_exported_lora(out):

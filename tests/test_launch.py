@@ -73,3 +73,11 @@ def test_help_names_every_flag(site, script):
     assert len(flags) > 8
     assert [flag for flag in sorted(flags) if flag not in shown.stdout] == []
     assert site.run(script).returncode == 2
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "gpu.sh"])
+def test_help_is_shown_in_any_directory(site, script):
+    command = ["bash", f"./{script}", "--help"]
+    shown = subprocess.run(command, cwd=site.checkout / "launch", capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == site.run(script, "--help").stdout

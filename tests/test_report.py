@@ -23,17 +23,18 @@ from rcgrpo_jax.cli import run_record
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation import heatmaps, plots
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
 from rcgrpo_jax.evaluation.report import Report, Row, data_url, render, write_report
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.method import concentration, region
-from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
+from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.metrics import MetricsWriter
-from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.weights.export import adapter_fingerprint, save_lora
+from rcgrpo_jax.weights.load import ModelFolder
 
 HOSTILE = """<script>alert("1")</script><img src='http://x.test/a.png'> & " ' {{ 7 * 7 }} $\\x$"""
 METRICS = [
@@ -298,29 +299,32 @@ def test_an_overlay_is_brightest_where_the_map_is_and_outlines_the_region():
 # The command
 
 
-def write_run(workdir, config: dict, state=None) -> None:
+def write_run(workdir, config: dict) -> None:
     """A run of three steps with a checkpoint and a picture."""
     with MetricsWriter(workdir, resume_step=0) as writer:
         for step in (1, 2, 3):
             writer.scalars(step, {"reward/oracle": step / 10, "grad_norm": 1.0})
     if config:
         with Checkpointer(workdir / "checkpoints", save_every=1, keep=1) as checkpointer:
-            checkpointer.save(3, {"x": jnp.zeros(1)} if state is None else state, config, force=True)
+            checkpointer.save(3, {"x": jnp.zeros(1)}, config, force=True)
     (workdir / "images").mkdir()
     Image.fromarray(PICTURE).save(workdir / "images" / "step_000002.png")
     (workdir / "images" / "step_000003.png").write_bytes(b"\x89PNG torn")
 
 
-def write_evaluation(folder, shift: float = 0.1) -> None:
+def write_evaluation(folder, shift: float = 0.1, lora: dict | None = None) -> None:
     examples = EditFolder(small_run.data_folder())
     images = np.stack([x.image for x in examples])
     settings = {
         "steps": 2, "guidance": 2.5, "seed": 7, "size": [64, 64], "acd_layers": 2, "text_tokens": 16,
-        "dtype": "float32", "quantization": "none",
+        "dtype": "float32", "quantization": "none", "model": ModelFolder(small_run.model_folder()).whole_fingerprint(),
     }  # fmt: skip
+    origins = {"base": {}, "lora": {"lora": adapter_fingerprint(lora)} if lora else {}}
     for name, better in (("base", 0.0), ("lora", shift)):
         measures = {"success": np.float32([0.1, 0.4, 0.6]) + better, "psnr": np.float32([20, 25, 21.5])}
-        Evaluation(tuple(x.name for x in examples), measures, images, settings).save(folder / f"{name}.npz")
+        Evaluation(tuple(x.name for x in examples), measures, images, settings, origins[name]).save(
+            folder / f"{name}.npz"
+        )
 
 
 def page_of(*argv: object) -> tuple[Page, str]:
@@ -381,19 +385,29 @@ def test_an_evaluation_adds_results_and_pictures(tmp_path):
     assert f"--data={small_run.data_folder()} --steps=2 --guidance=2.5 --seed=7 --size=64x64" in text
 
 
-def test_attention_maps_of_base_and_checkpoint(tmp_path, edits):
-    config = small_run.make_config()
-    state = init_state(config, edits.editor.transformer_params)
-    write_run(tmp_path / "run", config.to_dict(), state)
-    write_evaluation(tmp_path / "evaluation")
-    page, text = page_of(
+def test_attention_maps_of_base_and_lora(tmp_path, edits):
+    """Those of the adapter that was evaluated; another is refused."""
+    config = LoRAConfig(rank=2, alpha=4.0)
+    adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(0), edits.editor.transformer_params, config))
+    save_lora(tmp_path / "lora", adapter, config)
+    lora = scale_adapter(adapter, config.scale)
+    write_run(tmp_path / "run", small_run.make_config().to_dict())
+    write_evaluation(tmp_path / "evaluation", lora=lora)
+    arguments = (
         "--workdir", tmp_path / "run", "--evaluation", tmp_path / "evaluation", "--out", tmp_path / "a.html",
-        "--data", small_run.data_folder(), "--attention", 2,
+        "--data", small_run.data_folder(), "--attention", 2, "--lora", tmp_path / "lora",
     )  # fmt: skip
+    page, text = page_of(*arguments)
     assert "attention" in page.values("id")
-    base, trained = (re.findall(rf"{name}, ACD ([\d.]+)", text) for name in ("base", "trained"))
-    assert len(base) == 2
-    assert base == trained  # a fresh adapter changes nothing
+    noise = initial_noise(7, np.arange(2), (16, 64))
+    edits = SimpleNamespace(**{**vars(edits), "noise": noise})
+    for name, expected in (("base", maps_of(edits)), ("lora", maps_of(edits, lora))):
+        shown = [float(x) for x in re.findall(rf"{name}, ACD ([\d.]+)", text)]
+        np.testing.assert_allclose(shown, expected.acd, atol=0.006)
+    assert np.abs(maps_of(edits, lora).acd - maps_of(edits).acd).max() > 0.02  # the two could be told apart
+    save_lora(tmp_path / "lora", jax.tree.map(lambda x: x + 0.1, adapter), config)
+    with pytest.raises(UserError, match=r"--lora: .* is not what --evaluation is of"):
+        page_of(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -403,8 +417,8 @@ def test_attention_maps_of_base_and_checkpoint(tmp_path, edits):
         (["--workdir={}/empty"], "neither steps in metrics.jsonl nor a checkpoint"),
         (["--workdir={}/run", "--evaluation={}/empty"], "empty has no .npz files"),
         (["--workdir={}/run", "--evaluation={}/evaluation", "--data=scenes:train:5"], "example 0 is train-00000-add"),
-        (["--workdir={}/run", "--attention=2"], "--evaluation and --data are missing"),
-        (["--workdir={}/run", "--evaluation={}/evaluation", "--data={data}", "--attention=1"],
+        (["--workdir={}/run", "--attention=2"], "--evaluation, --data and --lora were wanted"),
+        (["--workdir={}/run", "--evaluation={}/evaluation", "--data={data}", "--attention=1", "--lora=x"],
          "no checkpoint of `rcgrpo train`"),
         ([], "missing --workdir"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
-from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
 from rcgrpo_jax.errors import UsageError, UserError
 
@@ -230,7 +230,7 @@ def test_paths_name_folders_or_datasets(root, written, tmp_path):
 
 WITHOUT_TENSORFLOW = """
 import sys
-from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.data.tfds import write_tfds
 
 folder, data_dir = sys.argv[1:]
@@ -250,3 +250,18 @@ def test_tensorflow_is_never_imported_and_tfds_only_when_needed(root, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
     assert run.returncode == 0, run.stderr
     assert [file.name for file in package.glob("*.imported")] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "same"),
+    [
+        ("scenes:train:600", "scenes:train/add:9:0.4", True),
+        ("scenes:train:600", "scenes:validation:600", False),
+        ("tfds:edits@train", "tfds:edits@train", True),
+        ("tfds:edits@train", "tfds:edits@test", False),
+        ("edits", "./here/../edits/", True),
+        ("edits", "edits/test", False),
+    ],
+)
+def test_paths_that_name_the_same_examples(path, other, same):
+    assert same_examples(path, other) == same

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from jaxtyping import Float
+from ml_collections import ConfigDict, config_flags
 
+from rcgrpo_jax import __version__
 from rcgrpo_jax.cli.arguments import parse, write_text
 from rcgrpo_jax.cli.config_file import check_config, keep_compilations
-from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.plots import as_file, distributions
-from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
+from rcgrpo_jax.evaluation.report import Report, write_report
+from rcgrpo_jax.evaluation.statistics import paired_interval
+from rcgrpo_jax.evaluation.tables import differences, make_tables, markdown, notes, plain
 from rcgrpo_jax.training.ablation import (
     BASE,
     COMPONENTS,
     TAUS,
+    GroupStatistics,
     Protocol,
+    Variant,
     configure,
     group_statistics,
     parse_variant,
@@ -36,6 +44,8 @@ Runs and evaluations are kept: the same command goes on where it was stopped, an
 It uses one device."""
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
+Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
+
 
 def _flags(values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_file(
@@ -44,7 +54,9 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("out", None, "directory of runs, evaluations and tables", values)
     flags.DEFINE_enum("table", None, [*TABLES], "variants of the paper: Table 2 (components) or 3 (taus)", values)
     flags.DEFINE_multi_string("variant", [], "NAME: FIELD=VALUE ...; a further variant", values)
-    flags.DEFINE_integer("seeds", 5, "training seeds, 0 .. seeds - 1", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "seeds", 5, "training seeds, 0 .. seeds - 1; 0: no training, for --batches alone", 0, flag_values=values
+    )
     flags.DEFINE_string("data", "scenes:heldout:500", "held-out examples with targets", values)
     flags.DEFINE_integer("steps", 28, "solver steps of the evaluation", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("eval_seed", 0, "seed of the evaluation's noise", 0, 2**32 - 1, flag_values=values)
@@ -67,40 +79,75 @@ def run(argv: list[str]) -> None:
             "Write --table components, or --variant 'NAME: FIELD=VALUE'.",
         )
     runs = {variant.name: configure(config, variant, 0) for variant in variants}
-    for run in runs.values():  # before hours of training
+    for name, run in runs.items():  # before hours of training
         validate(run, 1)
+        if same_examples(run.data.path, values.data):
+            raise UsageError(
+                f"--data: {values.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",
+                "Name a held-out split or folder.",
+            )
     for (one, a), (other, b) in combinations(runs.items(), 2):
         if a == b:
             raise UsageError(f"variants {one!r} and {other!r} are the same run.", "Leave one of them out.")
+    if not values.seeds and not values.batches:
+        raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
     open_source(values.data, config.data.polarity)
-    protocol = Protocol(values.data, values.steps, values.eval_seed)
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
 
-    rows = {BASE: [], **{name: [] for name in names}}
-    rows[BASE].append(run_base(config, protocol, out))
-    for seed in range(values.seeds):  # seed by seed, so that what is there after any of them is balanced
-        for variant in variants:
-            rows[variant.name].append(run_variant(config, variant, seed, protocol, out))
-        tables, remarks = make_tables(rows), "\n".join(notes(rows[BASE][0]))
-        write_text(out / "table.md", f"{markdown(tables)}\n{remarks}\n")
-    print(f"{plain(tables)}\n{remarks}\n")
-    print(f"table        {out / 'table.md'}")
+    sections: dict[str, Any] = {}
+    facts = {x.name: ", ".join(f"{field} = {value}" for field, value in x.changes.items()) for x in variants}
+    if values.seeds:
+        protocol = Protocol(values.data, values.steps, values.eval_seed)
+        facts["Evaluation"] = f"{protocol.data}, {protocol.num_steps} solver steps, seed {protocol.seed}"
+        rows = evaluated(config, variants, values.seeds, protocol, out)
+        sections |= {"tables": make_tables(rows), "differences": differences(rows)}
     if values.batches:
         distinct = {}  # variants that differ in their rewards alone explore alike
         for variant in variants:
             distinct.setdefault((str(runs[variant.name].explore), str(runs[variant.name].rollout)), variant)
         found = {x.name: group_statistics(config, x, 0, out, values.batches) for x in distinct.values()}
-        plot(out / "drift.svg", "background drift", {name: x.drift for name, x in found.items()})
-        for reward in next(iter(found.values())).reward_std:
-            label = f"within-group standard deviation, {reward}"
-            plot(out / f"reward_std_{reward}.svg", label, {name: x.reward_std[reward] for name, x in found.items()})
+        sections["distributions"] = explored(found, out)
+    page = Report(
+        f"Ablation: {out.absolute().name}", {**facts, "Written by": f"rcgrpo_jax {__version__}"}, **sections
+    )  # fmt: skip
+    write_report(out / "report.html", page)
+    print(f"page         {out / 'report.html'}")
 
 
-def plot(file: Path, label: str, groups: Mapping[str, np.ndarray]) -> None:
-    """Draws one of Fig. 5's distributions, and prints its medians."""
-    write_text(file, as_file(distributions(groups, label)))
-    count = min(np.isfinite(group).sum() for group in groups.values())
-    medians = "  ".join(f"{name} {np.nanmedian(group):.4g}" for name, group in groups.items())
-    print(f"{label}, medians of {count} groups: {medians}")
-    print(f"plot         {file}")
+def evaluated(
+    config: ConfigDict, variants: Sequence[Variant], seeds: int, protocol: Protocol, out: Path
+) -> dict[str, list[Evaluation]]:
+    """Trains and evaluates what is not there yet, and writes and prints the tables; row -> evaluations."""
+    rows = {BASE: [run_base(config, protocol, out)], **{variant.name: [] for variant in variants}}
+    remarks = "\n".join(notes(rows[BASE][0]))
+    for seed in range(seeds):  # seed by seed, so that what is there after any of them is balanced
+        for variant in variants:
+            rows[variant.name].append(run_variant(config, variant, seed, protocol, out))
+        write_text(out / "table.md", f"{markdown(make_tables(rows))}\n{remarks}\n")
+    print(f"{plain(make_tables(rows))}\n{remarks}\n")
+    print(f"table        {out / 'table.md'}")
+    return rows
+
+
+def explored(found: Mapping[str, GroupStatistics], out: Path) -> dict[str, Groups]:
+    """Draws Fig. 5, and prints its medians and the paired differences from the first variant; label -> values."""
+    rewards = dict.fromkeys(reward for x in found.values() for reward in x.reward_std)
+    figures = {"drift": ("background drift", {name: x.drift for name, x in found.items()})} | {
+        f"reward_std_{reward}": (
+            f"within-group standard deviation, {reward}",
+            {name: x.reward_std[reward] for name, x in found.items() if reward in x.reward_std},
+        )
+        for reward in rewards
+    }
+    for file, (label, groups) in figures.items():
+        write_text(out / f"{file}.svg", as_file(distributions(groups, label)))
+        (first, reference), *others = groups.items()
+        print(f"\n{label}, {len(reference)} groups")
+        for name, values in groups.items():
+            print(f"  {name}: median {np.nanmedian(values):.3g}")
+        for name, values in others:
+            mean, low, high = paired_interval(values[None], reference[None])
+            print(f"  {name} - {first}, mean of pairs: {mean:+.3g} [{low:+.3g}, {high:+.3g}]")
+        print(f"plot         {out / f'{file}.svg'}")
+    return dict(figures.values())

@@ -10,6 +10,8 @@ from absl import flags
 from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.export import export
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.loop import train_to_end
 from rcgrpo_jax.training.recipes import small_editor
 
@@ -31,17 +33,23 @@ def run(argv: list[str]) -> None:
     config.data.path = f"scenes:train:{values.steps * config.rollout.prompts}"  # each is seen once
     data = f"scenes:heldout:{values.examples}"
 
+    found = Checkpointer(out / "run" / "checkpoints", save_every=1, keep=1)
+    if found.latest_step() is not None and (before := found.saved_config()["train"]["num_steps"]) != values.steps:
+        raise UsageError(
+            f"--steps: {values.steps} found; {out} holds a run of {before}.",
+            f"Write --steps={before}, or another --out.",
+        )
     print(f"1/4 {values.steps} steps of RC-GRPO on {config.data.path} -> {out / 'run'}", flush=True)
     train_to_end(config, out / "run", devices=jax.devices()[:1])
     lora = export(out / "run", out / "lora")
     print(f"2/4 LoRA in diffusers format -> {lora}", flush=True)
     print(f"3/4 {values.examples} held-out edits, by the base and with the LoRA, from the same noise", flush=True)
-    common = [f"--model={config.model.path}", f"--dtype={config.model.dtype}", f"--acd_layers={config.acd.layers}"]
-    evaluate.run([*common, f"--data={data}", f"--lora={lora}", f"--out={out / 'evaluation'}"])
+    model, shared = config.model, [f"--data={data}", f"--lora={lora}"]
+    options = [f"--dtype={model.dtype}", f"--guidance={model.guidance}", f"--acd_layers={config.acd.layers}"]
+    evaluate.run([f"--model={model.path}", *options, *shared, f"--out={out / 'evaluation'}"])
     print("4/4 all of it on a page", flush=True)
     page = out / "report.html"
     report.run(
-        [f"--workdir={out / 'run'}", f"--evaluation={out / 'evaluation'}", f"--data={data}", f"--attention={4}",
-         f"--out={page}"]
-    )  # fmt: skip
+        [f"--workdir={out / 'run'}", f"--evaluation={out / 'evaluation'}", *shared, "--attention=4", f"--out={page}"]
+    )
     print(f"\nopen {page}")

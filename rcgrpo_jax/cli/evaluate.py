@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.metrics import Progress
-from rcgrpo_jax.weights.export import load_lora
+from rcgrpo_jax.weights.export import adapter_fingerprint, load_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -72,7 +73,7 @@ def run(argv: list[str]) -> None:
     evaluations = {}
     for name, lora in adapters.items():
         with Progress(len(source), description=name, lines=10) as progress:
-            evaluations[name] = evaluate(
+            found = evaluate(
                 editor,
                 source,
                 range(len(source)),
@@ -85,6 +86,7 @@ def run(argv: list[str]) -> None:
                 mesh=mesh,
                 progress=progress.update,
             )
+        evaluations[name] = replace(found, origin={"lora": adapter_fingerprint(lora)} if lora else {})
         evaluations[name].save(out / f"{name}.npz")
     tables = make_tables({name: [evaluation] for name, evaluation in evaluations.items()})
     remarks = "\n".join(notes(evaluations["base"]))

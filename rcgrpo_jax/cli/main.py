@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 
 from rcgrpo_jax.errors import UsageError, UserError, nearest
@@ -65,15 +66,17 @@ def _run(argv: list[str], debug: bool) -> int:
         return 0
     except UserError as error:
         if debug:
-            raise
-        print(f"rcgrpo {argv[0]}: error: {error.problem}\n  {error.remedy}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"rcgrpo {argv[0]}: error: {error.problem}\n  {error.remedy}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"rcgrpo {argv[0]}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+            return 1
         reason = " ".join(str(error).split())[:500]
         remedy = OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in reason else NOT_FORESEEN
         print(f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n  {remedy}", file=sys.stderr)

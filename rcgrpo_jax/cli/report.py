@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from rcgrpo_jax import __version__
 from rcgrpo_jax.cli.arguments import parse
@@ -25,15 +24,12 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
 from rcgrpo_jax.evaluation.heatmaps import attention_maps, overlay
 from rcgrpo_jax.evaluation.report import Report, Row, write_report
-from rcgrpo_jax.evaluation.statistics import Interval, paired_interval
-from rcgrpo_jax.evaluation.tables import COLUMNS, make_tables
-from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.evaluation.tables import COLUMNS, differences, make_tables
+from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.config import default_config
-from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.weights.export import adapter_fingerprint, load_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -49,14 +45,16 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", None, "the examples of that evaluation, to show its edits beside their sources", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_integer("attention", 0, "examples to draw attention maps of; loads the model", 0, flag_values=values)
+    flags.DEFINE_string("lora", None, "the LoRA of that evaluation, for its attention maps", values)
     flags.DEFINE_string("out", None, "file to write; WORKDIR/report.html by default", values)
 
 
 def run(argv: list[str]) -> None:
     values, _ = parse("report", ABOUT, argv, _flags, required=("workdir",))
-    if values.attention and not (values.evaluation and values.data):
+    if values.attention and not (values.evaluation and values.data and values.lora):
         raise UsageError(
-            "--attention: --evaluation and --data are missing; their settings and examples are used.", "Give both."
+            "--attention: --evaluation, --data and --lora were wanted; maps are drawn of their edits.",
+            "Give all three.",
         )
     workdir = Path(values.workdir)
     out = Path(values.out or workdir / "report.html")
@@ -69,7 +67,7 @@ def run(argv: list[str]) -> None:
         first = next(iter(evaluations.values()))
         settings = first.settings
         variants = {name: [evaluation] for name, evaluation in evaluations.items()}
-        sections |= {"tables": make_tables(variants), "differences": differences(evaluations)}
+        sections |= {"tables": make_tables(variants), "differences": differences(variants)}
         (height, width), told = settings["size"], "{steps} solver steps, guidance {guidance}, seed {seed}"
         found["Evaluation"] = f"{len(first.names)} edits of {width} x {height} pixels, {told.format(**settings)}"
         if values.data:
@@ -78,7 +76,8 @@ def run(argv: list[str]) -> None:
             found["Pictures"] = f"the first {len(examples)} of {values.data}"
             sections["examples"] = [example_row(i, example, evaluations) for i, example in enumerate(examples)]
             if values.attention:
-                rows, top = attention_rows(workdir, config, examples[: values.attention], settings)
+                lora = read_lora(workdir, config, values.lora, evaluations)
+                rows, top = attention_rows(*lora, examples[: values.attention], settings)
                 sections |= {"attention": rows, "attention_top": top}
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
@@ -100,19 +99,6 @@ def read_evaluations(folder: Path) -> dict[str, Evaluation]:
     if not files:
         raise UserError(f"--evaluation: {folder} has no .npz files.", "Name the --out of `rcgrpo evaluate`.")
     return {path.stem: Evaluation.load(path) for path in files}
-
-
-def differences(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Interval]]:
-    """Measure -> evaluation -> its paired difference from the first."""
-    (base, reference), *others = evaluations.items()
-    return {
-        f"{column.header} {column.better}, difference from {base}": {
-            name: paired_interval(x.measures[column.measure][None], reference.measures[column.measure][None])
-            for name, x in others
-        }
-        for column in COLUMNS
-        if others and all(column.measure in x.measures for x in evaluations.values())
-    }
 
 
 def read_examples(source: Source, evaluation: Evaluation) -> list[EditExample]:
@@ -150,26 +136,40 @@ def example_row(index: int, example: EditExample, evaluations: Mapping[str, Eval
     return Row(example.instruction, pictures)
 
 
-def attention_rows(
-    workdir: Path, config: Mapping[str, Any], examples: Sequence[EditExample], settings: Mapping[str, Any]
-) -> tuple[list[Row], float]:
-    """Attention maps of base and LoRA, and what their brightest colour stands for: the 99th percentile of all.
-
-    Edits start from the noise of the evaluation.
+def read_lora(
+    workdir: Path, config: Mapping[str, Any], lora: str, evaluations: Mapping[str, Evaluation]
+) -> tuple[ModelFolder, dict]:
+    """The run's model, and the adapter with its scale folded in.
 
     Raises:
-        UserError: The run has no checkpoint of a post-training.
+        UserError: The run has no checkpoint of a post-training, or the evaluation is of another model or adapter.
     """
     if not config or "stage" in config:
         raise UserError(
             f"--attention: {workdir} has no checkpoint of `rcgrpo train`; one was wanted.", "Leave --attention out."
         )
-    whole = default_config()
-    whole.update(ConfigDict(config))
-    folder, mesh = ModelFolder(whole.model.path), make_mesh({"fsdp": -1})
-    params = abstract_params("transformer", folder.config("transformer"))
-    checkpointer = Checkpointer(workdir / "checkpoints", save_every=1, keep=1)
-    state = checkpointer.restore(jax.eval_shape(lambda: init_state(whole, params)))
+    folder = ModelFolder(config["model"]["path"])
+    adapter, found = load_lora(lora, abstract_params("transformer", folder.config("transformer")))
+    adapter = scale_adapter(adapter, found.scale)
+    for flag, path, here, measured in (
+        ("workdir", folder.path, folder.whole_fingerprint(), {x.settings["model"] for x in evaluations.values()}),
+        ("lora", lora, adapter_fingerprint(adapter), {x.origin.get("lora") for x in evaluations.values()}),
+    ):
+        if here not in measured:
+            raise UserError(
+                f"--{flag}: {path} is not what --evaluation is of.", f"Name the --{flag} whose edits were evaluated."
+            )
+    return folder, adapter
+
+
+def attention_rows(
+    folder: ModelFolder, lora: dict, examples: Sequence[EditExample], settings: Mapping[str, Any]
+) -> tuple[list[Row], float]:
+    """Attention maps of base and LoRA, and what their brightest colour stands for: the 99th percentile of all.
+
+    Edits start from the noise of the evaluation.
+    """
+    mesh = make_mesh({"fsdp": -1})
     editor = Editor(
         folder,
         jnp.dtype(settings["dtype"]),
@@ -182,14 +182,14 @@ def attention_rows(
     grid = editor.grid(*images.shape[1:3])
     shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
     noise = initial_noise(settings["seed"], np.arange(len(examples)), shape)
-    lora = jax.device_put(scale_adapter(state.averaged, LoRAConfig(**whole.lora).scale), replicated(mesh))
+    lora = jax.device_put(lora, replicated(mesh))
     instructions = [x.instruction for x in examples]
     with jax.set_mesh(mesh):
         found = {
             name: attention_maps(
                 editor, images, instructions, masks, noise, settings["steps"], settings["guidance"], adapter
             )
-            for name, adapter in (("base", None), ("trained", lora))
+            for name, adapter in (("base", None), ("lora", lora))
         }
     top = float(np.percentile([x.relative() for x in found.values()], 99))
     rows = [

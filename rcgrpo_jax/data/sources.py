@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import Polarity
 from rcgrpo_jax.data.scenes import Scenes, parse_scenes
@@ -33,3 +36,14 @@ def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes 
     if not dataset or not split:
         raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
     return TfdsSource(dataset, split=split, polarity=polarity)
+
+
+def same_examples(path: str, other: str) -> bool:
+    """Whether two values of `data.path` name the same examples: one split of the scenes, one folder, one TFDS split."""
+    return _examples_of(path) == _examples_of(other)
+
+
+def _examples_of(path: str) -> str:
+    if path.startswith("scenes:"):
+        return "scenes:" + re.split("[/:]", path)[1]
+    return path if path.startswith("tfds:") else str(Path(path).resolve())

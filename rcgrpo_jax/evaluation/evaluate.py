@@ -171,7 +171,7 @@ def evaluate(
         "acd_layers": min(attention.acd_layers, editor.transformer.config.num_blocks),
         "acd_reference_keys": attention.acd_reference_keys, "text_tokens": editor.max_text_tokens,
         "dtype": str(jnp.dtype(editor.dtype)), "quantization": editor.quantization,
-        "model": editor.folder.fingerprint("transformer"), "data": digest.hexdigest(),
+        "model": editor.folder.whole_fingerprint(), "data": digest.hexdigest(),
     }  # fmt: skip
     joined = {name: np.concatenate([part[name] for part in measures]) for name in measures[0]}
     return Evaluation(tuple(names), joined, np.concatenate(images), settings)

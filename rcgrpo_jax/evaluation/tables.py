@@ -88,11 +88,28 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
     return tables
 
 
+def differences(variants: Variants, columns: Sequence[Column] = COLUMNS) -> dict[str, dict[str, Interval]]:
+    """Measure -> row -> its paired difference from the first row, to be drawn; arguments as for `make_tables`."""
+    (base, reference), *others = variants.items()
+
+    def difference(evaluations: Sequence[Evaluation], measure: str) -> Interval:
+        return paired_interval(*(np.stack([x.measures[measure] for x in group]) for group in (evaluations, reference)))
+
+    return {
+        f"{column.header} {column.better}, difference from {base}": {
+            name: difference(evaluations, column.measure) for name, evaluations in others
+        }
+        for column in columns
+        if others and all(column.measure in x.measures for group in variants.values() for x in group)
+    }
+
+
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the tables must know to read them right, a line each."""
     lines = [
-        "Edit success and overall are the oracle's sub-score and score, and PSNR is part of them: where the oracle was "
-        "the reward, they are what was trained for, on other pictures. Caption, SSIM and LPIPS are not in it.",
+        "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
+        "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS are in "
+        "no reward.",
         f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.",
         "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
     ]

@@ -66,6 +66,7 @@ TAUS = tuple(  # Table 3, of the region metric
 # Fields of a run that do not touch what it learns.
 _INCIDENTAL = (
     *(field for field in MAY_DIFFER if field != "train"),
+    "model.path",  # its fingerprint counts
     *(f"train.{field}" for field in ("save_every", "keep", "image_every", "profile_steps")),
 )
 
@@ -153,7 +154,7 @@ def run_base(config: ConfigDict, protocol: Protocol, out: Path) -> Evaluation:
 def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
     """What an evaluation is an evaluation of, and how it is made."""
     common = {name: config[name].to_dict() for name in ("model", "data", "acd")}
-    model = {"fingerprint": ModelFolder(config.model.path).fingerprint("transformer")}
+    model = {"fingerprint": ModelFolder(config.model.path).whole_fingerprint()}
     evaluated = {
         "protocol": protocol._asdict(),
         "model": model | {name: common["model"][name] for name in ("dtype", "quantization", "guidance")},

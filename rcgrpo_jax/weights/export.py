@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -166,6 +167,12 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
         found.setdefault(leaf.path[:-1], {}).setdefault(layer, {})[factor[0]] = files.read(key).T.astype(np.float32)
     config = _lora_config(file, found)
     return _stack(file, found, {leaf.path[:-1]: leaf for leaf, _ in module_of.values()}, config.rank), config
+
+
+def adapter_fingerprint(adapter: Mapping) -> str:
+    """A hash of an adapter's factors."""
+    factors = sorted(flatten_dict(adapter, sep="/").items())
+    return hashlib.sha256(b"".join(name.encode() + np.asarray(x).tobytes() for name, x in factors)).hexdigest()
 
 
 def _stack(file: Path, found: dict, leaves: dict[keymap.Path, keymap.Leaf], rank: int) -> dict:

@@ -106,6 +106,11 @@ class ModelFolder:
             return read_json(self.path / MANIFEST)["fingerprints"][name]
         return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
 
+    def whole_fingerprint(self) -> str:
+        """A hash of all that an edit depends on: every network and tokenizer."""
+        parts = [*NETWORKS, "tokenizer", "tokenizer_2"]
+        return hashlib.sha256(" ".join(map(self.fingerprint, parts)).encode()).hexdigest()
+
     def load(
         self,
         name: str,
