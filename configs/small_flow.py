@@ -1,9 +1,9 @@
-"""The transformer and text encoders of the small editor that ships with the package: stage 2 of 2.
+"""Transformer and text encoders of the small editor that ships with the package, after its autoencoder.
 
-    rcgrpo pretrain --config configs/small_flow.py --workdir runs/small_flow --config.model.path=runs/small_vae/model
+    rcgrpo pretrain --config configs/small_flow.py --workdir runs/1 --config.model.path=runs/vae/model
 
-30 % of the targets are flawed (half of these spill, the others have the wrong shape or colour or leave a ghost), so
-that the editor has something left to learn from a reward.
+This is the first leg; docs/pretraining.md has what the others change. 30 % of the targets are flawed: half of these
+spill, the others have the wrong shape or colour or leave a ghost.
 """
 
 from ml_collections import ConfigDict
