@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +19,7 @@ from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, make_mesh, mesh_shape
 from rcgrpo_jax.parallel.microbatch import map_samples, split
 from rcgrpo_jax.parallel.sharding import parameter_sharding, parameter_spec, replicated
 from rcgrpo_jax.plan.cost import count
+from rcgrpo_jax.plan.programs import place
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.random_folder import SMALL, build
@@ -178,12 +179,7 @@ def test_samples_and_heads_are_spread_in_the_compiled_program(sizes, logits):
     def samples(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(SAMPLE_AXES)))
 
-    params = unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh)(path, leaf.shape))
-            for path, leaf in flatten_dict(abstract_params("transformer", config)).items()
-        }
-    )
+    params = place(abstract_params("transformer", config), mesh, jnp.float32)
     with jax.set_mesh(mesh):
         lowered = jax.jit(velocity).lower(params, samples(8, 16, 64), samples(8, 16, 64), samples(8, 9, 16))
         program = lowered.compile().as_text()
@@ -215,12 +211,7 @@ def test_what_the_model_reports_of_split_heads_moves_no_queries_or_keys():
         pooled_projection_dim=16, axes_dims_rope=(8, 12, 12),
     )  # fmt: skip
     model, mesh = MMDiT(config), make_mesh({"data": 4, "tensor": 2})
-    params = unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(mesh)(path, leaf.shape))
-            for path, leaf in flatten_dict(abstract_params("transformer", config)).items()
-        }
-    )
+    params = place(abstract_params("transformer", config), mesh, jnp.float32)
 
     num_text = 2 * concentration.TILE
 

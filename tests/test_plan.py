@@ -367,10 +367,7 @@ def test_a_plan_for_a_tpu_that_is_not_there(capsys, tmp_path):
     assert "attention splash" in out
     assert all(program["cost"]["uncounted"] == {} for program in found["programs"])
     assert rollout["cost"]["flops"] / rollout["analytic"] == pytest.approx(1, rel=0.05)
-    # The backward pass has two kernels, and each computes q k^T and do v^T: two products more than flash attention
-    # needs, on 256 tokens of width 32 in 3 blocks, 4 units a device.
-    repeated = 2 * 2 * 256**2 * 32 * 3 * 4
-    assert (update["cost"]["flops"] - repeated) / update["analytic"] == pytest.approx(1, rel=0.05)
+    assert update["cost"]["flops"] / update["analytic"] == pytest.approx(1, rel=0.05)
     assert rollout["cost"]["collectives"]["all-gather"]["ici"] > 0  # the weights are spread over fsdp
     assert decode["cost"]["collectives"] == {}
     step = found["step"]

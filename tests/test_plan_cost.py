@@ -119,23 +119,26 @@ ENTRY %main (a: f32[8,16], b: f32[16,32]) -> (f32[8,32], s8[64]) {{
 
 
 @pytest.mark.parametrize(
-    ("kernel", "products"),
+    ("kernel", "results", "products"),
     [
-        ("fwd_no_residuals", 2),
-        ("fwd_segmented_residuals", 2),
-        ("dq_no_residuals", 3),
-        ("dkv_segmented_no_residuals", 4),
+        ("fwd_no_residuals", 1, 2),
+        ("fwd_segmented_residuals", 5, 2),
+        ("dq_no_residuals", 2, 3),
+        ("dkv_segmented_no_residuals", 4, 4),
+        ("dkv_no_residuals", 5, 5),  # with dq
+        ("dkv_no_residuals", 6, 5),  # and its scratch array
     ],
 )
-def test_jax_s_attention_kernel_counts_its_products(kernel, products):
+def test_jax_s_attention_kernel_counts_its_products(kernel, results, products):
     """Two samples, 3 heads, 256 queries and 128 keys of 64; tables of tiles come first."""
+    result = ", ".join(["f32[2,3,256,64]{3,2,1,0}"] * results)
     text = f"""
-ENTRY %main (m: s8[1,2,1], q: bf16[2,3,256,64], k: bf16[2,3,128,64], v: bf16[2,3,128,64]) -> f32[2,3,256,64] {{
+ENTRY %main (m: s8[1,2,1], q: bf16[2,3,256,64], k: bf16[2,3,128,64], v: bf16[2,3,128,64]) -> ({result}) {{
   %m = s8[1,2,1]{{2,1,0}} parameter(0)
   %q = bf16[2,3,256,64]{{3,2,1,0}} parameter(1)
   %k = bf16[2,3,128,64]{{3,2,1,0}} parameter(2)
   %v = bf16[2,3,128,64]{{3,2,1,0}} parameter(3)
-  ROOT %c = f32[2,3,256,64]{{3,2,1,0}} custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", \
+  ROOT %c = ({result}) custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", \
 metadata={{op_name="jit(f)/transpose(jvp(attn))/splash_mha_{kernel}/splash_mha_{kernel}/pallas_call"}}
 }}
 """

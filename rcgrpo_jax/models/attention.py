@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 BLOCKS = (1024, 512, 256, 128)  # tokens of a tile of the TPU kernel, the largest that divides is taken
+# Of its backward pass in one kernel: bytes of a tile of keys, which v4's 16 MiB of vector memory hold with all else
+# (2560 tokens of FLUX in bfloat16), and how many tiles there may be.
+KEYS_TILE, KEYS_TILES = 640 * 2**10, 4
 
 
 def _xla(q: Array, k: Array, v: Array) -> Array:
@@ -18,20 +22,24 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    """cuDNN's fused attention; it needs a GPU, and bfloat16 or float16."""
+    """cuDNN's fused attention; it needs a GPU, and bfloat16 or float16.
+
+    Under `vmap` JAX's own rule folds the mapped axis into the batch, if queries, keys and values all carry it and
+    gradients are taken outside, as in the rollout and the update. Up to jax 0.11 any other `vmap` raises.
+    """
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def _splash(q: Array, k: Array, v: Array) -> Array:
+def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """JAX's Pallas kernel for TPU (splash attention), forward and backward.
 
     The compiler cannot look into it, so `shard_map` says how it is split: heads over `tensor`, and samples wherever the
     mapped axis around it lies.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return _splash_local(q, k, v)
-    spec = P(None, None, "tensor", None)
-    return jax.shard_map(_splash_local, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
+        return _splash_local(q, k, v, interpret)
+    spec, local = P(None, None, "tensor", None), partial(_splash_local, interpret=interpret)
+    return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
 
 
 def _splash_local(
@@ -43,15 +51,14 @@ def _splash_local(
     tokens, keys, heads = q.shape[1], k.shape[1], q.shape[2]
     q = q * q.shape[-1] ** -0.5
     q, k, v = (_pad(x).swapaxes(1, 2) for x in (q, k, v))  # [b, H, N', D]
-    size_q, size_kv = (next(block for block in BLOCKS if x.shape[2] % block == 0) for x in (q, k))
+    size_q, size_kv = (_tile(x.shape[2]) for x in (q, k))
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads),
         block_sizes=splash.BlockSizes(
-            block_q=size_q, block_kv=size_kv, block_kv_compute=size_kv, block_q_dkv=size_q, block_kv_dkv=size_kv,
-            block_kv_dkv_compute=size_kv, block_q_dq=size_q, block_kv_dq=size_kv,
+            block_q=size_q, block_kv=size_kv, block_kv_compute=size_kv, **_backward_tiles(q, k)
         ),
         interpret=interpret,
-    )  # fmt: skip
+    )
     segments = None
     if (tokens, keys) != (q.shape[2], k.shape[2]):  # padding sees padding alone
         segments = splash.SegmentIds(
@@ -59,6 +66,32 @@ def _splash_local(
         )
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
     return out.swapaxes(1, 2)[:, :tokens].astype(v.dtype)
+
+
+def _tile(tokens: int, largest: int = BLOCKS[0]) -> int:
+    return next(block for block in BLOCKS if block <= largest and tokens % block == 0)
+
+
+def _backward_tiles(q: Float[Array, "b H N D"], k: Float[Array, "b H M D"]) -> dict[str, int | bool]:
+    """Tiles of the TPU kernel's backward pass: one kernel of five products, or two of seven.
+
+    The one keeps a gradient of all queries for each tile of keys until they are summed. Its tiles of keys are large,
+    therefore, and where few of them do not hold all keys there are two kernels.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    row = k.dtype.itemsize * max(k.shape[3], BLOCKS[-1])  # bytes; narrow heads are padded
+    largest = max(KEYS_TILE // row, BLOCKS[-1])
+    size = max(size for size in range(BLOCKS[-1], largest + 1, BLOCKS[-1]) if keys % size == 0)
+    if keys // size <= KEYS_TILES:
+        return {
+            "use_fused_bwd_kernel": True, "block_q_dkv": _tile(queries, 512), "block_kv_dkv": size,
+            "block_kv_dkv_compute": _tile(size, 512),
+        }  # fmt: skip
+    size_q, size_kv = _tile(queries), _tile(keys)
+    return {
+        "block_q_dkv": size_q, "block_kv_dkv": size_kv, "block_kv_dkv_compute": size_kv, "block_q_dq": size_q,
+        "block_kv_dq": size_kv,
+    }  # fmt: skip
 
 
 def _pad(x: Float[Array, "b N H D"]) -> Float[Array, "b M H D"]:

@@ -32,8 +32,9 @@ _SENT = {
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _COMPUTES = re.compile(r"__cu|__triton|__onednn|tpu_custom_call")  # custom calls that may hold matrix products
 _SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)\w*/pallas_call")
-# Matrix products of a splash kernel: q k^T, p v | q k^T, do v^T, ds k | q k^T, p^T do, do v^T, ds^T q.
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+# Matrix products of a splash kernel: q k^T, p v | q k^T, do v^T, ds k | q k^T, p^T do, do v^T, ds^T q. The last one
+# has two scratch arrays and dk, dv as results; where there are more, it computes dq = ds k too.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 @dataclass
@@ -138,7 +139,9 @@ def _compute(instruction: Instruction, computation: Computation, total: Cost) ->
         elif estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes):
             total.flops += int(estimate[1])
         elif kernel := _SPLASH.search(instruction.attributes):
-            total.flops += _SPLASH_PRODUCTS[kernel[1]] * splash_product_flops(instruction, computation)
+            fused = kernel[1] == "dkv" and len(instruction.shapes) > 4
+            products = _SPLASH_PRODUCTS["fused" if fused else kernel[1]]
+            total.flops += products * splash_product_flops(instruction, computation)
         elif _COMPUTES.search(target):
             total.uncounted[target] = total.uncounted.get(target, 0.0) + 1
 
