@@ -93,7 +93,7 @@ class Scenes:
     def __getitem__(self, index: int) -> EditExample:
         """Draws a task: source, mask and target, with the caption of the region after the edit."""
         index, scene = self._check(index), self.scene(index)
-        background = self.background(index)
+        background = self._background(index, scene)
         mask = scene.mask(self.size)
         source, target = render(scene.before, background), render(scene.after, background)
         flaw, rng = self._flaw(index)
@@ -116,7 +116,11 @@ class Scenes:
 
     def background(self, index: int) -> Float[np.ndarray, "S S 3"]:
         """Draws what lies behind a task's objects, sRGB in [0, 255]; `render` draws them over it."""
-        index, kind = self._check(index), self.scene(index).background
+        index = self._check(index)
+        return self._background(index, self.scene(index))
+
+    def _background(self, index: int, scene: Scene) -> Float[np.ndarray, "S S 3"]:
+        kind = scene.background
         return (texture if kind in TEXTURES else photograph)(kind, self._rng(index, "background"), self.size)
 
     def flaw(self, index: int) -> Flaw | None:
