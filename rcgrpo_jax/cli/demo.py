@@ -21,7 +21,7 @@ base on held-out edits, and writes a page about it. Run again with the same flag
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory to write", values)
-    flags.DEFINE_integer("steps", 40, "training steps", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 28, "training steps", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("examples", 60, "held-out edits to compare on", lower_bound=1, flag_values=values)
 
 
