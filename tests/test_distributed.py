@@ -1,5 +1,8 @@
 """Several processes are one run: the same losses, one checkpoint, one set of records, and none waits for the dead."""
 
+import contextlib
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,21 +18,38 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.parallel import distributed
-from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import join, split
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.loop import check_mesh, train
 from rcgrpo_jax.weights import random_folder
 
-SETTINGS = {"rollout__prompts": 4, "mesh__fsdp": 2, "train__num_steps": 3, "train__save_every": 1}
+# Metrics are those of a step's last update; of the first, the loss is zero up to rounding.
+SETTINGS = {
+    "rollout__prompts": 4, "mesh__fsdp": 2, "objective__updates": 2, "optimizer__learning_rate": 1e-3,
+    "train__num_steps": 4, "train__save_every": 1,
+}  # fmt: skip
+ROUNDING = 2e-6  # of the loss, a difference of logarithms
+FIRST_PORT, WORKER_PORTS, WORKERS = 12_000, 1_000, 20  # below 32768, from where on the kernel gives ports away
+offset = os.getpid()  # of this worker's next port: another test session starts elsewhere
+
+
+def free_port() -> int:
+    """A port that nobody listens to, out of this worker's own; another one each time."""
+    global offset
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    for _ in range(WORKER_PORTS):
+        offset += 1
+        port = FIRST_PORT + worker * WORKER_PORTS + offset % WORKER_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError("no port is free")
 
 
 def start(config: Path, workdir: Path, count: int, command: str = "train", **variables: str) -> list[subprocess.Popen]:
     """`rcgrpo train`, or another command, on `count` processes that share eight devices."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = config.parent
+    port, log = free_port(), config.parent
     environment = small_run.environment() | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes longer than running here
@@ -64,18 +84,39 @@ def alone(tmp_path_factory):
     return train(small_run.make_config(**SETTINGS), workdir), workdir
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_have_the_losses_of_one(alone, tmp_path, count):
+def assert_same_losses(workdir: Path, alone: Path) -> None:
+    found, wanted = (small_run.metrics_without_times(path) for path in (workdir, alone))
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for line, expected in zip(found, wanted, strict=True):
+        assert abs(expected["loss"]) > 5 * ROUNDING
+        assert line == pytest.approx(expected, rel=2e-3, abs=ROUNDING)
+
+
+# Each process tells what it opens to write; checkpoints, of which all write a part, are left out.
+OPENED = """
+import sys
+def tell(event, args):
+    if event == "open" and set(args[1] or "") & set("wax+"):
+        if str(args[0]).startswith({workdir!r}) and not str(args[0]).startswith({checkpoints!r}):
+            print("opened", args[0])
+sys.addaudithook(tell)
+"""
+
+
+# Rolled out and scored in parts, or at once: the losses are the same.
+@pytest.mark.parametrize(("count", "micro_batch"), [(2, 8), (4, 0)])
+def test_several_processes_have_the_losses_of_one(alone, tmp_path, count, micro_batch):
     workdir = tmp_path / "run"
-    config = small_run.config_file(tmp_path / "config.py", data__cache=str(tmp_path / "cache"), **SETTINGS)
+    body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
+    changes = {"data__cache": str(tmp_path / "cache"), "rollout__micro_batch": micro_batch}
+    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, **changes)
     ended = finish(start(config, workdir, count), tmp_path)
     assert [code for code, _, _ in ended] == [0] * count, ended
     assert ["checkpoint" in output for _, output, _ in ended] == [True] + [False] * (count - 1)  # told once
-    found, wanted = (small_run.metrics_without_times(path) for path in (workdir, alone[1]))
-    assert [line["step"] for line in found] == [1, 2, 3]
-    for line, expected in zip(found, wanted, strict=True):
-        assert line == pytest.approx(expected, rel=2e-3, abs=1e-5)
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "3"]
+    for name in ("metrics.jsonl", "tensorboard/", "images/"):
+        assert [f"opened {workdir / name}" in output for _, output, _ in ended] == [True] + [False] * (count - 1)
+    assert_same_losses(workdir, alone[1])
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
 
@@ -95,10 +136,10 @@ MetricsWriter.scalars = die
 
 
 @pytest.mark.parametrize(("count", "victim", "then"), [(2, 1, 1), (4, 0, 2)])
-def test_when_a_process_is_killed_the_others_say_so_and_another_number_can_go_on(tmp_path, count, victim, then):
+def test_when_a_process_is_killed_the_others_say_so_and_another_number_can_go_on(alone, tmp_path, count, victim, then):
     """Process 0 is also the one at which the others meet."""
     workdir = tmp_path / "run"
-    settings = SETTINGS | {"train__num_steps": 4, "data__cache": str(tmp_path / "cache")}
+    settings = SETTINGS | {"data__cache": str(tmp_path / "cache")}
     body = DEATH.format(checkpoint=str(workdir / "checkpoints" / "2"), victim=victim)
     config = small_run.config_file(tmp_path / "config.py", body, **settings)
     ended = finish(start(config, workdir, count), tmp_path)
@@ -111,8 +152,12 @@ def test_when_a_process_is_killed_the_others_say_so_and_another_number_can_go_on
         assert "another process is gone" in error
         assert "Traceback" not in error
     config = small_run.config_file(tmp_path / "again.py", **settings)
-    assert [code for code, _, _ in finish(start(config, workdir, then), tmp_path)] == [0] * then
-    assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3, 4]
+    ended = finish(start(config, workdir, then), tmp_path)
+    assert [code for code, _, _ in ended] == [0] * then, ended
+    for _, _, error in ended:
+        assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
+        assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
+    assert_same_losses(workdir, alone[1])
 
 
 # The judge of one process is not to be had; the configuration file is run more than once.
@@ -257,12 +302,37 @@ class Device:
         ([0, 0, 1, 1, 2, 2], {"data": 6}, r"rollout\.prompts: 2; each of 3 processes"),
         ([0, 0, 1, 1], {"tensor": 4}, r"mesh\.tensor: 4; a process has 2 devices"),
         ([0, 0, 0, 0], {"tensor": 4}, r"mesh\.tensor: 4; the model has 2 heads"),
+        ([0] * 6 + [1] * 6, {"data": 3, "fsdp": 4}, r"mesh\.fsdp: 4; a process has 6 devices"),
     ],
 )
 def test_a_mesh_that_splits_what_belongs_together_is_refused(processes, shape, message):
     mesh = make_mesh(shape, [Device(i, process) for i, process in enumerate(processes)])
     with pytest.raises(UsageError, match=message):
         check_mesh(small_run.make_config(), mesh, small_run.TINY["transformer"])
+
+
+@pytest.mark.parametrize(
+    ("count", "own", "shape", "near"),
+    [
+        (3, 8, (2, 12, 1), (3, 8)),
+        (3, 8, (2, 6, 2), (3, 4)),
+        (5, 4, (2, 10, 1), (1, 20)),
+        (3, 8, (3, 8, 1), None),
+        (3, 8, (1, 24, 1), None),
+        (3, 8, (12, 2, 1), None),
+        (1, 6, (2, 3, 1), None),
+    ],
+)
+def test_a_process_has_a_block_of_the_mesh(count, own, shape, near):
+    devices = [Device(i, i // own) for i in range(count * own)]
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), devices)
+    if near is None:
+        check_parts(mesh, heads=2)
+        return
+    with pytest.raises(UsageError, match=rf"mesh\.fsdp: {shape[1]}; a process has {own} devices") as refused:
+        check_parts(mesh, heads=2)
+    assert refused.value.remedy == f"Choose mesh.data={near[0]} and mesh.fsdp={near[1]}."
+    check_parts(make_mesh(dict(zip(AXES, (*near, shape[2]), strict=True)), devices), heads=2)
 
 
 def test_the_devices_of_a_process_follow_each_other_on_a_mesh():

@@ -3,6 +3,7 @@
 Bit for bit, in another process too, if both compile the same programs in the same way: machine, devices, XLA's options.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import small_run
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.training.loop import Trainer, train
 from rcgrpo_jax.training.state import TrainState
 from rcgrpo_jax.weights import random_folder
 
@@ -66,9 +67,23 @@ def interrupted(half, tmp_path) -> Path:
     return Path(shutil.copytree(half, tmp_path / "run"))
 
 
-def test_two_and_two_steps_are_four(straight, interrupted):
+@pytest.fixture
+def taken(monkeypatch) -> list[int]:
+    """The steps that this process takes from now on: a run that starts over ends at the same bits."""
+    steps, step = [], Trainer.step
+
+    def count(self, state, *args):
+        steps.append(int(state.step) + 1)
+        return step(self, state, *args)
+
+    monkeypatch.setattr(Trainer, "step", count)
+    return steps
+
+
+def test_two_and_two_steps_are_four(straight, interrupted, taken):
     state = train(small_run.make_config(**SETTINGS), interrupted)
     wanted, workdir = straight
+    assert taken == [3, 4]
     assert_bit_equal(state, wanted)
     assert int(state.step) == 4
     metrics = small_run.metrics_without_times(interrupted)
@@ -76,15 +91,17 @@ def test_two_and_two_steps_are_four(straight, interrupted):
     assert metrics == small_run.metrics_without_times(workdir)
 
 
-def test_a_finished_run_has_nothing_to_do(straight, tmp_path):
+def test_a_finished_run_has_nothing_to_do(straight, tmp_path, taken):
     wanted, workdir = straight
     copy = shutil.copytree(workdir, tmp_path / "run")
     assert_bit_equal(train(small_run.make_config(**SETTINGS), copy), wanted)
+    assert not taken
     assert small_run.metrics_without_times(copy) == small_run.metrics_without_times(workdir)
 
 
-def test_one_device_goes_on_where_eight_stopped(straight, interrupted):
+def test_one_device_goes_on_where_eight_stopped(straight, interrupted, taken):
     state = train(small_run.make_config(**SETTINGS), interrupted, devices=jax.devices()[:1])
+    assert taken == [3, 4]
     wanted, workdir = straight
     for (name, x), (_, y) in zip(host(state), host(wanted), strict=True):
         # Adam divides by gradients that may be near zero: a few elements may differ by a whole step of 1e-3.
@@ -125,17 +142,18 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=small_run.environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path):
+def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path, taken):
     killed = run(write_config(tmp_path, "SIGKILL"))
     assert killed.returncode == -9, killed.stderr
     workdir = tmp_path / "run"
     assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3]
     state = train(small_run.make_config(**SETTINGS), workdir)
+    assert taken == [3, 4]
     assert_bit_equal(state, straight[0])
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
 
 
-def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_path):
+def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_path, taken):
     command, workdir = write_config(tmp_path, "SIGTERM"), tmp_path / "run"
     stopped = run(command)
     assert stopped.returncode == 0, stopped.stderr
@@ -143,18 +161,22 @@ def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_p
     assert (workdir / "checkpoints" / "3").is_dir()
     resumed = run(command)
     assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming from step 3 of {workdir / 'checkpoints'}" in resumed.stderr
+    assert re.findall(r"train: step (\d+)/4", resumed.stderr) == ["4"]
     assert f"checkpoint   {workdir / 'checkpoints' / '4'}" in resumed.stdout
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
     state = train(small_run.make_config(**SETTINGS), workdir)  # only reads the last checkpoint
+    assert not taken
     assert_bit_equal(state, straight[0])
 
 
-def test_model_and_data_may_move(straight, interrupted, tmp_path):
+def test_model_and_data_may_move(straight, interrupted, tmp_path, taken):
     model, data = tmp_path / "model", tmp_path / "data"
     shutil.copytree(small_run.model_folder(), model)
     shutil.copytree(small_run.data_folder(), data)
     moved = small_run.make_config(**SETTINGS, model__path=str(model), data__path=str(data))
     assert_bit_equal(train(moved, interrupted), straight[0])
+    assert taken == [3, 4]
 
 
 def test_another_model_under_the_same_path_is_refused(tmp_path):
