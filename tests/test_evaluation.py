@@ -292,8 +292,12 @@ def test_settings_tell_other_data_models_and_rulers(monkeypatch):
     blind = Editor(ModelFolder(small_run.model_folder()), jnp.float32, 16, attention=AttentionOptions(acd_layers=1))
     assert settings(model=blind)["acd_layers"] != first["acd_layers"]
     assert settings(source=Scenes("validation", 1, SIZE))["data"] != first["data"]
-    monkeypatch.setattr(ModelFolder, "fingerprint", lambda self, name: "another")
-    assert settings()["model"] == "another"
+    of = ModelFolder.fingerprint
+    for other in ("transformer", "vae", "text_encoder_2", "tokenizer"):  # an edit depends on all of them
+        monkeypatch.setattr(
+            ModelFolder, "fingerprint", lambda self, x, other=other: "another" * (x == other) or of(self, x)
+        )
+        assert settings()["model"] != first["model"]
 
 
 @pytest.mark.parametrize("keep", [0, 0.5])
