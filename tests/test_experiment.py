@@ -1,5 +1,7 @@
 """Short runs of the experiments of docs/findings.md: a change of the code that loses what they found fails here."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import small_run
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.statistics import paired_interval
+from rcgrpo_jax.training import ablation
 from rcgrpo_jax.training.ablation import COMPONENTS, group_statistics
 from rcgrpo_jax.training.recipes import small_editor
 
@@ -46,3 +49,24 @@ def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folde
 def ratio(values: np.ndarray, other: np.ndarray) -> float:
     """The geometric mean over pairs."""
     return float(np.exp(np.mean(np.log(values / other))))
+
+
+def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(tmp_path, monkeypatch):
+    """Of the shipped model and the recipe as they are now: whoever changes these runs the experiment again."""
+    docs = small_run.ROOT / "docs"
+    kept = shutil.copytree(docs / "evaluations" / "recipe", tmp_path / "recipe")
+    before = (kept / "table.md").read_text()
+    monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
+    variants = ["--variant=GRPO + RDP: explore.kind=region acd.weight=0.0", "--variant=RDP + ACD: explore.kind=region"]
+    config = small_run.ROOT / "configs" / "small_editor.py"
+    assert main(["ablate", f"--config={config}", f"--out={kept}", "--seeds=3", *variants]) == 0
+    table = (kept / "table.md").read_text()
+    assert table == before
+    differences = table[table.index("**Difference from base") :]
+    (line,) = re.findall(
+        r"^\| RDP \+ ACD \| (.*) \|$", differences[: differences.index("**Difference from the row")], re.M
+    )
+    shown = (docs / "findings.md").read_text()
+    cells = line.split(" | ")
+    assert len(cells) == 7
+    assert all(cell in shown for cell in cells if cell != cells[3])  # the findings leave SSIM out
