@@ -257,7 +257,7 @@ def test_tensorflow_is_never_imported_and_tfds_only_when_needed(root, tmp_path):
     [
         ("scenes:train:600", "scenes:train/add:9:0.4", True),
         ("scenes:train:600", "scenes:validation:600", False),
-        ("tfds:edits@train", "tfds:edits@train", True),
+        ("tfds:edits", "tfds:edits@train", True),
         ("tfds:edits@train", "tfds:edits@test", False),
         ("edits", "./here/../edits/", True),
         ("edits", "edits/test", False),

@@ -46,4 +46,6 @@ def same_examples(path: str, other: str) -> bool:
 def _examples_of(path: str) -> str:
     if path.startswith("scenes:"):
         return "scenes:" + re.split("[/:]", path)[1]
-    return path if path.startswith("tfds:") else str(Path(path).resolve())
+    if path.startswith("tfds:"):
+        return path if "@" in path else f"{path}@train"
+    return str(Path(path).resolve())
