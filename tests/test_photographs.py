@@ -1,4 +1,4 @@
-"""The photographs behind the `photo` split come with scikit-image, or with an instruction to install it."""
+"""The photographs behind the `photo` split come with two packages, or with an instruction to install them."""
 
 import importlib.util
 
@@ -11,14 +11,16 @@ from rcgrpo_jax.errors import UserError
 
 def test_are_pictures():
     found = find_photographs()
-    assert len(found) == 4
+    assert len(found) == 6
     for file in found.values():
         assert min(Image.open(file).size) >= 256
 
 
-def test_a_missing_scikit_image_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'rcgrpo_jax\[photo\]'"):
+@pytest.mark.parametrize(("package", "distribution"), [("skimage", "scikit-image"), ("sklearn", "scikit-learn")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, distribution):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(UserError, match=rf"{distribution} is not installed.*\n?.*pip install 'rcgrpo_jax\[photo\]'"):
         find_photographs()
 
 

@@ -190,7 +190,7 @@ def test_every_background_is_textured_and_leaves_black_and_white_to_objects():
             kinds.add(scene.background)
             assert pixels.std(axis=(0, 1)).max() > 2
             assert 30 < pixels.min() <= pixels.max() < 226
-        assert len(kinds) == (len(TEXTURES) if split == "train" else 4)
+        assert len(kinds) == (len(TEXTURES) if split == "train" else 6)
 
 
 # Words

@@ -104,7 +104,7 @@ def photograph(name: str, rng: np.random.Generator, size: int) -> Float[np.ndarr
         sRGB in [40, 215], float64.
 
     Raises:
-        UserError: scikit-image, which carries the photographs, is not installed.
+        UserError: What carries the photographs is not installed (`find_photographs`).
     """
     picture = _read(name)
     side = rng.uniform(0.5, 1) * min(picture.size)

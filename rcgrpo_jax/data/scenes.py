@@ -54,7 +54,7 @@ class Scenes:
 
     Raises:
         UsageError: An unknown split or kind, no tasks, too small a side, a negative seed, or a share outside [0, 1].
-        UserError: The split is `photo` and scikit-image, whose wheel carries the photographs, is not installed.
+        UserError: The split is `photo`, and what carries the photographs is not installed (`find_photographs`).
     """
 
     def __init__(
