@@ -134,7 +134,8 @@ def make_rewards(config: ConfigDict) -> dict[str, Any]:
 
 
 def load_editor(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> Editor:
-    """The model as a run uses it, on the mesh."""
+    """The model as a run uses it, on the mesh; `acd` is not in the configuration of supervised training."""
+    acd = {f"acd_{field}": config.acd[field] for field in ("layers", "reference_keys")} if "acd" in config else {}
     return Editor(
         folder,
         jnp.dtype(config.model.dtype),
@@ -143,9 +144,7 @@ def load_editor(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> Editor:
         quantization=config.model.quantization,
         remat=config.model.remat,
         attention=AttentionOptions(
-            choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype),
-            config.acd.layers,
-            acd_reference_keys=config.acd.reference_keys,
+            choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype), **acd
         ),
     )
 

@@ -20,17 +20,17 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.data.triples import TripleBatches
-from rcgrpo_jax.editor import Editor, to_unit
+from rcgrpo_jax.editor import to_unit
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.flow import latents, matching, rollout
 from rcgrpo_jax.method.region import token_mask
-from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
-from rcgrpo_jax.models.mmdit import AttentionOptions, Condition
+from rcgrpo_jax.models.mmdit import Condition
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.encode import encode
+from rcgrpo_jax.training.loop import load_editor
 from rcgrpo_jax.weights.export import save_folder, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
@@ -49,17 +49,7 @@ class Stage:
 
     def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
         self.config, self.folder, self.mesh, self.workdir = config, folder, mesh, workdir
-        self.editor = Editor(
-            folder,
-            jnp.dtype(config.model.dtype),
-            config.model.max_text_tokens,
-            parameter_sharding(mesh),
-            quantization=config.model.quantization,
-            remat=config.model.remat,
-            attention=AttentionOptions(
-                choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
-            ),
-        )
+        self.editor = load_editor(config, folder, mesh)
         self.grid = self.editor.grid(*config.data.size)
 
     def batches(self) -> Any:
