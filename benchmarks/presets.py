@@ -39,6 +39,7 @@ class Preset:
     repeats: int = 1  # steps a turn
     alone: bool = False  # whether the GPU has room for one framework at a time
     compile: bool | None = None  # torch.compile; None: on a GPU
+    torch: Mapping[str, Any] = field(default_factory=dict)  # micro-batches of torch's step, where its best are others
     config: ConfigDict = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +54,13 @@ class Preset:
                     f"{name}: {found!r} found; torch's step knows {', '.join(values)}.", "Leave it as it is."
                 )
         object.__setattr__(self, "config", config)
+
+    @property
+    def torch_config(self) -> ConfigDict:
+        """As `config`, with `torch`'s micro-batches."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(dict(self.torch))
+        return config
 
     @property
     def transformer(self) -> MMDiTConfig:
@@ -75,6 +83,7 @@ def _full(side: int, rollout: int, update: int) -> Preset:
 
 _CPU = {"model.dtype": "float32", "model.remat": "none", "surrogate.anchors": 2, "acd.layers": 4,
         "rollout.group_size": 4, "rollout.num_steps": 4}  # fmt: skip
+_WHOLE = {"rollout.micro_batch": 0, "surrogate.micro_batch": 0}
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -82,16 +91,19 @@ PRESETS = {
             "small",
             None,
             {**_CPU, "model.max_text_tokens": 24, "data.size": (128, 128), "rollout.prompts": 2, "lora.rank": 16,
-             "lora.alpha": 32.0},
+             "lora.alpha": 32.0, "surrogate.micro_batch": 2},
             tolerance=1e-4,
             rounds=40,
+            torch=_WHOLE,
         ),
         Preset(
             "wide",
             _WIDE,
-            {**_CPU, "model.max_text_tokens": 64, "data.size": (256, 256), "rollout.prompts": 1},
+            {**_CPU, "model.max_text_tokens": 64, "data.size": (256, 256), "rollout.prompts": 1,
+             "rollout.micro_batch": 1, "surrogate.micro_batch": 2},
             tolerance=1e-4,
             rounds=6,
+            torch=_WHOLE,
         ),
         _full(512, rollout=6, update=4),
         _full(1024, rollout=3, update=2),

@@ -56,7 +56,14 @@ def table(report: Mapping[str, Any]) -> str:
         f"{report['samples']['update']} units, {config['model']['dtype']}, remat {config['model']['remat']}",
         f"device    {report['device']}, peak {report['peak'] / tera:.4g} TFLOP/s, {report['peak_is']} "
         f"(matmul: {matmul}), load average before {report['load']:.2g}",
-        *(f"{name:<10}{report['software'][name]}" for name in FRAMEWORKS),
+        *(
+            f"{name:<10}{report['software'][name]}; at a time: "
+            + ", ".join(
+                f"{micro or 'all'} {what}"
+                for micro, what in zip(report["micro_batches"][name], ("candidates", "units"), strict=True)
+            )
+            for name in FRAMEWORKS
+        ),
         f"parity    {', '.join(f'{name} {error:.2g}' for name, error in report['parity'].items())} "
         f"(at most {report['tolerance']:g})",
         "",

@@ -59,6 +59,10 @@ def run(preset: Preset, ask: Ask) -> dict[str, Any]:
         "config": preset.config.to_dict(),
         "device": about["jax"]["device"],
         "software": {name: about[name]["software"] for name in FRAMEWORKS},
+        "micro_batches": {
+            name: [config[group].micro_batch for group in ("rollout", "surrogate")]
+            for name, config in (("jax", preset.config), ("torch", preset.torch_config))
+        },
         "parity": parity,
         "tolerance": preset.tolerance,
         "peak": stated or max(peaks.values()),
@@ -128,7 +132,8 @@ def chosen(options: argparse.Namespace) -> Preset:
     given = {name: getattr(options, name) for name in ("rounds", "repeats", "compile")}
     given = {name: value for name, value in given.items() if value is not None}
     try:
-        return dataclasses.replace(preset, changes={**preset.changes, **changes}, **given)
+        torch = {field: value for field, value in preset.torch.items() if field not in changes}
+        return dataclasses.replace(preset, changes={**preset.changes, **changes}, torch=torch, **given)
     except (KeyError, TypeError) as error:  # a group that does not exist, or a value of another type
         raise UsageError(f"--set: {error.args[0]}", "For example --set rollout.group_size=8.") from None
 

@@ -34,7 +34,7 @@ class Step:
     """
 
     def __init__(self, preset: Preset):
-        self.config, self.gpu = preset.config, torch.cuda.is_available()
+        self.config, self.gpu = preset.torch_config, torch.cuda.is_available()
         if preset.alone and not self.gpu:
             raise UserError(f"{preset.name} needs a GPU; torch found none.", "Install a build of torch for CUDA.")
         self.device, self.dtype = "cuda" if self.gpu else "cpu", getattr(torch, self.config.model.dtype)

@@ -142,6 +142,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capfd
     lines = shown.splitlines()
     assert [line.split()[0] for line in lines if line][:5] == ["preset", "device", "jax", "torch", "parity"]
     assert "40 tokens a sample, P 2, G 4, K 4, B 2, 8 units, float32, remat none" in shown
+    assert shown.count("; at a time: 4 candidates, 4 units") == 2
     rows = {line.split()[0]: line.split() for line in lines[-4:-1]}
     assert set(rows) == {"rollout", "update", "step"}
     assert all(row.count("to") == 3 and sum(cell.endswith("%") for cell in row) == 2 for row in rows.values())
@@ -164,6 +165,15 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capfd
 def test_settings_that_cannot_be_compared_are_refused(capsys, flag, message):
     assert step.main(["--preset", "small", "--set", flag]) == UsageError.exit_code
     assert message in capsys.readouterr().err
+
+
+def test_each_framework_has_micro_batches_of_its_own_until_they_are_set():
+    def of_both(*flags: str) -> list[tuple[int, int]]:
+        preset = step.chosen(step.arguments(["--preset", "wide", *flags]))
+        return [(c.rollout.micro_batch, c.surrogate.micro_batch) for c in (preset.config, preset.torch_config)]
+
+    assert of_both() == [(1, 2), (0, 0)]
+    assert of_both("--set", "surrogate.micro_batch=4") == [(1, 4), (0, 4)]
 
 
 @pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="there is a GPU")

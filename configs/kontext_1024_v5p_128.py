@@ -1,0 +1,18 @@
+"""RC-GRPO on FLUX.1-Kontext-dev at 1024 x 1024, on a v5p-128, 64 chips.
+
+rcgrpo plan --config configs/kontext_1024_v5p_128.py --topology v5p:4x4x4
+"""
+
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.training.recipes import kontext_512
+
+
+def get_config() -> ConfigDict:
+    config = kontext_512()
+    config.data.size = (1024, 1024)
+    config.rollout.prompts = 16  # one a host; 192 candidates, three a chip
+    config.rollout.micro_batch = 64
+    config.rollout.decode_micro_batch = 64
+    config.surrogate.micro_batch = 64  # of 256 anchor-steps
+    return config
