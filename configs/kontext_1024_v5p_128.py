@@ -1,6 +1,6 @@
 """RC-GRPO on FLUX.1-Kontext-dev at 1024 x 1024, on a v5p-128, 64 chips.
 
-rcgrpo plan --config configs/kontext_1024_v5p_128.py --topology v5p:4x4x4
+    rcgrpo plan --config configs/kontext_1024_v5p_128.py --topology v5p:4x4x4
 """
 
 from ml_collections import ConfigDict
