@@ -21,6 +21,7 @@ from rcgrpo_jax.training.recipes import as_in_paper
 DEVICES = {
     "kontext_512_v5e_16": 16, "kontext_512_v5p_8": 4, "kontext_512_v5p_64": 32, "kontext_512_v6e_8": 8,
     "kontext_512_v5e_4": 4, "kontext_512_h100": 1, "kontext_512_8xh100": 8, "kontext_512_24gb": 1,
+    "kontext_1024_v5e_64": 64, "kontext_1024_v5p_128": 64,
 }  # fmt: skip
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
