@@ -8,14 +8,8 @@ By that plan, which no machine has confirmed: 10.6 of 15.75 GiB a chip, 63.2 s a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.training.recipes import kontext_1024
 
 
 def get_config() -> ConfigDict:
-    config = kontext_512()
-    config.data.size = (1024, 1024)
-    config.rollout.prompts = 16  # one a host; 192 candidates, three a chip
-    config.rollout.micro_batch = 64
-    config.rollout.decode_micro_batch = 64
-    config.surrogate.micro_batch = 64  # of 256 anchor-steps
-    return config
+    return kontext_1024()
