@@ -18,6 +18,8 @@ from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.export import save_lora
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BASE = {
     "optimizer__max_grad_norm": 1e9,
     "optimizer__learning_rate": 1e-2,
@@ -82,7 +84,7 @@ def update(trainer: Trainer, step: Step, state: Any, log_old: Any = None) -> Upd
 
 
 @functools.cache
-def first_update(mode: str, distance: str, steps: str, weighting: str) -> Update:
+def first_update(mode: str, distance: str, steps: str, weighting: str, background_weight: float = 0.0) -> Update:
     trainer = small_run.make_trainer(
         **BASE
         | {
@@ -91,6 +93,7 @@ def first_update(mode: str, distance: str, steps: str, weighting: str) -> Update
             "surrogate__steps": steps,
             "surrogate__num_random_steps": 2,
             "surrogate__weighting": weighting,
+            "objective__background_weight": background_weight,
         }
     )
     # The rollout does not depend on the surrogate: one program serves all combinations.
@@ -199,6 +202,46 @@ def test_the_first_gradient_is_the_closed_form(combination):
     found = gradient(result)
     assert relative_error(found, wanted) <= 1e-5
     np.testing.assert_allclose(result.metrics["grad_norm"], optax.tree.norm(wanted), rtol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def background_loss(editor, replay, sigmas, params, lora, prompts, states, anchors):
+    """The mean over anchors and the first two steps of the velocity's squared error outside the mask."""
+
+    def of_anchor(prompt, states, anchor):
+        x, losses = states[anchor, 0], []
+        for k in (0, 1):
+            x = states[anchor, k] if replay else x
+            v = editor.transformer.apply({"params": params, "lora": lora}, x, sigmas[k], prompt.condition, (4, 4))
+            error = jnp.square(v - (x - prompt.condition.reference) / sigmas[k]).mean(-1)
+            losses.append(jnp.average(error, weights=1 - prompt.region))
+            x = x + (sigmas[k + 1] - sigmas[k]) * v
+        return jnp.stack(losses)
+
+    return jax.vmap(jax.vmap(of_anchor, in_axes=(None, None, 0)))(prompts, states, anchors).mean()
+
+
+@pytest.mark.parametrize(
+    "combination", [("replay", "tau", "early", "uniform"), ("integrate", "l2", "early", "uniform")], ids="-".join
+)
+def test_the_background_is_matched_to_the_source_on_the_anchors_own_path(combination):
+    plain, result = first_update(*combination), first_update(*combination, background_weight=0.5)
+    prompts, exploration, rollout, _ = result.step
+    trainer, lora = result.trainer, result.trainer.config.lora
+    assert set(exploration.steps.tolist()) == {1, 2}
+
+    def loss(params):
+        return background_loss(
+            trainer.programs.editor, combination[0] == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
+            scale_adapter(params, lora.alpha / lora.rank), prompts, rollout.states, exploration.anchors,
+        )  # fmt: skip
+
+    with jax.set_mesh(trainer.programs.mesh):
+        wanted, pull = jax.value_and_grad(loss)(result.before.params)
+    assert result.metrics["background_loss"] == pytest.approx(float(wanted), rel=1e-4)
+    assert "background_loss" not in plain.metrics
+    assert relative_error(optax.tree.sub(gradient(result), gradient(plain)), optax.tree.scale(0.5, pull)) <= 1e-4
+    assert result.metrics["ratio_deviation"] == 0.0
 
 
 def test_a_second_update_compares_with_the_first_and_clips():

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import Editor, decode
+from rcgrpo_jax.flow import matching
 from rcgrpo_jax.flow import rollout as flow_rollout
 from rcgrpo_jax.flow.solver import Velocity, euler_step
 from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
@@ -186,28 +187,42 @@ class Programs:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def _anchor_states(self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, " T"]) -> Array:
-        """`xbar_s^(k)` at the given steps under theta, the only path that carries gradient (Eq. 13), `[T, N, C]`.
+    def _anchor_states(
+        self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, " T"]
+    ) -> tuple[Array, Array]:
+        """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps.
 
-        `states` `[G, K+1, N, C]` are the old rollout's.
+        Both are `[T, N, C]`; `states` `[G, K+1, N, C]` are the old rollout's.
         """
         sigmas = jnp.asarray(self.sigmas)
         if self.config.surrogate.anchor_mode == "integrate":
             if self.config.surrogate.steps == "early":
                 sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
-            return flow_rollout.integrate(jax.checkpoint(velocity), states[anchor, 0], sigmas)[steps]
+            path = flow_rollout.integrate(jax.checkpoint(velocity), states[anchor, 0], sigmas)
+            return path[steps - 1], path[steps]
         k = steps[0]
-        return euler_step(velocity, states[anchor, k - 1], sigmas[k - 1], sigmas[k])[None]
+        before = states[anchor, k - 1]
+        return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
+
+    def _background_loss(self, before: Array, after: Array, steps: Int[Array, " T"], prompt: Prompts) -> Array:
+        """Flow matching of the background to the source, at the states of an anchor's own path (ours).
+
+        The velocity that a step took, `(after - before) / (sigma' - sigma)`, against the one that leads straight from
+        where it started to the source, `(before - x_ref) / sigma`, outside the mask.
+        """
+        sigma, sigma_next = (jnp.asarray(self.sigmas)[k][:, None, None] for k in (steps - 1, steps))
+        taken, wanted = (after - before) / (sigma_next - sigma), (before - prompt.condition.reference[None]) / sigma
+        return matching.matching_loss(taken, wanted, jnp.broadcast_to(1.0 - prompt.region, taken.shape[:-1]))
 
     def _unit_loss(
         self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
     ) -> tuple[Array, tuple[Array, dict]]:
-        """`-J` of one unit (Eq. 5, 14, 15) with its log-policy and metrics."""
+        """`-J` of one unit (Eq. 5, 14, 15), and what is added to it, with its log-policy and metrics."""
         index, anchor_index, steps, log_old = unit
         options, objective = self.config.surrogate, self.config.objective
         prompt = _row(prompts, index)
         velocity = self._velocity(params, scale_adapter(lora, self.lora_scale), prompt.condition)
-        anchor = self._anchor_states(velocity, states[index], anchor_index, steps)
+        before, anchor = self._anchor_states(velocity, states[index], anchor_index, steps)
         candidates = states[index, :, steps]  # [T, G, N, C]
         distance = surrogate.distance_function(options.distance, prompt.region, options.tau_edit, options.tau_base)
         temperature = 1.0
@@ -228,7 +243,11 @@ class Programs:
             "kl": kl,
             "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
         }
-        return objective.kl_weight * kl - gain, (log_pi, metrics)
+        loss = objective.kl_weight * kl - gain
+        if objective.background_weight:
+            metrics["background_loss"] = self._background_loss(before, anchor, steps, prompt)
+            loss += objective.background_weight * metrics["background_loss"]
+        return loss, (log_pi, metrics)
 
     def _update(
         self,
