@@ -189,7 +189,11 @@ def command(*argv: str) -> list[str]:
 def environment() -> dict[str, str]:
     """The variables of a process that computes as this one does and shares its compilations."""
     cache = {f"JAX_{name.upper()}": str(value) for name, value in COMPILATION_CACHE.items()}
-    return {**os.environ, **cache, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT)}
+    quick = str(int(jax.config.read("jax_disable_most_optimizations")))
+    return {
+        **os.environ, **cache, "JAX_DISABLE_MOST_OPTIMIZATIONS": quick, "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

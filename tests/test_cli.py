@@ -24,6 +24,8 @@ from rcgrpo_jax.weights.export import load_lora, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def fail(capsys, *argv: str) -> tuple[int, str, str]:
     """Runs a command that must fail: exit code, problem and remedy."""

@@ -24,6 +24,8 @@ from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.loop import check_mesh, train
 from rcgrpo_jax.weights import random_folder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Metrics are those of a step's last update; of the first, the loss is zero up to rounding.
 SETTINGS = {
     "rollout__prompts": 4, "mesh__fsdp": 2, "objective__updates": 2, "optimizer__learning_rate": 1e-3,
@@ -52,7 +54,6 @@ def start(config: Path, workdir: Path, count: int, command: str = "train", **var
     port, log = free_port(), config.parent
     environment = small_run.environment() | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes longer than running here
     }
     return [
         subprocess.Popen(

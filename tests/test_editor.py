@@ -19,6 +19,8 @@ from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.export import load_lora, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 INSTRUCTIONS = ["Make the suit bright red, please", "a cat"]
 STEPS, GUIDANCE = 4, 2.5
 LORA = LoRAConfig(rank=4, alpha=8.0)

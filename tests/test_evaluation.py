@@ -156,7 +156,8 @@ def regions_of(source: Scenes):
     return jax.tree.map(lambda *x: np.stack(x), *(read_region(source, i) for i in range(len(source))))
 
 
-@pytest.mark.parametrize(("split", "least"), [("heldout", 0.95), ("photo", 0.75)])  # a busy background is less certain
+# Before a photograph another answer can look nearly like the right one; that it is the best stays true.
+@pytest.mark.parametrize(("split", "least"), [("heldout", 0.95), ("photo", 0.75)])
 def test_a_caption_is_read_off_the_right_result_alone(split, least):
     source, regions = tasks(split), regions_of(tasks(split))
     target, image = (np.stack([getattr(source[i], f) for i in range(TASKS)]) for f in ("target", "image"))

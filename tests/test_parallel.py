@@ -24,6 +24,8 @@ from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.random_folder import SMALL, build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FULL = {name: network.config() for name, network in NETWORKS.items()}
 
 

@@ -16,6 +16,8 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 64)
 
 

@@ -27,6 +27,8 @@ from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BOTH = pytest.mark.parametrize("quantization", ["int8", "nf4"])
 # QLoRA, Appendix E.
 PUBLISHED = (

@@ -18,6 +18,8 @@ from rcgrpo_jax.training.loop import Trainer, train
 from rcgrpo_jax.training.state import TrainState
 from rcgrpo_jax.weights import random_folder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
 # What a configuration file adds to a run: a signal at the end of the third step, once the second is on disk.
 INTERRUPTION = """

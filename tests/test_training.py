@@ -20,6 +20,8 @@ from rcgrpo_jax.training.loop import Trainer, train
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # The first step of `small_run.make_config()` on one CPU device.
 GOLDEN = {
     "background/drift": 0.020897,

@@ -16,8 +16,9 @@ from rcgrpo_jax.data.shapes import COLOURS, SHAPES, SceneObject, render
 from rcgrpo_jax.rewards.colour import lab_from_srgb
 from rcgrpo_jax.rewards.oracle import VISIBLE
 
-# In squared CIELAB units: a right result scores 0.96 or more before textures, and less where an object hardly differs
-# from the photograph behind it (0.81 before one of six).
+# In squared CIELAB units: a right result scores 0.96 or more before textures. Before a photograph it scores less where
+# another answer looks nearly the same, as a white star before a bright sky does where nothing was asked: 0.78 at worst
+# in 150 tasks of 96 pixels, 0.95 or more in all but six.
 TEMPERATURE = (VISIBLE / 2) ** 2
 _SHADES = ("black", "white")
 _LEVELS = np.array([ImageColor.getrgb(colour) for colour in COLOURS], np.float32) / 255
