@@ -56,7 +56,7 @@ PANELS = (
     Panel("Standard deviation of rewards", "within groups; total: of the weighted z-scores", ("reward_std/",)),
     Panel("Background", "mean absolute difference outside the mask, of 1", ("background/",)),
     Panel("Loss", "", ("loss", "loss_everywhere", "loss_inside")),
-    Panel("Flow matching of the background", "loss outside the mask", ("background_loss",)),
+    Panel("Distance to the source", "squared, of anchors, outside the mask", ("source_distance",)),
     Panel("KL divergence", "", ("kl",)),
     Panel("PSNR", "dB", ("psnr",)),
     Panel("Gradient norm", "before clipping", ("grad_norm",), log=True),

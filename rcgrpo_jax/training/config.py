@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
             advantage_clip=5.0,  # largest |A|
             quasi_norm=0.0,  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
             kl_weight=0.0,  # beta, of the KL to the policy of the rollout; the first update's has no gradient
-            background_weight=0.0,  # of flow matching to the source outside the mask, on the anchors' own states (ours)
+            source_advantage=0.0,  # A of one more candidate, which keeps the source outside the mask (ours); 0: none
             updates=1,  # optimizer updates on one rollout
         ),
         rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
@@ -154,7 +154,7 @@ _RANGES = {
     "surrogate.num_random_steps": (1, math.inf), "surrogate.micro_batch": (0, math.inf),
     "objective.clip": (1e-9, math.inf), "objective.advantage_clip": (1e-9, math.inf),
     "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf),
-    "objective.background_weight": (0, math.inf), "objective.updates": (1, math.inf),
+    "objective.source_advantage": (0, math.inf), "objective.updates": (1, math.inf),
     "acd.layers": (1, math.inf), "acd.weight": (0, math.inf),
 }  # fmt: skip
 

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import Editor, decode
-from rcgrpo_jax.flow import matching
 from rcgrpo_jax.flow import rollout as flow_rollout
 from rcgrpo_jax.flow.solver import Velocity, euler_step
 from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
@@ -204,15 +203,15 @@ class Programs:
         before = states[anchor, k - 1]
         return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
 
-    def _background_loss(self, before: Array, after: Array, steps: Int[Array, " T"], prompt: Prompts) -> Array:
-        """Flow matching of the background to the source, at the states of an anchor's own path (ours).
+    def _source_candidate(self, before: Array, after: Array, steps: Int[Array, " T"], prompt: Prompts) -> Array:
+        """A candidate for each step that keeps the source: outside the mask, where a straight way there leads (ours).
 
-        The velocity that a step took, `(after - before) / (sigma' - sigma)`, against the one that leads straight from
-        where it started to the source, `(before - x_ref) / sigma`, outside the mask.
+        `x_ref + sigma' / sigma (before - x_ref)`; inside it is the anchor itself.
         """
         sigma, sigma_next = (jnp.asarray(self.sigmas)[k][:, None, None] for k in (steps - 1, steps))
-        taken, wanted = (after - before) / (sigma_next - sigma), (before - prompt.condition.reference[None]) / sigma
-        return matching.matching_loss(taken, wanted, jnp.broadcast_to(1.0 - prompt.region, taken.shape[:-1]))
+        reference, inside = prompt.condition.reference[None], prompt.region[None, :, None]
+        straight = reference + sigma_next / sigma * (before - reference)
+        return jax.lax.stop_gradient(inside * after + (1.0 - inside) * straight)
 
     def _unit_loss(
         self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
@@ -244,9 +243,11 @@ class Programs:
             "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
         }
         loss = objective.kl_weight * kl - gain
-        if objective.background_weight:
-            metrics["background_loss"] = self._background_loss(before, anchor, steps, prompt)
-            loss += objective.background_weight * metrics["background_loss"]
+        if objective.source_advantage:
+            # One more candidate of a group: its share of the objective's gradient (`method.surrogate`), and no other.
+            source = self._source_candidate(before, anchor, steps, prompt)
+            metrics["source_distance"] = (distance(anchor, source) / temperature).mean()
+            loss += objective.source_advantage * metrics["source_distance"] / (2 * len(advantages[index]))
         return loss, (log_pi, metrics)
 
     def _update(
