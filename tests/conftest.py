@@ -1,6 +1,8 @@
 """Every test runs on eight fake CPU devices, in fp32, with silent rank promotion forbidden."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,6 +14,17 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of compiled programs; the workers of a session, which inherit the variable, share it."""
+    if not hasattr(config, "workerinput"):
+        os.environ["RCGRPO_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="rcgrpo-tests-compiled-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["RCGRPO_TESTS_COMPILED"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -63,12 +63,12 @@ def workspace() -> Path:
 
 # Runs that differ in length only, or that a subprocess resumes, compile the same programs: once a session is enough.
 COMPILATION_CACHE = {
-    "compilation_cache_dir": workspace() / "compiled",
-    "persistent_cache_min_compile_time_secs": 0.1,
+    "compilation_cache_dir": os.environ["RCGRPO_TESTS_COMPILED"],  # of conftest.py
+    "persistent_cache_min_compile_time_secs": 0.0,
     "persistent_cache_min_entry_size_bytes": -1,
 }
 for name, value in COMPILATION_CACHE.items():
-    jax.config.update(f"jax_{name}", str(value) if isinstance(value, Path) else value)
+    jax.config.update(f"jax_{name}", value)
 
 
 @functools.cache
