@@ -2,7 +2,7 @@
 
     rcgrpo train --config configs/small_editor.py --workdir runs/small_editor
 
-The common configuration of the ablations in docs/findings.md; `rcgrpo demo` runs fewer steps of it on fewer scenes.
+The recipe of docs/findings.md; `rcgrpo demo` runs fewer and larger steps of it on fewer scenes.
 """
 
 from ml_collections import ConfigDict

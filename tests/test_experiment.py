@@ -13,7 +13,9 @@ from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.statistics import paired_interval
 from rcgrpo_jax.training import ablation
 from rcgrpo_jax.training.ablation import COMPONENTS, group_statistics
-from rcgrpo_jax.training.recipes import small_editor
+from rcgrpo_jax.training.recipes import small_editor_balanced
+
+SEEDS = 4  # of the recipe, kept in docs/evaluations
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_what_is_rewarded_rises_on_edits_never_seen(folder):
         "data.path": "scenes:train:80", "rollout.prompts": 8, "rewards.preservation": 0.0, "acd.weight": 0.0,
         "optimizer.learning_rate": 4e-3, "optimizer.decay_steps": 10, "train.num_steps": 10,
     }  # fmt: skip
-    config = small_run.ROOT / "configs" / "small_editor.py"
+    config = small_run.ROOT / "configs" / "small_editor_balanced.py"
     arguments = [f"--config={config}", f"--out={folder}", "--data=scenes:validation:48", "--steps=8", "--seeds=1"]
     fields = [f"--config.{field}={value}" for field, value in changes.items()]
     assert main(["ablate", *arguments, *fields, "--variant=RDP: explore.kind=region"]) == 0
@@ -37,7 +39,7 @@ def test_what_is_rewarded_rises_on_edits_never_seen(folder):
 
 def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
     """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt."""
-    config = small_editor()
+    config = small_editor_balanced()
     config.data.path, config.data.cache, config.rollout.prompts = "scenes:train:80", str(folder / "cache"), 8
     assert config.explore.alpha_edit == config.explore.sigma
     everywhere, inside = (group_statistics(config, variant, 0, folder, num_batches=4) for variant in COMPONENTS[:2])
@@ -51,15 +53,24 @@ def ratio(values: np.ndarray, other: np.ndarray) -> float:
     return float(np.exp(np.mean(np.log(values / other))))
 
 
-def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(tmp_path, monkeypatch):
-    """Of the shipped model and the recipe as they are now: whoever changes these runs the experiment again."""
+RDP, ACD = "--variant=GRPO + RDP: explore.kind=region acd.weight=0.0", "--variant=RDP + ACD: explore.kind=region"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "seeds", "variants"),
+    [("recipe", "small_editor", SEEDS, [ACD]), ("balanced", "small_editor_balanced", 3, [RDP, ACD])],
+    ids=["recipe", "balanced"],
+)
+def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
+    tmp_path, monkeypatch, name, config, seeds, variants
+):
+    """Of the shipped model and the configurations as they are now: whoever changes these runs the experiment again."""
     docs = small_run.ROOT / "docs"
-    kept = shutil.copytree(docs / "evaluations" / "recipe", tmp_path / "recipe")
+    kept = shutil.copytree(docs / "evaluations" / name, tmp_path / name)
     before = (kept / "table.md").read_text()
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
-    variants = ["--variant=GRPO + RDP: explore.kind=region acd.weight=0.0", "--variant=RDP + ACD: explore.kind=region"]
-    config = small_run.ROOT / "configs" / "small_editor.py"
-    assert main(["ablate", f"--config={config}", f"--out={kept}", "--seeds=3", *variants]) == 0
+    file = small_run.ROOT / "configs" / f"{config}.py"
+    assert main(["ablate", f"--config={file}", f"--out={kept}", f"--seeds={seeds}", *variants]) == 0
     table = (kept / "table.md").read_text()
     assert table == before
     differences = table[table.index("**Difference from base") :]

@@ -61,10 +61,23 @@ def small_editor() -> ConfigDict:
     config.rollout.prompts, config.rollout.group_size, config.rollout.num_steps = 12, 8, 4
     config.explore.alpha_edit = config.explore.sigma = 0.8
     config.surrogate.anchors = 2
-    config.rewards = ConfigDict({"oracle": 1.0, "preservation": 4.0})
-    config.acd.layers = 4  # of 6 blocks
+    config.rewards = ConfigDict({"oracle": 1.0, "preservation": 0.0})
+    config.objective.source_advantage = 0.85
+    config.acd.weight, config.acd.layers = 0.3, 4  # of 6 blocks
+    config.optimizer.learning_rate, config.optimizer.decay_steps = 1e-3, 80
+    config.optimizer.ema_decay = 0.95
+    config.train.num_steps = 80
+    config.train.image_every = 20
+    return config
+
+
+def small_editor_balanced() -> ConfigDict:
+    """Half the steps, and a reward in place of the source to hold the background: the centre of docs/findings.md."""
+    config = small_editor()
+    config.rewards.preservation = 4.0
+    config.objective.source_advantage = 0.0
+    config.acd.weight = 1.0
     config.optimizer.learning_rate, config.optimizer.decay_steps = 2e-3, 40
     config.optimizer.ema_decay = 0.9
     config.train.num_steps = 40
-    config.train.image_every = 20
     return config
