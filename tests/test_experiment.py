@@ -23,7 +23,7 @@ def folder() -> Path:
     return small_run.workspace() / "experiment"
 
 
-def test_what_is_rewarded_rises_on_edits_never_seen(folder):
+def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_background(folder):
     """A sixth of the candidates of a run in the findings, at twice the learning rate."""
     changes = {
         "data.path": "scenes:train:80", "rollout.prompts": 8, "rewards.preservation": 0.0, "acd.weight": 0.0,
@@ -32,9 +32,13 @@ def test_what_is_rewarded_rises_on_edits_never_seen(folder):
     config = small_run.ROOT / "configs" / "small_editor_balanced.py"
     arguments = [f"--config={config}", f"--out={folder}", "--data=scenes:validation:48", "--steps=8", "--seeds=1"]
     fields = [f"--config.{field}={value}" for field, value in changes.items()]
-    assert main(["ablate", *arguments, *fields, "--variant=RDP: explore.kind=region"]) == 0
-    base, trained = (Evaluation.load(folder / "evaluations" / file) for file in ("base.npz", "rdp/0.npz"))
-    assert paired_interval(trained.measures["success"][None], base.measures["success"][None]).low > 0
+    variants = ["--variant=RDP: explore.kind=region", "--variant=source: objective.source_advantage=1.0"]
+    assert main(["ablate", *arguments, *fields, *variants]) == 0
+    base, free, held = (
+        Evaluation.load(folder / "evaluations" / file).measures for file in ("base.npz", "rdp/0.npz", "source/0.npz")
+    )
+    assert paired_interval(free["success"][None], base["success"][None]).low > 0
+    assert paired_interval(held["psnr"][None], free["psnr"][None]).low > 0
 
 
 def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):

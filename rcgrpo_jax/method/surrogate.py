@@ -225,3 +225,51 @@ def calibrated_temperature(
     # e^-14 parts distances that differ by a millionth of the spread, e^14 makes all alike; 32 halvings reach float32.
     low, high = jax.lax.fori_loop(0, 32, halve, (jnp.full_like(unit, -14.0), jnp.full_like(unit, 14.0)))
     return unit * jnp.exp((low + high) / 2)
+
+
+def source_candidate(
+    before: Float[Array, "... N C"],
+    anchor: Float[Array, "... N C"],
+    shrink: Float[Array, "..."],
+    source: Float[Array, "N C"],
+    mask: Float[Array, " N"],
+) -> Float[Array, "... N C"]:
+    """A candidate that keeps the source, y = M xbar + (1 - M) (x_src + sigma' / sigma (x - x_src)) (ours).
+
+    Outside the mask it is where the straight line from the anchor's last state x to the source is after the step;
+    inside it is the anchor itself, so that no distance sees the region.
+
+    Args:
+        before: x, [..., N, C], the anchor's state before the step, at sigma.
+        anchor: xbar, [..., N, C], its state after the step, at sigma'.
+        shrink: sigma' / sigma, [...] in [0, 1).
+        source: x_src, [N, C], the source's latents.
+        mask: M, [N] in [0, 1].
+
+    Returns:
+        [..., N, C], a constant to gradients.
+    """
+    source = jnp.broadcast_to(source, before.shape)
+    straight = source + shrink[..., None, None] * (before - source)
+    inside = jnp.broadcast_to(mask[:, None], before.shape)
+    return jax.lax.stop_gradient(inside * anchor + (1.0 - inside) * straight)
+
+
+def candidate_gain(
+    distance: Float[Array, "..."], advantage: float, group_size: int, temperature: float | Float[Array, "..."] = 1.0
+) -> Float[Array, "..."]:
+    """What one more candidate adds to the objective, -A d^2 / (2 temperature G) (ours).
+
+    Its gradient is that of the candidate's own term in Eq. 5 at the first update, where the policy is sharp at the
+    anchor and the softmax's normaliser has none.
+
+    Args:
+        distance: d^2 of the candidate from the anchor, [...].
+        advantage: A of the candidate.
+        group_size: G.
+        temperature: As in `log_policy`.
+
+    Returns:
+        [...] float32.
+    """
+    return -advantage * distance / (2.0 * temperature * group_size)

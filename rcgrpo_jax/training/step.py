@@ -203,16 +203,6 @@ class Programs:
         before = states[anchor, k - 1]
         return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
 
-    def _source_candidate(self, before: Array, after: Array, steps: Int[Array, " T"], prompt: Prompts) -> Array:
-        """A candidate for each step that keeps the source: outside the mask, where a straight way there leads (ours).
-
-        `x_ref + sigma' / sigma (before - x_ref)`; inside it is the anchor itself.
-        """
-        sigma, sigma_next = (jnp.asarray(self.sigmas)[k][:, None, None] for k in (steps - 1, steps))
-        reference, inside = prompt.condition.reference[None], prompt.region[None, :, None]
-        straight = reference + sigma_next / sigma * (before - reference)
-        return jax.lax.stop_gradient(inside * after + (1.0 - inside) * straight)
-
     def _unit_loss(
         self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
     ) -> tuple[Array, tuple[Array, dict]]:
@@ -242,13 +232,15 @@ class Programs:
             "kl": kl,
             "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
         }
-        loss = objective.kl_weight * kl - gain
         if objective.source_advantage:
-            # One more candidate of a group: its share of the objective's gradient (`method.surrogate`), and no other.
-            source = self._source_candidate(before, anchor, steps, prompt)
-            metrics["source_distance"] = (distance(anchor, source) / temperature).mean()
-            loss += objective.source_advantage * metrics["source_distance"] / (2 * len(advantages[index]))
-        return loss, (log_pi, metrics)
+            sigmas = jnp.asarray(self.sigmas)
+            shrink = sigmas[steps] / sigmas[steps - 1]
+            source = surrogate.source_candidate(before, anchor, shrink, prompt.condition.reference, prompt.region)
+            metrics["source_distance"] = distance(anchor, source)
+            gain += surrogate.candidate_gain(
+                metrics["source_distance"], objective.source_advantage, candidates.shape[1], temperature
+            ).mean()
+        return objective.kl_weight * kl - gain, (log_pi, metrics)
 
     def _update(
         self,
