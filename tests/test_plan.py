@@ -4,11 +4,13 @@ import dataclasses
 import json
 import math
 import re
+import runpy
 
 import jax
 import jax.numpy as jnp
 import pytest
 import small_run
+from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from rcgrpo_jax.errors import UsageError, UserError
@@ -17,7 +19,7 @@ from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan import flops, topology
 from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
 from rcgrpo_jax.plan.cost import Cost, Traffic
-from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Memory, Plan, Workload, open_model, parse_refusal
+from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Memory, Plan, Workload, open_model, parse_refusal
 from rcgrpo_jax.plan.roofline import roofline
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed
 from rcgrpo_jax.plan.topology import Topology, open_topology
@@ -88,6 +90,14 @@ def test_compiled_flops_agree_with_the_formula(changes):
     assert 0.85 < ratios["update"] < 1.05
 
 
+def test_every_axis_of_a_mesh_takes_its_share_of_the_work():
+    """Were activations not constrained, devices would repeat the products of others."""
+    planned = workload(8, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    for name in ("rollout", "update"):
+        plan = planned.compile(name)
+        assert 0.8 < plan.cost.flops / plan.analytic < 1.1, name
+
+
 def test_the_arguments_are_those_of_a_run(monkeypatch):
     """Shapes, dtypes and shardings, on a mesh that splits samples and weights."""
     shape = (2, 2, 1)
@@ -128,7 +138,9 @@ def test_what_a_run_keeps_counts_once_in_every_program():
     kept = {name: planned.held(name) + total_bytes(planned.arguments(name)) for name in NAMES}
     trees = {name: total_bytes(tree) for name, tree in planned.trees.items()}
     assert kept["decode"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["images"]
-    assert kept["update"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["objective"]
+    assert trees["upcoming"] == trees["prompts"]
+    read = sum(trees[name] for name in ("rollout", "objective", "upcoming"))
+    assert kept["update"] == kept["rollout"] - trees["noise"] + read
     half = workload(4, mesh__data=1, mesh__fsdp=4, rollout__micro_batch=4)
     assert half.calls == {"rollout": 2, "decode": 2, "update": 1}
     earlier, pictures = half.trees["earlier"]
@@ -207,7 +219,9 @@ def test_the_local_devices_are_a_topology_too():
         ("v5e:4x4", 16, 16, 1),
         ("2*v5e:4x4", 32, 32, 2),
         ("v5p:2x2x2", 8, 8, 1),
+        ("v5p:4x4x4", 64, 64, 1),
         ("v6e:2x4", 8, 8, 1),
+        ("v6e:16x16", 256, 256, 1),
         ("tpu7x:2x2x1", 8, 4, 1),
     ],
 )
@@ -291,7 +305,9 @@ def test_what_a_search_finds_fits_and_is_ranked(compiler):
         config = changed(small_run.make_config(), item.changes)
         validate(config, 4)  # and can be run
         assert set(MICRO_BATCH.values()) <= set(item.changes)
+    assert len({tuple(item.changes[f"mesh.{axis}"] for axis in AXES) for item in found}) == len(found) > 1
     tried = [entry for entry in compiler.compiled if entry[0] == "update"]
+    assert all(len({entry[i] for entry in tried}) > 1 for i in (2, 3))  # micro-batches, remat policies
     assert len(tried) == len({(str(shape), micro, remat) for _, shape, micro, remat in tried})  # none twice
 
 
@@ -342,6 +358,34 @@ def test_where_no_micro_batch_helps_the_fix_is_remat(compiler):
 def test_nothing_fits_where_the_weights_do_not(compiler):
     assert search(compiler(4 * MIB, 8 * MIB, 1000)).run() == []
     assert compiler.compiled == []
+
+
+# The plans that are kept
+
+KEPT = sorted((small_run.ROOT / "docs" / "plans").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_a_kept_plan_is_of_its_configuration_and_the_configuration_says_what_it_says(file):
+    """Sizes, FLOPs and time at full size: what no test can compile."""
+    plan, path = json.loads(file.read_text()), small_run.ROOT / "configs" / f"{file.stem}.py"
+    config = runpy.run_path(str(path))["get_config"]()
+    config.model.path, config.data.path = FLUX_KONTEXT, plan["config"]["data"]["path"]
+    kept, now = (flatten_dict(x, sep=".") for x in (plan["config"], json.loads(json.dumps(config.to_dict()))))
+    assert {name: now[name] for name in now if name in kept} == {name: kept[name] for name in kept if name in now}
+    assert plan["fits"]
+    programs = {program["name"]: program for program in plan["programs"]}
+    ratios = {name: program["cost"]["flops"] / program["analytic"] for name, program in programs.items()}
+    assert ratios["rollout"] <= 1.05
+    assert ratios["update"] <= 1.10
+    needed, available = (max(program[key] for program in programs.values()) for key in ("needed", "available"))
+    if plan["topology"].startswith("v5e"):
+        assert needed <= 15 * GIB
+    header, step = " ".join(path.read_text().split('"""')[1].split()), plan["step"]
+    assert f"--topology {plan['topology']}" in header
+    assert f"{needed / GIB:.1f} of {available / GIB:.2f} GiB a chip, {step['seconds']:.1f} s a step" in header
+    samples = float(f"{step['samples_per_hour']:.4g}")
+    assert f"{samples:,.0f} samples an hour" in header
 
 
 # The command

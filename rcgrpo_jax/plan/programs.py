@@ -98,8 +98,8 @@ class Workload:
     """
 
     def __init__(self, config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology):
-        self.config, self.topology = config, topology
-        self.mesh = make_mesh(config.mesh, topology.devices)
+        self.config, self.mesh = config, make_mesh(config.mesh, topology.devices)
+        self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
         editor = load_editor(config, model, self.mesh)
         self.programs = Programs(config, editor, self.mesh)
         self.attention = editor.transformer.attention.implementation
@@ -129,7 +129,7 @@ class Workload:
     def held(self, name: str) -> int:
         """Bytes a device of what lives while a program runs and is not among its arguments."""
         alive = {"params", "decoder", "state", "prompts", "exploration"}
-        alive |= {"rollout": {"earlier"}, "decode": {"earlier", "part"}, "update": set()}[name]
+        alive |= {"rollout": {"earlier"}, "decode": {"earlier", "part"}, "update": {"upcoming"}}[name]
         used = {id(leaf) for leaf in jax.tree.leaves(self.arguments(name))}
         return sum(
             device_bytes(leaf)
@@ -247,7 +247,7 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
     }
     with jax.set_mesh(mesh):
         state = copied(jax.eval_shape(lambda: init_state(config, base)))
-        asked = copied(jax.eval_shape(lambda batch: programs._prompts(SimpleNamespace(**batch)), batch))
+        asked = copied(jax.eval_shape(lambda batch: programs._prompts(**batch), batch))
         exploration = programs.explore.eval_shape(state.key, asked)
         params = place(base, mesh, dtype, config.model.quantization)
         noise = exploration.noise
@@ -264,6 +264,7 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
         "decoder": place(decoder, mesh, dtype),
         "state": state,
         "prompts": asked,
+        "upcoming": copied(asked),  # of the next step
         "exploration": exploration,
         "noise": noise,
         "part": part,

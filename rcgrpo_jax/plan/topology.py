@@ -20,7 +20,7 @@ class Topology(NamedTuple):
     """Devices to plan for."""
 
     name: str
-    devices: tuple[jax.Device, ...]  # in the order in which a mesh takes them
+    devices: tuple[jax.Device, ...]
     chip: Chip | None  # None if its figures are not known
     memory: int | None  # bytes that a program may use on a device; None if not known
 
