@@ -87,7 +87,7 @@ def measure(config: ConfigDict, count: int, cache: Path) -> tuple[dict[str, floa
         trainer, state, batches = untrained(config, mesh, cache)
         stds, found = [], []
         for step in range(count):
-            sample = trainer.sample(state.replace(step=jnp.int32(step)), batches[step])
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), trainer.prepare(batches[step]))
             stds.append({name: np.median(score[:, 1:].std(-1)) for name, score in sample.scores.items()})
             found.append(gradients(trainer, state, sample))
     stacked = {name: np.stack([x[name] for x in found]) for name in found[0]}

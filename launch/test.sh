@@ -13,4 +13,4 @@ pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 25 "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"

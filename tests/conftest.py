@@ -27,6 +27,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ["RCGRPO_TESTS_COMPILED"], ignore_errors=True)
 
 
+# With files as wholes, two workers end at about the same time if the long ones are not the last.
+LONGEST = [
+    f"test_{name}"
+    for name in (
+        "distributed", "step", "experiment", "training", "demo", "resume", "quantization", "pretrain", "cli", "plan",
+        "ablation", "evaluation", "benchmarks", "attention", "editor", "mmdit", "report", "parallel", "small_editor",
+    )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; xdist keeps to it with `--no-loadscope-reorder`."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """For modules with commands that take what devices there are: fake ones do the same work eight times."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For modules in which compiling takes longer than running: LLVM need not try hard.

@@ -165,7 +165,7 @@ def make_state(trainer: Trainer, seed: int = 0) -> TrainState:
 def take_step(trainer: Trainer, state: TrainState, batch: EditBatch):
     """`Trainer.step` on its mesh, of a copy: the original stays usable."""
     with jax.set_mesh(trainer.programs.mesh):
-        return trainer.step(jax.tree.map(jnp.copy, state), batch)
+        return trainer.step(jax.tree.map(jnp.copy, state), trainer.prepare(batch))[:3]
 
 
 def run_command(capsys, *argv: str) -> tuple[int, str, str]:

@@ -1,5 +1,7 @@
 """The main job from end to end: a run, its LoRA, a comparison, a page; diffusers makes the same edits."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -10,21 +12,31 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
+from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes import Scenes
 from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.training.loop import Trainer
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.weights.load import SMALL_EDITOR
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ARGUMENTS = ["--steps=2", "--examples=3"]
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    """A demo of two steps."""
-    path = tmp_path_factory.mktemp("demo")
-    assert main(["demo", f"--out={path}", *ARGUMENTS]) == 0
-    return path
+def demo(tmp_path_factory, one_device) -> tuple[Path, str]:
+    """A demo of two steps: its folder, and what it printed."""
+    path, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["demo", f"--out={path}", *ARGUMENTS]) == 0
+    return path, printed.getvalue()
+
+
+@pytest.fixture
+def out(demo) -> Path:
+    return demo[0]
 
 
 def test_leaves_what_it_promises(out):
@@ -37,11 +49,19 @@ def test_leaves_what_it_promises(out):
     assert all(example.instruction in page for example in map(Scenes("heldout", 3).__getitem__, range(3)))
 
 
-def test_says_where_everything_is(out, capsys):
-    assert main(["demo", f"--out={out}", *ARGUMENTS]) == 0  # resumes: nothing left to train
-    printed = capsys.readouterr().out
+def test_says_where_everything_is(demo):
+    out, printed = demo
     for path in ("lora/pytorch_lora_weights.safetensors", "evaluation/table.md", "report.html"):
         assert str(out / path) in printed
+
+
+def test_run_again_it_trains_nothing_and_compares_again(out, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(evaluate, "run", lambda argv: ran.append("evaluate"))
+    monkeypatch.setattr(report, "run", lambda argv: ran.append("report"))
+    assert main(["demo", f"--out={out}", *ARGUMENTS]) == 0
+    assert ran == ["evaluate", "report"]
 
 
 def test_another_length_on_the_same_folder_is_refused(out, capsys):

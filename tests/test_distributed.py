@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import small_run
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
+from rcgrpo_jax.cli.export import export
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.parallel import distributed
@@ -104,21 +106,61 @@ sys.addaudithook(tell)
 """
 
 
-# Rolled out and scored in parts, or at once: the losses are the same.
-@pytest.mark.parametrize(("count", "micro_batch"), [(2, 8), (4, 0)])
-def test_several_processes_have_the_losses_of_one(alone, tmp_path, count, micro_batch):
+def assert_written_once(ended: list[tuple[int, str, str]], workdir: Path) -> None:
+    """Every process ended well, and the first has written and told."""
+    once = [True] + [False] * (len(ended) - 1)
+    assert [code for code, _, _ in ended] == [0] * len(ended), ended
+    assert ["checkpoint" in output for _, output, _ in ended] == once
+    for name in ("metrics.jsonl", "tensorboard/", "images/"):
+        assert [f"opened {workdir / name}" in output for _, output, _ in ended] == once
+
+
+def test_several_processes_have_the_losses_of_one(alone, tmp_path):
     workdir = tmp_path / "run"
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
-    changes = {"data__cache": str(tmp_path / "cache"), "rollout__micro_batch": micro_batch}
-    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, **changes)
-    ended = finish(start(config, workdir, count), tmp_path)
-    assert [code for code, _, _ in ended] == [0] * count, ended
-    assert ["checkpoint" in output for _, output, _ in ended] == [True] + [False] * (count - 1)  # told once
-    for name in ("metrics.jsonl", "tensorboard/", "images/"):
-        assert [f"opened {workdir / name}" in output for _, output, _ in ended] == [True] + [False] * (count - 1)
+    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, data__cache=str(tmp_path / "cache"))
+    assert_written_once(finish(start(config, workdir, 4), tmp_path), workdir)
     assert_same_losses(workdir, alone[1])
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+
+# A preemption reaches one process, at the end of its second step.
+PREEMPTION = """
+from rcgrpo_jax.training.metrics import MetricsWriter
+import signal
+scalars = MetricsWriter.scalars
+def interrupt(self, step, metrics):
+    scalars(self, step, metrics)
+    if step == 2 and "--process_id=1" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+MetricsWriter.scalars = interrupt
+"""
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_goes_on(alone, tmp_path):
+    """Rolled out and scored in parts, besides: the losses are still those of one process that takes all at once."""
+    workdir = tmp_path / "run"
+    body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints")) + PREEMPTION
+    changes = {"data__cache": str(tmp_path / "cache"), "rollout__micro_batch": 8}
+    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, **changes)
+    ended = finish(start(config, workdir, 2), tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert all("stopped at step 2 on request" in error for _, _, error in ended)
+    ended = finish(start(config, workdir, 2), tmp_path)
+    assert_written_once(ended, workdir)
+    for _, _, error in ended:
+        assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
+        assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
+    assert_same_losses(workdir, alone[1])
+    found, wanted = (load_file(export(run, tmp_path / name)) for name, run in (("2", workdir), ("1", alone[1])))
+    assert found.keys() == wanted.keys()
+    learned = [name for name in wanted if "lora_B" in name]  # which starts at zero
+    difference, size = (
+        np.sqrt(sum(np.square(x[name]).sum() for name in learned))
+        for x in ({name: found[name] - wanted[name] for name in learned}, wanted)
+    )
+    assert difference < 1e-2 * size
 
 
 # One process dies at the end of the third step, once the second is on disk.
@@ -262,6 +304,13 @@ EXPLICIT = {
 def test_processes_find_each_other_as_they_are_told(joined, given, environ, calls):
     distributed.initialize(given, environ)
     assert joined == calls
+
+
+def test_on_a_tpu_the_workers_find_each_other(joined, monkeypatch):
+    monkeypatch.setattr(distributed.os.path, "exists", lambda path: path == "/dev/vfio/0")
+    monkeypatch.setattr(distributed, "_has_libtpu", lambda: True)
+    distributed.initialize({}, {})
+    assert joined == [{}]
 
 
 @pytest.mark.parametrize(

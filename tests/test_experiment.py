@@ -13,7 +13,7 @@ from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.statistics import paired_interval
 from rcgrpo_jax.training import ablation
 from rcgrpo_jax.training.ablation import COMPONENTS, group_statistics
-from rcgrpo_jax.training.recipes import small_editor_balanced
+from rcgrpo_jax.training.recipes import small_editor, small_editor_balanced
 
 SEEDS = 4  # of the recipe, kept in docs/evaluations
 
@@ -28,6 +28,7 @@ def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_bac
     changes = {
         "data.path": "scenes:train:80", "rollout.prompts": 8, "rewards.preservation": 0.0, "acd.weight": 0.0,
         "optimizer.learning_rate": 4e-3, "optimizer.decay_steps": 10, "train.num_steps": 10,
+        "rollout.micro_batch": 8, "rollout.decode_micro_batch": 4, "surrogate.micro_batch": 4,
     }  # fmt: skip
     config = small_run.ROOT / "configs" / "small_editor_balanced.py"
     arguments = [f"--config={config}", f"--out={folder}", "--data=scenes:validation:48", "--steps=8", "--seeds=1"]
@@ -83,3 +84,13 @@ def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     cells = line.split(" | ")
     assert len(cells) == 7
     assert all(cell in shown for cell in cells if cell != cells[3])  # the findings leave SSIM out
+
+
+def test_the_base_measures_today_what_is_kept_of_it(tmp_path):
+    """Scenes, noise, solver and measures are still those that the findings were made with."""
+    found = ablation.run_base(small_editor(), ablation.Protocol("scenes:heldout:8", 28, 0), tmp_path)
+    kept = Evaluation.load(small_run.ROOT / "docs" / "evaluations" / "recipe" / "evaluations" / "base.npz")
+    assert found.names == kept.names[:8]
+    assert found.measures.keys() == kept.measures.keys()
+    for name, values in kept.measures.items():
+        np.testing.assert_allclose(found.measures[name], values[:8], rtol=1e-3, atol=1e-3, err_msg=name)

@@ -3,8 +3,9 @@
 Bit for bit, in another process too, if both compile the same programs in the same way: machine, devices, XLA's options.
 """
 
-import re
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -15,24 +16,25 @@ import small_run
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.training.loop import Trainer, train
+from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.state import TrainState
 from rcgrpo_jax.weights import random_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
-# What a configuration file adds to a run: a signal at the end of the third step, once the second is on disk.
-INTERRUPTION = """
+# What a configuration file adds to a run: its end after the third step, once the second is on disk.
+DEATH = """
 from rcgrpo_jax.training.metrics import MetricsWriter
 import os, signal, time
 scalars = MetricsWriter.scalars
-def interrupt(self, step, metrics):
+def die(self, step, metrics):
     scalars(self, step, metrics)
     if step == 3:
         while not os.path.isdir({checkpoint!r}):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.{signal})
-MetricsWriter.scalars = interrupt
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsWriter.scalars = die
 """
 
 
@@ -132,22 +134,13 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
     assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["2"]
 
 
-def write_config(tmp_path: Path, signal: str) -> list[str]:
-    """The command of a run that gets a signal at the end of its third step."""
-    workdir = tmp_path / "run"
-    body = INTERRUPTION.format(checkpoint=str(workdir / "checkpoints" / "2"), signal=signal)
-    file = small_run.config_file(tmp_path / "config.py", body, **SETTINGS)
-    return small_run.command("train", f"--config={file}", f"--workdir={workdir}")
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=small_run.environment(), capture_output=True, text=True, timeout=300)
-
-
 def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path, taken):
-    killed = run(write_config(tmp_path, "SIGKILL"))
-    assert killed.returncode == -9, killed.stderr
     workdir = tmp_path / "run"
+    body = DEATH.format(checkpoint=str(workdir / "checkpoints" / "2"))
+    file = small_run.config_file(tmp_path / "config.py", body, **SETTINGS)
+    command = small_run.command("train", f"--config={file}", f"--workdir={workdir}")
+    killed = subprocess.run(command, env=small_run.environment(), capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [line["step"] for line in small_run.metrics_without_times(workdir)] == [1, 2, 3]
     state = train(small_run.make_config(**SETTINGS), workdir)
     assert taken == [3, 4]
@@ -155,20 +148,23 @@ def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tm
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
 
 
-def test_a_terminated_process_saves_and_the_same_command_resumes(straight, tmp_path, taken):
-    command, workdir = write_config(tmp_path, "SIGTERM"), tmp_path / "run"
-    stopped = run(command)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped at step 3 on request; the same command resumes" in stopped.stderr
+def test_a_terminated_run_saves_and_the_same_call_resumes(straight, tmp_path, taken, monkeypatch, caplog):
+    """`test_distributed` has the command, on two processes."""
+    config, workdir, scalars = small_run.make_config(**SETTINGS), tmp_path / "run", MetricsWriter.scalars
+
+    def interrupt(self, step, metrics):
+        scalars(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "scalars", interrupt)
+    assert int(train(config, workdir).step) == 3
+    assert "stopped at step 3 on request; the same command resumes" in caplog.text
     assert (workdir / "checkpoints" / "3").is_dir()
-    resumed = run(command)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming from step 3 of {workdir / 'checkpoints'}" in resumed.stderr
-    assert re.findall(r"train: step (\d+)/4", resumed.stderr) == ["4"]
-    assert f"checkpoint   {workdir / 'checkpoints' / '4'}" in resumed.stdout
+    state = train(config, workdir)
+    assert f"resuming from step 3 of {workdir / 'checkpoints'}" in caplog.text
+    assert taken == [1, 2, 3, 4]
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
-    state = train(small_run.make_config(**SETTINGS), workdir)  # only reads the last checkpoint
-    assert not taken
     assert_bit_equal(state, straight[0])
 
 
@@ -181,15 +177,10 @@ def test_model_and_data_may_move(straight, interrupted, tmp_path, taken):
     assert taken == [3, 4]
 
 
-def test_another_model_under_the_same_path_is_refused(tmp_path):
-    model = random_folder.build(tmp_path / "model", configs=small_run.TINY)
-    config = small_run.make_config(**SETTINGS, model__path=str(model), train__num_steps=1)
-    train(config, tmp_path / "run")
-    shutil.rmtree(model)
-    random_folder.build(model, seed=1, configs=small_run.TINY)
-    config.train.num_steps = 2
+def test_another_model_is_refused(interrupted, tmp_path):
+    model = random_folder.build(tmp_path / "model", seed=1, configs=small_run.TINY)
     with pytest.raises(UserError, match="model_digest: checkpoint"):
-        train(config, tmp_path / "run")
+        train(small_run.make_config(**SETTINGS, model__path=str(model)), interrupted)
 
 
 def test_processes_that_do_not_share_their_directory_are_told(interrupted, monkeypatch):
@@ -198,12 +189,9 @@ def test_processes_that_do_not_share_their_directory_are_told(interrupted, monke
         train(small_run.make_config(**SETTINGS), interrupted)
 
 
-def test_other_data_under_the_same_path_are_refused(tmp_path):
+def test_other_data_are_refused(interrupted, tmp_path):
     data = Path(shutil.copytree(small_run.data_folder(), tmp_path / "data"))
-    config = small_run.make_config(**SETTINGS, data__path=str(data), train__num_steps=1)
-    train(config, tmp_path / "run")
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[:-1]))
-    config.train.num_steps = 2
     with pytest.raises(UserError, match="data_digest: checkpoint"):
-        train(config, tmp_path / "run")
+        train(small_run.make_config(**SETTINGS, data__path=str(data)), interrupted)

@@ -5,6 +5,7 @@ import logging
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,15 +178,42 @@ def test_every_part_rolls_out_before_the_first_is_scored(monkeypatch):
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: order.append(name) or call(*args))
     with jax.set_mesh(programs.mesh):
-        trainer.sample(small_run.make_state(trainer), small_run.make_batch(trainer))
+        trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
     assert order == ["compared", *["rollout", "decode"] * 2, "score", "score"]
+
+
+def test_the_next_batch_is_on_its_way_before_the_update_is_waited_for(monkeypatch):
+    trainer, order = small_run.make_trainer(), []
+    update, prepare = trainer.programs.update, trainer.prepare
+    state, batch = small_run.make_state(trainer), small_run.make_batch(trainer)
+
+    class Watched(NamedTuple):
+        value: jax.Array
+
+        def __float__(self):
+            order.append("wait")
+            return float(self.value)
+
+    def watched_update(*args):
+        order.append("update")
+        state, log_pi, metrics = update(*args)
+        return state, log_pi, {name: Watched(x) for name, x in metrics.items()}
+
+    with jax.set_mesh(trainer.programs.mesh):
+        ready, upcoming = prepare(batch), small_run.make_batch(trainer, step=1)
+        monkeypatch.setattr(trainer.programs, "update", watched_update)
+        monkeypatch.setattr(trainer, "prepare", lambda batch: order.append("prepare") or prepare(batch))
+        *_, following = trainer.step(state, ready, upcoming)
+    assert order[:3] == ["update", "prepare", "wait"]
+    assert following.batch is upcoming
+    np.testing.assert_array_equal(following.prompts.condition.text, upcoming.text)
 
 
 def test_the_update_writes_the_state_where_the_old_one_was():
     trainer = small_run.make_trainer()
     programs, state = trainer.programs, small_run.make_state(trainer)
     with jax.set_mesh(programs.mesh):
-        sample = trainer.sample(state, small_run.make_batch(trainer))
+        sample = trainer.sample(state, trainer.prepare(small_run.make_batch(trainer)))
         shapes = (jnp.zeros(sample.scores["acd"].shape), jnp.zeros(programs.log_policy_shape()), jnp.asarray(True))
         update = programs.update.lower(trainer.params, state, *sample[:3], *shapes).compile()
     assert update.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))

@@ -31,6 +31,9 @@ def run(argv: list[str]) -> None:
     config = small_editor()
     config.train.num_steps = config.optimizer.decay_steps = values.steps
     config.optimizer.learning_rate *= 2  # fewer steps, and larger ones
+    # One at a time of each group: attention's logits then stay in a CPU's cache.
+    config.rollout.micro_batch = config.rollout.prompts
+    config.rollout.decode_micro_batch = config.surrogate.micro_batch = 4
     config.data.path = f"scenes:train:{values.steps * config.rollout.prompts}"  # each is seen once
     data = f"scenes:heldout:{values.examples}"
 

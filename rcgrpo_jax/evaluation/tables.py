@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list[Table]:
-    """Lays out the means of all variants, and their paired differences from the first and from the row above.
+    """Lays out the means of all variants, their paired differences from the first and from the row above, and seeds.
 
     Cells are `mean [low, high]` with 95 % intervals (`statistics`). A star marks a difference whose interval excludes
     zero. Columns that some evaluation lacks are left out. Where examples tell their kind, success is shown by kind too.
@@ -63,26 +63,35 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
     columns = [column for column in columns if all(column.measure in x.measures for x in evaluations)]
     headers = [f"{column.header} {column.better}" for column in columns]
     names = list(variants)
+    base = variants[names[0]]
 
-    def values(name: str, column: Column) -> Float[np.ndarray, "S N"]:
-        return np.stack([evaluation.measures[column.measure] for evaluation in variants[name]])
+    def values(group: Sequence[Evaluation], column: Column) -> Float[np.ndarray, "S N"]:
+        return np.stack([evaluation.measures[column.measure] for evaluation in group])
 
-    def difference(name: str, other: str) -> list[str]:
-        intervals = [(c, paired_interval(values(name, c), values(other, c))) for c in columns]
+    def difference(group: Sequence[Evaluation], other: Sequence[Evaluation]) -> list[str]:
+        intervals = [(c, paired_interval(values(group, c), values(other, c))) for c in columns]
         return [_cell(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
 
     means = [
-        [name, str(len(variants[name])), *(_cell(mean_interval(values(name, c)), c.decimals) for c in columns)]
-        for name in names
+        [name, str(len(group)), *(_cell(mean_interval(values(group, c)), c.decimals) for c in columns)]
+        for name, group in variants.items()
     ]
     count = len(evaluations[0].names)
     tables = [Table(f"Mean of {count} edits [95 % interval]", [["variant", "seeds", *headers], *means])]
     if len(names) > 1:
-        lines = [[name, *difference(name, names[0])] for name in names[1:]]
+        lines = [[name, *difference(variants[name], base)] for name in names[1:]]
         tables.append(Table(f"Difference from {names[0]}, in pairs (* excludes zero)", [["variant", *headers], *lines]))
     if len(names) > 2:
-        lines = [[f"{name} - {other}", *difference(name, other)] for other, name in pairwise(names)]
+        lines = [[f"{name} - {other}", *difference(variants[name], variants[other])] for other, name in pairwise(names)]
         tables.append(Table("Difference from the row above, in pairs", [["variants", *headers], *lines]))
+    if lines := [
+        [name, str(seed), *difference([evaluation], base)]
+        for name in names[1:]
+        for seed, evaluation in enumerate(variants[name])
+        if len(variants[name]) > 1
+    ]:
+        title = f"Difference of each seed from {names[0]}, in pairs; intervals over edits"
+        tables.append(Table(title, [["variant", "seed", *headers], *lines]))
     if None not in evaluations[0].kinds:
         tables.append(_by_kind(variants))
     return tables

@@ -218,3 +218,14 @@ def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
     """
     sharding = NamedSharding(mesh, P() if spec is None else spec)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays `[n, ...]` of every process' own rows as arrays of all rows, which lie on their process' devices.
+
+    Args:
+        tree: Arrays.
+        mesh: The mesh of all processes, as `parallel.mesh.make_mesh` orders it.
+    """
+    processes = Mesh(mesh.devices.reshape(jax.process_count(), -1), ("process", "device"))
+    return put(tree, processes, P("process"))

@@ -238,7 +238,7 @@ def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path,
         trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):
             batch = batches[step]
-            sample = trainer.sample(state.replace(step=jnp.int32(step)), batch)
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), trainer.prepare(batch))
             drifts.append(np.asarray(background_drift(batch, sample.images)))
             stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
     return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))

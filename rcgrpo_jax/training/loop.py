@@ -76,13 +76,16 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
+        ready = None
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
+            nonlocal ready
             start = time.monotonic()
-            with together():
-                batch = batches[index]
+            with together():  # a thread has read it during the step before
+                batch = batches[index] if ready is None else ready.batch
+                upcoming = batches[index + 1] if index + 1 < config.train.num_steps else None
             metrics = {"seconds/data": time.monotonic() - start}
-            state, measured, rows = trainer.step(state, batch, draw)
+            state, measured, rows, ready = trainer.step(state, ready or trainer.prepare(batch), upcoming, draw)
             return state, metrics | measured, comparison_grid(rows, f"step {index + 1}") if draw else None
 
         def shown(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -183,6 +186,14 @@ def check_example(rewards: Mapping[str, Any], example: EditExample) -> None:
             )
 
 
+class Ready(NamedTuple):
+    """A batch whose copies are on the devices, or on their way."""
+
+    batch: EditBatch
+    prompts: Prompts  # of all processes
+    compared: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
+
+
 class Sample(NamedTuple):
     """The groups of one step."""
 
@@ -216,24 +227,29 @@ class Trainer:
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
 
+    def prepare(self, batch: EditBatch) -> Ready:
+        """Copies this process' rows of a batch to the devices, and does not wait for them."""
+        return Ready(batch, self.programs.prompts(batch), self.compared(batch))
+
     def step(
-        self, state: TrainState, batch: EditBatch, draw: bool = False
-    ) -> tuple[TrainState, dict[str, float], list[GridRow]]:
+        self, state: TrainState, ready: Ready, upcoming: EditBatch | None = None, draw: bool = False
+    ) -> tuple[TrainState, dict[str, float], list[GridRow], Ready | None]:
         """Explore, roll out, score, update.
 
         Args:
             state: Donated.
-            batch: This process' own prompts.
+            ready: The step's batch.
+            upcoming: That of the next step, prepared while the devices compute the update.
             draw: Whether to return rows for the image grid, of this process' own.
 
         Returns:
-            The new state, metrics, and the rows.
+            The new state, metrics, the rows, and the next step's batch.
 
         Raises:
             UserError: A reward has failed in every group for `UNSCORED_STEPS` steps.
         """
-        start = time.monotonic()
-        sample = self.sample(state, batch)
+        start, batch = time.monotonic(), ready.batch
+        sample = self.sample(state, ready)
         scores, times = sample.scores, [start, sample.rolled_out]
         self._check_scored(scores)
         with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
@@ -246,14 +262,15 @@ class Trainer:
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 
-        state, metrics = self.learn(state, sample, advantages)
+        state, learned = self.learn(state, sample, advantages)
         state = state.replace(step=state.step + 1)
+        following = None if upcoming is None else self.prepare(upcoming)
+        metrics = measured | {name: float(x) for name, x in learned.items()}  # waits for the update
         times.append(time.monotonic())
 
-        metrics |= measured
         metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
         metrics["samples_per_second"] = total.size / (times[-1] - times[0])
-        return state, metrics, rows
+        return state, metrics, rows, following
 
     def _check_scored(self, scores: Mapping[str, np.ndarray]) -> None:
         """Gives up after `UNSCORED_STEPS` steps in a row in which some reward failed in every group."""
@@ -265,13 +282,12 @@ class Trainer:
                 "Look at what computes it; the same command resumes from the last checkpoint.",
             )
 
-    def sample(self, state: TrainState, batch: EditBatch) -> Sample:
+    def sample(self, state: TrainState, ready: Ready) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
         programs, options = self.programs, self.config.rollout
-        prompts = programs.prompts(batch)
+        _, prompts, compared = ready
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
-        compared = self.compared(batch)  # copied before the rollouts: what comes later on the devices waits for them
         rollouts, pictures = [], []
         for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
             rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
@@ -291,8 +307,8 @@ class Trainer:
 
     def learn(
         self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]
-    ) -> tuple[TrainState, dict[str, float]]:
-        """The updates on a sample; the state is donated."""
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """The updates on a sample; the state is donated. Does not wait for them."""
         programs = self.programs
         advantages = put(advantages, programs.mesh)
         log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
@@ -302,7 +318,7 @@ class Trainer:
                 jnp.asarray(update == 0),
             )  # fmt: skip
             log_old = log_pi if update == 0 else log_old
-        return state, {name: float(x) for name, x in metrics.items()}
+        return state, metrics
 
     def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""

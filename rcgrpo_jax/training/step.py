@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.editor import Editor, decode
 from rcgrpo_jax.flow import rollout as flow_rollout
 from rcgrpo_jax.flow.solver import Velocity, euler_step
 from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.models.mmdit import Condition, sown_masses
-from rcgrpo_jax.parallel.distributed import gather, put
+from rcgrpo_jax.parallel.distributed import put_rows
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
@@ -71,28 +72,27 @@ class Programs:
         self.sigmas = editor.sigmas(config.rollout.num_steps, self.grid[0] * self.grid[1])
         self.lora_scale = LoRAConfig(**config.lora).scale
         whole = replicated(mesh)
+        self.join = jax.jit(self._prompts, out_shardings=whole)
         self.explore = jax.jit(self._explore, out_shardings=whole)
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
         self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
         self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
 
-    def prompts(self, batch: Any) -> Prompts:
-        """The rows of all processes (`data.pipeline.EditBatch`), on every device."""
-        with jax.set_mesh(self.mesh.local_mesh):
-            own = self._prompts(batch)
-        return put(gather(own), self.mesh)
+    def prompts(self, batch: EditBatch) -> Prompts:
+        """The rows of all processes, on every device; does not wait for them."""
+        rows = (batch.text, batch.pooled, batch.reference, batch.text_weights, batch.mask)
+        return self.join(*put_rows(rows, self.mesh))
 
-    def _prompts(self, batch: Any) -> Prompts:
+    def _prompts(self, text: Array, pooled: Array, reference: Array, text_weights: Array, mask: Array) -> Prompts:
         """A batch with its masks on the token grid."""
         options = {"threshold": self.config.explore.mask_threshold or None}
-        mask = jnp.asarray(batch.mask)
 
         def tokens(dilation: int) -> Array:
             return jax.vmap(partial(region.token_mask, grid=self.grid, dilation=dilation, **options))(mask)
 
         guidance = jnp.full(len(mask), self.config.model.guidance, jnp.float32)
-        condition = Condition(batch.text, batch.pooled, batch.reference, guidance)
-        return Prompts(condition, batch.text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
+        condition = Condition(text, pooled, reference, guidance)
+        return Prompts(condition, text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
 
     def _explore(self, key: Array, prompts: Prompts) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and trained steps."""
