@@ -2,8 +2,8 @@
 
     rcgrpo plan --config configs/kontext_512_v5p_8.py --topology v5p:2x2x1
 
-By that plan, which no machine has confirmed: 36.2 of 95.74 GiB a chip, 24.1 s a step at half of the roofline
-(compute), 7,166 samples an hour. docs/plan.md says what these rest on.
+By that plan, which no machine has confirmed: 35.0 of 95.74 GiB a chip, 23.8 s a step at half of the roofline
+(compute), 7,262 samples an hour. docs/plan.md says what these rest on.
 """
 
 from ml_collections import ConfigDict
