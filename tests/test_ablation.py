@@ -15,6 +15,8 @@ from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Protocol, Variant, co
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

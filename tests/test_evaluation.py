@@ -32,6 +32,8 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 COUNT, SIZE, STEPS, BATCH = 3, 64, 2, 2
 TASKS = 30
 

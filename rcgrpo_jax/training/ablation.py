@@ -31,7 +31,6 @@ from rcgrpo_jax.training.config import MAY_DIFFER
 from rcgrpo_jax.training.encode import Batches, encode
 from rcgrpo_jax.training.loop import (
     Trainer,
-    background_drift,
     check_example,
     first_state,
     load_editor,
@@ -40,6 +39,7 @@ from rcgrpo_jax.training.loop import (
 )
 from rcgrpo_jax.training.metrics import Progress
 from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.training.step_metrics import background_drift
 from rcgrpo_jax.weights.load import ModelFolder
 
 

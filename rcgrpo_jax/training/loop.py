@@ -35,6 +35,7 @@ from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.training.step_metrics import drift_metrics, reward_metrics
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -347,46 +348,6 @@ class Trainer:
 def join(*parts: Any) -> Any:
     """Trees of `[P, g, ...]`, side by side."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-
-
-def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
-    """Mean and mean within-group std of each reward as it came, and the groups that teach nothing."""
-    metrics = {}
-    for name, score in scores.items():
-        kept = score[np.isfinite(score).all(axis=-1)]
-        metrics[f"reward/{name}"] = float(kept.mean()) if kept.size else float("nan")
-        metrics[f"reward_std/{name}"] = float(kept.std(axis=-1).mean()) if kept.size else float("nan")
-    finite = np.isfinite(np.asarray(total)).all(axis=-1)
-    metrics["reward_std/total"] = float(np.asarray(total)[finite].std(axis=-1).mean()) if finite.any() else float("nan")
-    metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
-    metrics["groups/dropped"] = float((~finite).sum())
-    return metrics
-
-
-@jax.jit
-def _outside(a: Array, b: Array, mask: Array) -> Array:
-    """Mean absolute difference of pictures from others, or from one a prompt, outside the mask, `[P, G]`, in [0, 1]."""
-    background = jnp.broadcast_to((1.0 - mask)[:, None, :, :, None], a.shape)
-    return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
-
-
-def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
-    """How far the backgrounds of perturbed candidates are from each other's (Fig. 5b), mean absolute, in [0, 1].
-
-    Each is compared with the next. Candidate 0 is left out: under RDP it is the unperturbed reference, to which all
-    others are nearer than to each other. NaN for a group of two.
-    """
-    return _outside(images[:, 1:-1], images[:, 2:], jnp.asarray(batch.mask)).mean(-1)
-
-
-def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
-    """How far the background moves: from candidate to candidate, and from the source."""
-    mask = jnp.asarray(batch.mask)
-    error = _outside(images, jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255, mask)
-    return {
-        "background/drift": float(gather(background_drift(batch, images)).mean()),
-        "background/error": float(gather(error).mean()),
-    }
 
 
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:

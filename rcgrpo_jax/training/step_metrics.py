@@ -1,0 +1,52 @@
+"""What a step reports of its candidates: rewards, groups that teach nothing, and how far backgrounds move."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rcgrpo_jax.data.pipeline import EditBatch
+from rcgrpo_jax.method import grpo
+from rcgrpo_jax.parallel.distributed import gather
+
+
+def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
+    """Mean and mean within-group std of each reward as it came, and the groups that teach nothing."""
+    metrics = {}
+    for name, score in scores.items():
+        kept = score[np.isfinite(score).all(axis=-1)]
+        metrics[f"reward/{name}"] = float(kept.mean()) if kept.size else float("nan")
+        metrics[f"reward_std/{name}"] = float(kept.std(axis=-1).mean()) if kept.size else float("nan")
+    finite = np.isfinite(np.asarray(total)).all(axis=-1)
+    metrics["reward_std/total"] = float(np.asarray(total)[finite].std(axis=-1).mean()) if finite.any() else float("nan")
+    metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
+    metrics["groups/dropped"] = float((~finite).sum())
+    return metrics
+
+
+@jax.jit
+def _outside(a: Array, b: Array, mask: Array) -> Array:
+    """Mean absolute difference of pictures from others, or from one a prompt, outside the mask, `[P, G]`, in [0, 1]."""
+    background = jnp.broadcast_to((1.0 - mask)[:, None, :, :, None], a.shape)
+    return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
+
+
+def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
+    """How far the backgrounds of perturbed candidates are from each other's (Fig. 5b), mean absolute, in [0, 1].
+
+    Each is compared with the next. Candidate 0 is left out: under RDP it is the unperturbed reference, to which all
+    others are nearer than to each other. NaN for a group of two.
+    """
+    return _outside(images[:, 1:-1], images[:, 2:], jnp.asarray(batch.mask)).mean(-1)
+
+
+def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
+    """How far the background moves: from candidate to candidate, and from the source."""
+    mask = jnp.asarray(batch.mask)
+    error = _outside(images, jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255, mask)
+    return {
+        "background/drift": float(gather(background_drift(batch, images)).mean()),
+        "background/error": float(gather(error).mean()),
+    }
