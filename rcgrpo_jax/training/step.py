@@ -72,7 +72,7 @@ class Programs:
         self.sigmas = editor.sigmas(config.rollout.num_steps, self.grid[0] * self.grid[1])
         self.lora_scale = LoRAConfig(**config.lora).scale
         whole = replicated(mesh)
-        self.join = jax.jit(self._prompts, out_shardings=whole)
+        self.gather_prompts = jax.jit(self._prompts, out_shardings=whole)
         self.explore = jax.jit(self._explore, out_shardings=whole)
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
         self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
@@ -81,7 +81,7 @@ class Programs:
     def prompts(self, batch: EditBatch) -> Prompts:
         """The rows of all processes, on every device; does not wait for them."""
         rows = (batch.text, batch.pooled, batch.reference, batch.text_weights, batch.mask)
-        return self.join(*put_rows(rows, self.mesh))
+        return self.gather_prompts(*put_rows(rows, self.mesh))
 
     def _prompts(self, text: Array, pooled: Array, reference: Array, text_weights: Array, mask: Array) -> Prompts:
         """A batch with its masks on the token grid."""
