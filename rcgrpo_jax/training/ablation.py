@@ -237,9 +237,9 @@ def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path,
     with jax.set_mesh(mesh):
         trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):
-            batch = batches[step]
-            sample = trainer.sample(state.replace(step=jnp.int32(step)), trainer.prepare(batch))
-            drifts.append(np.asarray(background_drift(batch, sample.images)))
+            ready = trainer.prepare(batches[step])
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), ready)
+            drifts.append(np.asarray(background_drift(ready.compared(edited=sample.images))))
             stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
     return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))
 

@@ -259,7 +259,7 @@ class Trainer:
                 total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
             )
             rows = grid_rows(batch, sample.images, scores) if draw else []
-            measured = reward_metrics(scores, total) | drift_metrics(batch, sample.images)
+            measured = reward_metrics(scores, total) | drift_metrics(ready.compared(edited=sample.images))
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 

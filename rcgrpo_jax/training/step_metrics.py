@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.distributed import gather
+from rcgrpo_jax.rewards.base import RewardInputs
 
 
 def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
@@ -33,20 +33,19 @@ def _outside(a: Array, b: Array, mask: Array) -> Array:
     return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
 
 
-def background_drift(batch: EditBatch, images: Array) -> Float[Array, " P"]:
+def background_drift(edits: RewardInputs) -> Float[Array, " P"]:
     """How far the backgrounds of perturbed candidates are from each other's (Fig. 5b), mean absolute, in [0, 1].
 
     Each is compared with the next. Candidate 0 is left out: under RDP it is the unperturbed reference, to which all
     others are nearer than to each other. NaN for a group of two.
     """
-    return _outside(images[:, 1:-1], images[:, 2:], jnp.asarray(batch.mask)).mean(-1)
+    return _outside(edits.edited[:, 1:-1], edits.edited[:, 2:], edits.mask).mean(-1)
 
 
-def drift_metrics(batch: EditBatch, images: Array) -> dict[str, float]:
+def drift_metrics(edits: RewardInputs) -> dict[str, float]:
     """How far the background moves: from candidate to candidate, and from the source."""
-    mask = jnp.asarray(batch.mask)
-    error = _outside(images, jnp.asarray(batch.pixels, jnp.float32)[:, None] / 255, mask)
+    error = _outside(edits.edited, edits.source[:, None], edits.mask)
     return {
-        "background/drift": float(gather(background_drift(batch, images)).mean()),
+        "background/drift": float(gather(background_drift(edits)).mean()),
         "background/error": float(gather(error).mean()),
     }
