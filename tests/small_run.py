@@ -224,6 +224,29 @@ def config_file(path: Path, body: str = "", config: ConfigDict | None = None, **
     return path
 
 
+def signal_after(step: int, signal: str, checkpoint: Path | None = None, process: int = 0) -> str:
+    """What a configuration file adds to a run: a signal to itself at the end of a step, once a checkpoint is there.
+
+    Args:
+        step: Counted from 1.
+        signal: For example SIGTERM.
+        checkpoint: Waited for.
+        process: The one that gets it, where there are several.
+    """
+    return f"""
+from rcgrpo_jax.training.metrics import MetricsWriter
+import jax, os, signal, time
+scalars = MetricsWriter.scalars
+def interrupt(self, step, metrics):
+    scalars(self, step, metrics)
+    if step == {step} and jax.process_index() == {process}:
+        while not os.path.isdir({str(checkpoint or "/")!r}):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.{signal})
+MetricsWriter.scalars = interrupt
+"""
+
+
 def metrics_without_times(workdir: Path) -> list[dict]:
     """The lines of `metrics.jsonl` without what differs from run to run."""
     timed = ("time", "samples_per_second")

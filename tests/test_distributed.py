@@ -125,23 +125,11 @@ def test_several_processes_have_the_losses_of_one(alone, tmp_path):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
 
-# A preemption reaches one process, at the end of its second step.
-PREEMPTION = """
-from rcgrpo_jax.training.metrics import MetricsWriter
-import signal
-scalars = MetricsWriter.scalars
-def interrupt(self, step, metrics):
-    scalars(self, step, metrics)
-    if step == 2 and "--process_id=1" in sys.argv:
-        os.kill(os.getpid(), signal.SIGTERM)
-MetricsWriter.scalars = interrupt
-"""
-
-
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_goes_on(alone, tmp_path):
     """Rolled out and scored in parts, besides: the losses are still those of one process that takes all at once."""
     workdir = tmp_path / "run"
-    body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints")) + PREEMPTION
+    body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
+    body += small_run.signal_after(2, "SIGTERM", process=1)  # a preemption may reach one alone
     changes = {"data__cache": str(tmp_path / "cache"), "rollout__micro_batch": 8}
     config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, **changes)
     ended = finish(start(config, workdir, 2), tmp_path)
@@ -163,27 +151,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     assert difference < 1e-2 * size
 
 
-# One process dies at the end of the third step, once the second is on disk.
-DEATH = """
-from rcgrpo_jax.training.metrics import MetricsWriter
-import signal, sys, time
-scalars = MetricsWriter.scalars
-def die(self, step, metrics):
-    scalars(self, step, metrics)
-    if step == 3 and "--process_id={victim}" in sys.argv:
-        while not os.path.isdir({checkpoint!r}):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-MetricsWriter.scalars = die
-"""
-
-
 @pytest.mark.parametrize(("count", "victim", "then"), [(2, 1, 1), (4, 0, 2)])
 def test_when_a_process_is_killed_the_others_say_so_and_another_number_can_go_on(alone, tmp_path, count, victim, then):
     """Process 0 is also the one at which the others meet."""
     workdir = tmp_path / "run"
     settings = SETTINGS | {"data__cache": str(tmp_path / "cache")}
-    body = DEATH.format(checkpoint=str(workdir / "checkpoints" / "2"), victim=victim)
+    body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2", victim)
     config = small_run.config_file(tmp_path / "config.py", body, **settings)
     ended = finish(start(config, workdir, count), tmp_path)
     assert ended.pop(victim)[0] == -signal.SIGKILL

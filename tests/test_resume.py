@@ -23,19 +23,6 @@ from rcgrpo_jax.weights import random_folder
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
-# What a configuration file adds to a run: its end after the third step, once the second is on disk.
-DEATH = """
-from rcgrpo_jax.training.metrics import MetricsWriter
-import os, signal, time
-scalars = MetricsWriter.scalars
-def die(self, step, metrics):
-    scalars(self, step, metrics)
-    if step == 3:
-        while not os.path.isdir({checkpoint!r}):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-MetricsWriter.scalars = die
-"""
 
 
 def host(state: TrainState) -> list[tuple[str, np.ndarray]]:
@@ -136,7 +123,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
 
 def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path, taken):
     workdir = tmp_path / "run"
-    body = DEATH.format(checkpoint=str(workdir / "checkpoints" / "2"))
+    body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2")
     file = small_run.config_file(tmp_path / "config.py", body, **SETTINGS)
     command = small_run.command("train", f"--config={file}", f"--workdir={workdir}")
     killed = subprocess.run(command, env=small_run.environment(), capture_output=True, text=True, timeout=300)
