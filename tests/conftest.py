@@ -31,8 +31,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 LONGEST = [
     f"test_{name}"
     for name in (
-        "distributed", "step", "experiment", "training", "demo", "resume", "quantization", "pretrain", "cli", "plan",
-        "ablation", "evaluation", "benchmarks", "attention", "editor", "mmdit", "report", "parallel", "small_editor",
+        "experiment", "distributed", "step", "training", "demo", "resume", "quantization", "pretrain", "plan",
+        "plan_search", "ablation", "cli_edit", "evaluation", "benchmarks", "attention", "cli", "editor", "mmdit", "report",
+        "parallel", "small_editor",
     )
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -180,6 +181,20 @@ def run_command(capsys, *argv: str) -> tuple[int, str, str]:
     for logger, level in zip(loggers, levels, strict=True):  # `main` silences them for good
         logger.setLevel(level)
     return code, *capsys.readouterr()
+
+
+def fail(capsys, *argv: str) -> tuple[int, str, str]:
+    """Runs a command that must fail: exit code, problem and remedy."""
+    code, out, err = run_command(capsys, *argv)
+    lines = [line for line in err.splitlines() if not line.startswith("encode: ")]
+    assert out == ""
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    assert "not foreseen" not in err
+    assert lines[0].startswith(f"rcgrpo {argv[0]}: error: ")
+    assert all(line.startswith(" " * 8) for line in lines[1:-1])  # a list of problems
+    assert re.match(r"  \S", lines[-1])
+    return code, "\n".join(lines[:-1]).split(": error: ", 1)[1], lines[-1].strip()
 
 
 def command(*argv: str) -> list[str]:

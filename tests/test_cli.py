@@ -15,30 +15,12 @@ from PIL import Image
 
 from rcgrpo_jax.cli import main as entry
 from rcgrpo_jax.cli.config_file import keep_compilations
-from rcgrpo_jax.data.images import read_image, resize_image
-from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.weights.export import load_lora, save_lora
+from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def fail(capsys, *argv: str) -> tuple[int, str, str]:
-    """Runs a command that must fail: exit code, problem and remedy."""
-    code, out, err = small_run.run_command(capsys, *argv)
-    lines = [line for line in err.splitlines() if not line.startswith("encode: ")]
-    assert out == ""
-    assert code in (1, 2)
-    assert "Traceback" not in err
-    assert "not foreseen" not in err
-    assert lines[0].startswith(f"rcgrpo {argv[0]}: error: ")
-    assert all(line.startswith(" " * 8) for line in lines[1:-1])  # a list of problems
-    assert re.match(r"  \S", lines[-1])
-    return code, "\n".join(lines[:-1]).split(": error: ", 1)[1], lines[-1].strip()
 
 
 # The program itself
@@ -79,7 +61,7 @@ def test_help_is_no_error(capsys, argv):
     ids=" ".join,
 )
 def test_usage_errors(capsys, argv, problem):
-    assert fail(capsys, *argv)[:2] == (2, problem)
+    assert small_run.fail(capsys, *argv)[:2] == (2, problem)
 
 
 def test_an_error_that_was_not_foreseen_is_two_lines_too(capsys, monkeypatch):
@@ -115,7 +97,7 @@ def test_too_little_memory_says_what_takes_less(capsys, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     monkeypatch.setattr("rcgrpo_jax.cli.train.run", full)
-    code, problem, remedy = fail(capsys, "train")
+    code, problem, remedy = small_run.fail(capsys, "train")
     assert code == 1
     assert "Out of memory" in problem
     assert "rollout.micro_batch" in remedy
@@ -127,7 +109,7 @@ def test_too_little_memory_says_what_takes_less(capsys, monkeypatch):
 def test_commands_for_one_process_refuse_to_be_several(capsys, monkeypatch, environ):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    code, problem, _ = fail(capsys, "demo", "--out=nowhere")
+    code, problem, _ = small_run.fail(capsys, "demo", "--out=nowhere")
     assert (code, problem) == (2, "one of 2 processes; train and pretrain alone spread their work over several.")
 
 
@@ -150,138 +132,6 @@ def test_the_process_returns_the_code(tmp_path):
     )
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr
-
-
-# edit
-
-
-@pytest.fixture
-def edit_argv(tmp_path, monkeypatch):
-    """`edit_argv(image=..., ...)`: the arguments of an edit that works, but for the changes; None leaves one out."""
-    monkeypatch.chdir(tmp_path)
-    Image.effect_noise((80, 60), 50).convert("RGB").save("image.png")
-
-    def make(**changes: str | None) -> list[str]:
-        flags = {
-            "model": str(small_run.model_folder()), "image": "image.png", "instruction": "Make it red.",
-            "out": "out.png", "size": "64x64", "steps": "2", "dtype": "float32", "text_tokens": "16",
-        }  # fmt: skip
-        return ["edit", *(f"--{name}={value}" for name, value in (flags | changes).items() if value is not None)]
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("changes", "code", "problem"),
-    [
-        ({"image": "nothing.png"}, 1, "nothing.png: there is no such file"),
-        ({"image": "text.png"}, 1, "text.png: the file is not an image"),
-        ({"image": "."}, 1, ".: the file cannot be read to its end"),
-        ({"size": "64"}, 2, "--size: '64' found; WIDTHxHEIGHT in pixels was wanted."),
-        ({"size": "0x64"}, 2, "--size: '0x64' found"),
-        ({"size": "64x65"}, 2, "--size: 64x65 found; multiples of 16 pixels were wanted."),
-        ({"noise": "nothing.npy"}, 1, "--noise: nothing.npy cannot be read as .npy"),
-        ({"noise": "text.png"}, 1, "--noise: text.png cannot be read as .npy"),
-        ({"noise": "shape.npy"}, 1, "--noise: shape.npy is float32 [15, 64]; finite float32 [16, 64] was wanted."),
-        ({"noise": "dtype.npy"}, 1, "--noise: dtype.npy is float64 [16, 64]"),
-        ({"noise": "nan.npy"}, 1, "--noise: nan.npy is float32 [16, 64]; finite"),
-        ({"noise": "archive.npz"}, 1, "--noise: archive.npz is an archive of arrays; one was wanted."),
-        ({"instruction": " \t"}, 2, "--instruction: blank"),
-        ({"guidance": "nan"}, 2, "--guidance: nan found; a number was wanted."),
-        ({"lora": "nothing"}, 1, "lora: nothing does not exist."),
-        ({"lora": "text.png"}, 1, "text.png: "),
-        ({"model": "nothing"}, 1, "model: nothing is not a folder."),
-        ({"model": "."}, 1, "model: . holds neither model_index.json (diffusers) nor rcgrpo.json"),
-        ({"out": "out.jpg"}, 1, "--out: out.jpg: the suffix is '.jpg'; '.png' was wanted."),
-        ({"out": "text.png/out.png"}, 1, "--out: text.png/out.png cannot be written"),
-        ({"out": "/proc/out.png"}, 1, "--out: /proc/out.png cannot be written"),
-        ({"out": "folder.png"}, 1, "--out: folder.png cannot be written"),
-    ],
-    ids=lambda x: "-".join(f"{name}={value.strip()}" for name, value in x.items()) if isinstance(x, dict) else "",
-)
-def test_edit_refuses_before_it_loads_the_model(capsys, monkeypatch, edit_argv, changes, code, problem):
-    monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the model was loaded"))
-    Path("text.png").write_text("text")
-    Path("folder.png").mkdir()
-    np.save("shape.npy", np.zeros((15, 64), np.float32))
-    np.save("dtype.npy", np.zeros((16, 64)))
-    np.save("nan.npy", np.full((16, 64), np.nan, np.float32))
-    np.savez("archive.npz", np.zeros((16, 64), np.float32))
-    found = fail(capsys, *edit_argv(**changes))
-    assert found[0] == code
-    assert found[1].startswith(problem)
-    assert not Path("out.png").exists()
-
-
-def save_test_image(kind: str) -> None:
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (60, 80), np.uint8)
-    colour = rng.integers(0, 256, (60, 80, 3), np.uint8)
-    match kind:
-        case "RGBA":
-            Image.fromarray(np.dstack([colour, grey])).save("image.png")
-        case "16-bit":
-            Image.fromarray(grey.astype(np.uint16) * 257).save("image.png")
-        case "EXIF":
-            exif = Image.Exif()
-            exif[0x0112] = 6  # turn by a quarter
-            Image.fromarray(colour).save("image.png", exif=exif)
-        case "1-pixel":
-            Image.new("RGB", (1, 1), "teal").save("image.png")
-
-
-@pytest.mark.parametrize("kind", ["RGBA", "16-bit", "EXIF", "1-pixel"])
-def test_edit_takes_any_image(capsys, monkeypatch, edit_argv, kind):
-    """The model itself is left out: what it is given is what is written."""
-    monkeypatch.setattr(Editor, "edit", lambda self, images, *_: images)
-    save_test_image(kind)
-    code, out, err = small_run.run_command(capsys, *edit_argv(size="32x64", out="made/here/out.PNG"))
-    assert (code, err) == (0, "")
-    assert out == "edited image: made/here/out.PNG (32 x 64)\n"
-    np.testing.assert_array_equal(read_image("made/here/out.PNG"), resize_image(read_image("image.png"), (64, 32)))
-
-
-def test_the_size_is_kontexts_by_default(capsys, monkeypatch, edit_argv):
-    monkeypatch.setattr(Editor, "edit", lambda self, images, *_: images)
-    assert small_run.run_command(capsys, *edit_argv(size=None))[0] == 0
-    assert Image.open("out.png").size == (1184, 880)
-
-
-def edit(capsys, argv: list[str]) -> np.ndarray:
-    code, _, err = small_run.run_command(capsys, *argv)
-    assert (code, err) == (0, "")
-    return read_image("out.png")
-
-
-def test_edit_follows_its_arguments(capsys, edit_argv, caplog):
-    plain = edit(capsys, edit_argv())
-    assert plain.shape == (64, 64, 3)
-    np.save("noise.npy", np.asarray(jax.random.normal(jax.random.key(7), (16, 64))))
-    seeded = edit(capsys, edit_argv(seed="7"))
-    np.testing.assert_array_equal(seeded, edit(capsys, edit_argv(noise="noise.npy")))
-    params = abstract_params("transformer", ModelFolder(small_run.model_folder()).config("transformer"))
-    adapter = init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0))
-    save_lora(Path("zero"), adapter, LoRAConfig(2, 4.0))
-    np.testing.assert_array_equal(plain, edit(capsys, edit_argv(lora="zero")))
-    save_lora(Path("lora"), jax.tree.map(lambda x: x + 0.1, adapter), LoRAConfig(2, 4.0))
-    assert not caplog.records
-
-    for other in (
-        seeded,
-        edit(capsys, edit_argv(lora="lora")),
-        edit(capsys, edit_argv(instruction="Füge einen Regenbogen hinzu 🌈 彩虹")),
-        edit(capsys, edit_argv(guidance="5")),
-    ):
-        assert np.any(other != plain)
-
-
-def test_a_long_instruction_is_cut_with_a_warning(capsys, edit_argv, caplog):
-    words = "Make the big red ball small and the small blue cube very big."
-    cut = edit(capsys, edit_argv(instruction=f"{words} {words} {words}"))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "T5 tokens is cut to max_text_tokens = 16" in record.getMessage()
-    assert cut.shape == (64, 64, 3)
 
 
 # train
@@ -330,7 +180,7 @@ def no_image(data: Path) -> None:
 )
 def test_train_names_what_is_wrong_with_the_data(capsys, tmp_path, train_argv, spoil, problem):
     spoil(tmp_path / "data")
-    code, found, _ = fail(capsys, *train_argv())
+    code, found, _ = small_run.fail(capsys, *train_argv())
     assert code == 1
     assert re.search(problem, found), found
 
@@ -355,7 +205,7 @@ def test_train_names_what_is_wrong_with_the_data(capsys, tmp_path, train_argv, s
 )
 def test_train_refuses_settings_before_it_encodes(capsys, monkeypatch, train_argv, override, code, problem):
     monkeypatch.setattr(ModelFolder, "load", lambda *_: pytest.fail("the model was loaded"))
-    found = fail(capsys, *train_argv(f"--config.{override}"))
+    found = small_run.fail(capsys, *train_argv(f"--config.{override}"))
     assert found[0] == code
     assert found[1].startswith(problem)
 
@@ -373,7 +223,7 @@ def test_compiled_programs_are_kept_beside_the_run_unless_jax_is_told_where(tmp_
 
 def test_train_refuses_a_workdir_that_is_a_file(capsys, tmp_path, train_argv):
     (tmp_path / "run").write_text("")
-    code, problem, _ = fail(capsys, *train_argv())
+    code, problem, _ = small_run.fail(capsys, *train_argv())
     assert code == 1
     assert problem.startswith(f"workdir: {tmp_path / 'run'} cannot be made")
 
@@ -420,7 +270,7 @@ def test_export_writes_the_average_of_a_step(capsys, tmp_path, workdir, step):
 def test_export_refuses(capsys, tmp_path, monkeypatch, workdir, argv, problem):
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("")
-    code, found, _ = fail(capsys, "export", "--out=lora", *(arg.format(workdir=workdir) for arg in argv))
+    code, found, _ = small_run.fail(capsys, "export", "--out=lora", *(arg.format(workdir=workdir) for arg in argv))
     assert code == 1
     assert problem in found
     assert not Path("lora").exists()
