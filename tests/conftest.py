@@ -32,8 +32,8 @@ LONGEST = [
     f"test_{name}"
     for name in (
         "experiment", "distributed", "step", "training", "demo", "resume", "quantization", "pretrain", "plan",
-        "plan_search", "ablation", "cli_edit", "evaluation", "benchmarks", "attention", "cli", "editor", "mmdit", "report",
-        "parallel", "small_editor",
+        "plan_search", "ablation", "cli_edit", "evaluation", "benchmarks", "attention", "cli", "editor", "mmdit",
+        "report", "parallel", "small_editor",
     )
 ]  # fmt: skip
 
