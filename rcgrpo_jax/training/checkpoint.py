@@ -24,6 +24,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.orbax import ocp
 from rcgrpo_jax.parallel.distributed import together
 
+_SLICE_BYTES = 1 << 20  # of a replicated array, before its replicas share the writing: each slice is a program to compile
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
 
@@ -44,11 +45,14 @@ class Checkpointer:
     @cached_property
     def _orbax(self) -> Any:
         policies, preserve = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
         return ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=policies.FixedIntervalPolicy(self._save_every),
             preservation_policy=preserve.LatestN(self._keep),
             cleanup_tmp_directories=True,  # what a killed save left behind
+            context=context,
         )
 
     def save(self, step: int, state: PyTree, config: Mapping[str, Any], *, force: bool = False) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,11 @@ NETWORKS = {
 
 def abstract_params(name: str, config: Any) -> dict:
     """Shapes of a network's parameters, `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+    return jax.tree.map(lambda x: x, _init_shapes(name, config))  # a tree of the caller's own
+
+
+@functools.cache  # loading, checking and exporting all ask, and to trace an `init` takes a while
+def _init_shapes(name: str, config: Any) -> dict:
     network = NETWORKS[name]
     module = network.module(config)
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), *network.inputs(config)))
-    return variables["params"]
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *network.inputs(config)))["params"]
