@@ -31,9 +31,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 LONGEST = [
     f"test_{name}"
     for name in (
-        "experiment", "distributed", "step", "training", "demo", "resume", "quantization", "pretrain", "plan",
-        "plan_search", "ablation", "cli_edit", "evaluation", "benchmarks", "attention", "cli", "editor", "mmdit",
-        "report", "parallel", "small_editor",
+        "distributed", "experiment", "step", "pretrain", "demo", "resume", "quantization", "plan", "training",
+        "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "ablation", "benchmarks",
+        "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
     )
 ]  # fmt: skip
 

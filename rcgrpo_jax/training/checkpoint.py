@@ -24,7 +24,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.orbax import ocp
 from rcgrpo_jax.parallel.distributed import together
 
-_SLICE_BYTES = 1 << 20  # of a replicated array, before its replicas share the writing: each slice is a program to compile
+_SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
 
