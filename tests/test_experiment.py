@@ -62,16 +62,17 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "seeds", "variants"),
+    ("name", "config", "seeds", "arguments", "count"),
     [
-        ("recipe", "small_editor", SEEDS, [ACD]),
-        ("coin", "small_editor", 1, [COIN]),
-        ("balanced", "small_editor_balanced", 3, [RDP, ACD]),
+        ("recipe", "small_editor", SEEDS, [ACD], 1),
+        ("coin", "small_editor", 1, [COIN], 1),
+        ("balanced", "small_editor_balanced", 3, [RDP, ACD], 2),
+        ("paper", "small_editor_paper", 5, ["--table=components"], 3),
     ],
-    ids=["recipe", "coin", "balanced"],
+    ids=["recipe", "coin", "balanced", "paper"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
-    tmp_path, monkeypatch, name, config, seeds, variants
+    tmp_path, monkeypatch, name, config, seeds, arguments, count
 ):
     """Of the shipped model and the configurations as they are now: whoever changes these runs the experiment again."""
     docs = small_run.ROOT / "docs"
@@ -79,12 +80,12 @@ def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     before = (kept / "table.md").read_text()
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
     file = small_run.ROOT / "configs" / f"{config}.py"
-    assert main(["ablate", f"--config={file}", f"--out={kept}", f"--seeds={seeds}", *variants]) == 0
+    assert main(["ablate", f"--config={file}", f"--out={kept}", f"--seeds={seeds}", *arguments]) == 0
     table = (kept / "table.md").read_text()
     assert table == before
     differences = table.split("**Difference from base")[1].split("\n\n")[1]
     rows = [row.split(" | ", 1)[1] for row in differences.splitlines()[2:]]
-    assert len(rows) == len(variants)
+    assert len(rows) == count
     assert all(row in (docs / "findings.md").read_text() for row in rows)
 
 
