@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit, or the user is told why not."""
 
+import logging
 import math
 import os
 import resource
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training import checkpoint
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
 
 CONFIG = {"explore": {"alpha_edit": 0.3, "steps": (1, 2)}, "seed": 0}
@@ -102,10 +104,13 @@ def placed(x: jax.Array, mesh: Mesh, axis: str | None) -> NamedSharding:
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((1, 1), None), ((8, 1), None), ((1, 8), "fsdp")], ids=["one device", "replicated", "spread"]
+    ("shape", "axis", "slice_bytes"),
+    [((1, 1), None, 2**20), ((8, 1), None, 2**20), ((8, 1), None, 1), ((1, 8), "fsdp", 2**20)],
+    ids=["one device", "replicated", "in slices", "spread"],
 )
-def test_arrays_may_be_donated_while_they_are_being_saved(checkpointer, shape, axis):
+def test_arrays_may_be_donated_while_they_are_being_saved(checkpointer, monkeypatch, shape, axis, slice_bytes):
     """Orbax writes from the memory of CPU arrays, which XLA then must not give to the update that donates them."""
+    monkeypatch.setattr(checkpoint, "_SLICE_BYTES", slice_bytes)
     mesh = make_mesh(*shape)
     state = jax.tree.map(lambda x: jax.device_put(x, placed(x, mesh, axis)), make_state(1, size=4096))
     wanted = jax.tree.map(jnp.copy, state)
@@ -115,6 +120,15 @@ def test_arrays_may_be_donated_while_they_are_being_saved(checkpointer, shape, a
     jax.block_until_ready(overwrite(state.lora))
     checkpointer.wait()
     assert_bit_equal(checkpointer.restore(jax.eval_shape(lambda: wanted)), wanted)
+
+
+def test_small_replicated_arrays_are_saved_without_a_program_for_each_replica(checkpointer, caplog):
+    state = jax.tree.map(lambda x: jax.device_put(x, placed(x, make_mesh(8, 1), None)), make_state(1, size=24))
+    caplog.set_level(logging.WARNING, "jax")
+    with jax.log_compiles():
+        save(checkpointer, 1, state)
+    assert [text for text in caplog.messages if text.startswith("Compiling jit(_checksum)")]
+    assert not [text for text in caplog.messages if text.startswith("Compiling jit(slice)")]
 
 
 def test_a_state_comes_back_on_the_shardings_asked_for(checkpointer):
@@ -172,6 +186,7 @@ from pathlib import Path
 import jax
 sys.path.insert(0, sys.argv[3])
 from test_checkpoint import CONFIG, make_state
+from rcgrpo_jax.training import checkpoint
 from rcgrpo_jax.training.checkpoint import Checkpointer
 
 directory, moment = Path(sys.argv[1]), sys.argv[2]

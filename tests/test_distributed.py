@@ -134,19 +134,19 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     assert difference < 1e-2 * size
 
 
-@pytest.mark.parametrize(("victim", "then"), [(1, 1), (0, 4)])
-def test_when_a_process_is_killed_the_other_says_so_and_another_number_goes_on(alone, tmp_path, victim, then):
-    """Process 0 is also the one at which the others meet."""
+@pytest.mark.parametrize(("count", "victim", "then"), [(2, 1, 4), (4, 0, 2)])
+def test_when_a_process_is_killed_the_others_say_so_and_another_number_goes_on(alone, tmp_path, count, victim, then):
+    """Process 0 is also the one at which the others meet. Both numbers start a run, and both end one."""
     workdir = tmp_path / "run"
     settings = SETTINGS | {"data__cache": str(tmp_path / "cache")}
     body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2", victim)
     config = small_run.config_file(tmp_path / "config.py", body, **settings)
-    ended = finish(start(config, workdir, 2), tmp_path)
+    ended = finish(start(config, workdir, count), tmp_path)
     assert ended.pop(victim)[0] == -signal.SIGKILL
-    ((code, _, error),) = ended
-    if victim == 0 and code == -signal.SIGABRT:  # JAX ends the other too, and may be the first to do so
-        assert "another task died" in error
-    else:
+    for code, _, error in ended:
+        if victim == 0 and code == -signal.SIGABRT:  # JAX ends the others too, and may be the first to do so
+            assert "another task died" in error
+            continue
         assert code == 1
         assert "another process is gone" in error
         assert "Traceback" not in error
@@ -158,6 +158,7 @@ def test_when_a_process_is_killed_the_other_says_so_and_another_number_goes_on(a
         assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
         assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
+    assert len(list((workdir / "tensorboard").iterdir())) == 2  # one a start
     assert_same_losses(workdir, alone[1])
 
 

@@ -96,6 +96,12 @@ def test_the_full_transformer_has_its_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 11_901_408_320
 
 
+def test_shapes_are_the_caller_s_own():
+    params = abstract_params("transformer", MMDiTConfig())
+    del params["x_embedder"]
+    assert "x_embedder" in abstract_params("transformer", MMDiTConfig())
+
+
 @pytest.mark.parametrize("guidance", [True, False])
 def test_every_row_of_the_single_file_fills_one_place_of_ours(guidance):
     config = MMDiTConfig(guidance_embeds=guidance)
