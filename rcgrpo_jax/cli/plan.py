@@ -27,7 +27,7 @@ from rcgrpo_jax.weights.load import ModelFolder
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
 
 No TPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`). A program
-takes two to five minutes to compile on one core. The exit code is 1 if one does not fit, with the nearest setting that
+takes one to five minutes to compile on one core. The exit code is 1 if one does not fit, with the nearest setting that
 does."""
 
 
