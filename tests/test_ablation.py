@@ -203,6 +203,8 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
         ("--variant=..: acd.weight=0.5", "names that differ"),
         ("--variant=other: explore.kind=region acd.weight=0", "'RDP' and 'other' are the same run"),
         ("--variant=bad: explore.alpha_edit=2", "explore.alpha_edit"),
+        ("--variant=deep: acd.layers=99", "acd.layers: 99; the model has"),
+        ("--variant=more: rollout.prompts=4", "'global' and 'more' differ in data or rollout.prompts"),
         ("--data=scenes:heldout:0", "scenes"),
         ("--data=scenes:train/add:9", "'global' trains on scenes:train:4; other examples were wanted"),
         ("--variant=seen: data.path=scenes:heldout:8", "'seen' trains on scenes:heldout:8"),

@@ -89,6 +89,20 @@ def test_jsonl_in_a_folder(folder):
         source[3]
 
 
+def test_supervised_triples_need_no_mask_and_flawed_targets_say_so(folder):
+    line = row("a", target="images/target.png", flawed=True)
+    del line["mask"]
+    write_lines(folder, line, row("a", mask_polarity="black"))
+    with pytest.raises(UserError, match="line 1: the field 'mask' is missing"):
+        EditFolder(folder)
+    whole, part = (EditFolder(folder, needs_mask=False)[i] for i in range(2))
+    assert whole.mask.shape == whole.image.shape[:2]
+    assert whole.mask.dtype == part.mask.dtype
+    assert (whole.mask == 1).all()
+    assert part.mask[0].tolist() == [0.0] * 4 + [1.0] * 26
+    assert (whole.flawed, part.flawed) == (True, False)
+
+
 def test_jsonl_by_its_own_path_and_with_other_field_names(folder):
     path = write_lines(folder, {"src": "images/a.png", "m": "masks/a.png", "text": "go"}, name="train.jsonl")
     fields = {"image_field": "src", "mask_field": "m", "instruction_field": "text"}
@@ -144,6 +158,7 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
     (row(instruction=3), "line 2: instruction is 3; a string", "quotes"),
     (row(mask=None), "line 2: mask is None; a string", "quotes"),
     (row(caption=["x"]), r"line 2: caption is \['x'\]; a string", "quotes"),
+    (row(flawed="yes"), "line 2: flawed is 'yes'; true or false", "quotes"),
     (row(mask_polarity="grey"), "line 2: mask_polarity: 'grey' found; 'white' or 'black'", "colour"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(folder, bad, problem, remedy):

@@ -163,12 +163,15 @@ def test_settings_tell_other_data_models_and_rulers(monkeypatch):
         assert settings()["model"] != first["model"]
 
 
-@pytest.mark.parametrize("keep", [0, 0.5])
-def test_a_damaged_file_is_no_evaluation(tmp_path, keep):
+@pytest.mark.parametrize("start", [0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("rest", [b"", bytes(64)])
+def test_a_damaged_file_is_no_evaluation(tmp_path, start, rest):
+    """Cut off, or with a hole."""
     file = tmp_path / "base.npz"
     base().save(file)
     content = file.read_bytes()
-    file.write_bytes(content[: int(keep * len(content))])
+    start = int(start * len(content))
+    file.write_bytes(content[:start] + rest + (content[start + len(rest) :] if rest else b""))
     with pytest.raises(UserError, match="not an evaluation"):
         Evaluation.load(file)
 
@@ -176,6 +179,8 @@ def test_a_damaged_file_is_no_evaluation(tmp_path, keep):
 def test_refuses_what_it_cannot_measure():
     with pytest.raises(UserError, match=r"heldout-00000-add: no target image"):
         run([replace(scenes()[0], target=None)], [0])
+    with pytest.raises(UserError, match=r"heldout-00000-add: its target is flawed on purpose"):
+        run([replace(scenes()[0], flawed=True)], [0])
     with pytest.raises(UsageError, match="no examples"):
         run(indices=[])
     with pytest.raises(UsageError, match="40 x 64 pixels found; multiples of 16") as error:

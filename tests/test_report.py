@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -417,6 +418,7 @@ def test_attention_maps_of_base_and_lora(tmp_path, edits):
         (["--workdir={}/empty"], "neither steps in metrics.jsonl nor a checkpoint"),
         (["--workdir={}/run", "--evaluation={}/empty"], "empty has no .npz files"),
         (["--workdir={}/run", "--evaluation={}/evaluation", "--data=scenes:train:5"], "example 0 is train-00000-add"),
+        (["--workdir={}/run", "--evaluation={}/ablation", "--data={data}"], "have no pictures"),
         (["--workdir={}/run", "--attention=2"], "--evaluation, --data and --lora were wanted"),
         (["--workdir={}/run", "--evaluation={}/evaluation", "--data={data}", "--attention=1", "--lora=x"],
          "no checkpoint of `rcgrpo train`"),
@@ -428,6 +430,8 @@ def test_mistakes_are_told(tmp_path, argv, problem):
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "run", {})
     write_evaluation(tmp_path / "evaluation")
+    kept = Evaluation.load(tmp_path / "evaluation" / "base.npz")
+    replace(kept, images=kept.images[:0]).save(tmp_path / "ablation" / "0.npz")
     with pytest.raises(UserError if argv else UsageError, match=re.escape(problem)):
         command.run([arg.format(tmp_path, data=small_run.data_folder()) for arg in argv])
     assert not list(tmp_path.glob("**/*.html"))

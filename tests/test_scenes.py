@@ -19,7 +19,7 @@ from rcgrpo_jax.data.shapes import COLOURS, SHAPES, SIZES, SceneObject, coverage
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards.colour import named_colour
 
-FIELDS = ("image", "mask", "target", "instruction", "caption")
+FIELDS = ("image", "mask", "target", "instruction", "caption", "flawed")
 
 
 def look(thing: SceneObject) -> tuple[str, str]:
@@ -293,7 +293,8 @@ def test_flaws_change_targets_alone_at_the_stated_shares():
     assert {clean.flaw(i) for i in range(50)} == {None}
     for i in range(45):
         one, other, flaw = clean[i], flawed[i], flawed.flaw(i)
-        assert_same(replace(one, target=None), replace(other, target=None))
+        assert other.flawed == (flaw is not None)
+        assert_same(replace(one, target=None), replace(other, target=None, flawed=False))
         changed = (one.target != other.target).any(axis=-1)
         assert changed.any() == (flaw is not None)
         if flaw == "ghost":

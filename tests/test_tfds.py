@@ -27,7 +27,7 @@ SIZES = [(20, 30), (33, 17), (16, 16), (40, 24), (18, 50)]
 def fields(example: EditExample) -> list:
     """Everything in an example, with dtypes, in a form that `==` compares."""
     arrays = [None if a is None else (a.dtype, a.tolist()) for a in (example.image, example.mask, example.target)]
-    return [example.name, example.instruction, example.caption, *arrays]
+    return [example.name, example.instruction, example.caption, example.flawed, *arrays]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def root(tmp_path_factory) -> Path:
         paths = {kind: f"{kind}{i}.png" for kind in ("image", "mask", "target")}
         lines.append(paths | {"instruction": f"edit {i}", "caption": None})
     lines[0] |= {"instruction": UNICODE, "caption": "eine rote Tasse"}
+    lines[1] |= {"flawed": True}
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return root
 
@@ -126,7 +127,7 @@ def test_grain_shuffles_and_workers_get_their_own_copy(folder, written):
 
 
 def test_examples_without_targets_have_none(folder, tmp_path):
-    bare = [replace(folder[i], target=None) for i in range(2)]
+    bare = [replace(folder[i], target=None, flawed=False) for i in range(2)]
     source = TfdsSource(str(write_tfds(bare, "bare", tmp_path, split="test")), split="test")
     assert [fields(source[i]) for i in range(2)] == [fields(example) for example in bare]
 
@@ -142,6 +143,14 @@ def test_datasets_of_other_forms(tmp_path):
     assert (first.image == [1, 2, 3]).all()
     assert (second.image == [200, 100, 50]).all()
     assert len(TfdsSource("other:2.1.0", split="train[1:]", data_dir=tmp_path)) == 2
+
+
+def test_masks_are_the_whole_pictures_where_none_is_needed(tmp_path):
+    features, row = by_hand()
+    path = write_by_hand(tmp_path, *({key: x[key] for key in x if key != "mask"} for x in (features, row)))
+    assert (TfdsSource(str(path), needs_mask=False)[0].mask == np.ones((20, 30), np.float32)).all()
+    with pytest.raises(UserError, match="the feature 'mask' is missing"):
+        TfdsSource(str(path))
 
 
 def test_fields_of_other_names(tmp_path):
@@ -259,7 +268,12 @@ def test_tensorflow_is_never_imported_and_tfds_only_when_needed(root, tmp_path):
         ("scenes:train:600", "scenes:validation:600", False),
         ("tfds:edits", "tfds:edits@train", True),
         ("tfds:edits@train", "tfds:edits@test", False),
+        ("tfds:edits@train[:90%]", "tfds:edits", True),
+        ("tfds:edits@train[:90%]", "tfds:edits@train[90%:]", False),
+        ("tfds:edits@train[:90%]", "tfds:edits@test", False),
         ("edits", "./here/../edits/", True),
+        ("edits", "edits/metadata.jsonl", True),
+        ("edits[1]", "edits", False),
         ("edits", "edits/test", False),
     ],
 )

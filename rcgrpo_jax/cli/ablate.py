@@ -37,6 +37,8 @@ from rcgrpo_jax.training.ablation import (
     slug,
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
+from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.
 
@@ -81,6 +83,7 @@ def run(argv: list[str]) -> None:
     runs = {variant.name: configure(config, variant, 0) for variant in variants}
     for name, run in runs.items():  # before hours of training
         validate(run, 1)
+        check_model_fits(run, ModelFolder(run.model.path))
         if same_examples(run.data.path, values.data):
             raise UsageError(
                 f"--data: {values.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",
@@ -89,6 +92,11 @@ def run(argv: list[str]) -> None:
     for (one, a), (other, b) in combinations(runs.items(), 2):
         if a == b:
             raise UsageError(f"variants {one!r} and {other!r} are the same run.", "Leave one of them out.")
+        if values.batches and (a.data, a.rollout.prompts) != (b.data, b.rollout.prompts):
+            raise UsageError(
+                f"--batches: {one!r} and {other!r} differ in data or rollout.prompts; the same groups were wanted.",
+                "Leave --batches out, and call it again for variants that explore the same examples.",
+            )
     if not values.seeds and not values.batches:
         raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
     open_source(values.data, config.data.polarity)
@@ -105,7 +113,8 @@ def run(argv: list[str]) -> None:
     if values.batches:
         distinct = {}  # variants that differ in their rewards alone explore alike
         for variant in variants:
-            distinct.setdefault((str(runs[variant.name].explore), str(runs[variant.name].rollout)), variant)
+            run = runs[variant.name]
+            distinct.setdefault((str(run.explore), str(run.rollout), str(run.model)), variant)
         found = {x.name: group_statistics(config, x, 0, out, values.batches) for x in distinct.values()}
         sections["distributions"] = explored(found, out)
     page = Report(

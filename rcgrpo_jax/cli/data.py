@@ -58,8 +58,9 @@ def write_folder(source: Source, folder: Path, progress: Callable[[], None] = la
             line = {field: f"{field}s/{example.name}.png" for field in pictures}
             for field, pixels in pictures.items():
                 Image.fromarray(pixels).save(folder / line[field])
-            texts = {"instruction": example.instruction, "caption": example.caption}
-            lines.append(json.dumps(line | texts, ensure_ascii=False) + "\n")
+            line |= {"instruction": example.instruction, "caption": example.caption}
+            line |= {"flawed": True} if example.flawed else {}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             progress()
         (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
     except OSError as error:

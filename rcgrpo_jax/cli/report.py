@@ -71,6 +71,11 @@ def run(argv: list[str]) -> None:
         (height, width), told = settings["size"], "{steps} solver steps, guidance {guidance}, seed {seed}"
         found["Evaluation"] = f"{len(first.names)} edits of {width} x {height} pixels, {told.format(**settings)}"
         if values.data:
+            if not all(len(x.images) for x in evaluations.values()):
+                raise UserError(
+                    f"--data: the evaluations of {values.evaluation} have no pictures, as `rcgrpo ablate` keeps none.",
+                    "Leave --data out, or name the --out of `rcgrpo evaluate`.",
+                )
             source = open_source(values.data, values.polarity)
             examples = read_examples(source, first)
             found["Pictures"] = f"the first {len(examples)} of {values.data}"

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, check_example
@@ -22,11 +23,12 @@ class _Entry:
 
     name: str
     image: Path
-    mask: Path
+    mask: Path | None  # None: the whole picture
     instruction: str | Path  # a path: a text file still to be read
     polarity: Polarity
     caption: str | None = None
     target: Path | None = None
+    flawed: bool = False
 
     @property
     def files(self) -> list[Path]:
@@ -38,8 +40,9 @@ class EditFolder:
 
     Two layouts are known:
       - `metadata.jsonl` in the folder, or any `.jsonl` file: a JSON object a line with the paths `image` and `mask`
-        (relative to the file), the text `instruction`, and optionally `caption`, `target` (a path) and `mask_polarity`.
-        Examples are called `NUMBER-STEM` after the line number and the image, since images may repeat.
+        (relative to the file), the text `instruction`, and optionally `caption`, `target` (a path), `mask_polarity` and
+        `flawed` (true where the target is wrong on purpose). Examples are called `NUMBER-STEM` after the line number
+        and the image, since images may repeat.
       - otherwise `images/NAME.*`, `masks/NAME.*` and `instructions/NAME.txt` (UTF-8), sorted by name.
 
     Args:
@@ -48,6 +51,7 @@ class EditFolder:
         image_field: The key of the image in `metadata.jsonl`.
         mask_field: The key of the mask.
         instruction_field: The key of the instruction.
+        needs_mask: Whether a line of `metadata.jsonl` without a mask is refused; else its mask is the whole picture.
 
     Raises:
         UserError: There is no such folder, nothing in it, a bad line, or files that do not exist: all are looked for
@@ -63,6 +67,7 @@ class EditFolder:
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
+        needs_mask: bool = True,
     ):
         path = Path(path)
         check_polarity(polarity)
@@ -70,7 +75,7 @@ class EditFolder:
             raise UserError(f"{path}: there is no such folder or file.", "Correct the path to the examples.")
         table = path if path.is_file() else path / "metadata.jsonl"
         if table.is_file():
-            self._entries = _from_jsonl(table, polarity, (image_field, mask_field, instruction_field))
+            self._entries = _from_jsonl(table, polarity, (image_field, mask_field, instruction_field), needs_mask)
         else:
             self._entries = _from_folders(path, polarity)
         if not self._entries:
@@ -93,15 +98,17 @@ class EditFolder:
     def __getitem__(self, index: int) -> EditExample:
         """Reads and checks one example; see `check_example` for what is refused."""
         entry = self._entries[index]
-        text = entry.instruction
+        text, image = entry.instruction, read_image(entry.image)
+        mask = np.ones(image.shape[:2], np.float32) if entry.mask is None else read_mask(entry.mask, entry.polarity)
         return check_example(
             EditExample(
                 name=entry.name,
-                image=read_image(entry.image),
-                mask=read_mask(entry.mask, entry.polarity),
+                image=image,
+                mask=mask,
                 instruction=_read_text(text).strip() if isinstance(text, Path) else text,
                 caption=entry.caption,
                 target=None if entry.target is None else read_image(entry.target),
+                flawed=entry.flawed,
             )
         )
 
@@ -113,13 +120,15 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: the text is not UTF-8 ({error}).", "Save it again as UTF-8.") from None
 
 
-def _from_jsonl(table: Path, polarity: Polarity, fields: tuple[str, str, str]) -> list[_Entry]:
+def _from_jsonl(table: Path, polarity: Polarity, fields: tuple[str, str, str], needs_mask: bool) -> list[_Entry]:
     # Split at "\n" only: U+2028 and its like are legal inside JSON strings, but `splitlines` breaks there.
     lines = enumerate(_read_text(table).split("\n"), start=1)
-    return [_from_line(table, number, line, polarity, fields) for number, line in lines if line.strip()]
+    return [_from_line(table, number, line, polarity, fields, needs_mask) for number, line in lines if line.strip()]
 
 
-def _from_line(table: Path, number: int, line: str, polarity: Polarity, fields: tuple[str, str, str]) -> _Entry:
+def _from_line(
+    table: Path, number: int, line: str, polarity: Polarity, fields: tuple[str, str, str], needs_mask: bool
+) -> _Entry:
     where = f"{table}, line {number}"
     try:
         row = json.loads(line)
@@ -133,7 +142,8 @@ def _from_line(table: Path, number: int, line: str, polarity: Polarity, fields: 
             f"{where}: a JSON {type(row).__name__} found; an object was wanted.", "Write {...} on each line."
         )
 
-    for field in fields:
+    needed = [field for field in fields if needs_mask or field != fields[1]]
+    for field in needed:
         if field not in row:
             near = nearest(field, row)
             raise UserError(
@@ -142,20 +152,23 @@ def _from_line(table: Path, number: int, line: str, polarity: Polarity, fields: 
             )
     for field in (*fields, "caption", "target", "mask_polarity"):
         value = row.get(field)
-        if not isinstance(value, str) and not (value is None and field not in fields):
+        if not isinstance(value, str) and not (value is None and field not in needed):
             raise UserError(f"{where}: {field} is {value!r}; a string was wanted.", f"Write {field} in double quotes.")
+    if not isinstance(flawed := row.get("flawed", False), bool):
+        raise UserError(f"{where}: flawed is {flawed!r}; true or false was wanted.", "Write it without quotes.")
 
-    image, mask, instruction = (row[field] for field in fields)
+    image, mask, instruction = (row.get(field) for field in fields)
     override, target = row.get("mask_polarity") or polarity, row.get("target")
     check_polarity(override, f"{where}: mask_polarity")
     return _Entry(
         name=f"{number:05d}-{Path(image).stem}",
         image=table.parent / image,
-        mask=table.parent / mask,
+        mask=table.parent / mask if mask else None,
         instruction=instruction,
         polarity=override,
         caption=row.get("caption"),
         target=table.parent / target if target else None,
+        flawed=flawed,
     )
 
 

@@ -12,7 +12,7 @@ from rcgrpo_jax.data.tfds import TfdsSource
 from rcgrpo_jax.errors import UsageError
 
 
-def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes | TfdsSource:
+def open_source(path: str, polarity: Polarity = "white", needs_mask: bool = True) -> EditFolder | Scenes | TfdsSource:
     """Opens a folder of examples, a TFDS dataset (`tfds:DATASET[@SPLIT]`) or scenes (`scenes:` and `parse_scenes`).
 
     `DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
@@ -21,6 +21,7 @@ def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes 
     Args:
         path: The value of `data.path`.
         polarity: The colour of the edit region in the masks.
+        needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
 
     Raises:
         UserError: As `EditFolder` and `TfdsSource`.
@@ -29,18 +30,22 @@ def open_source(path: str, polarity: Polarity = "white") -> EditFolder | Scenes 
     if path.startswith("scenes:"):
         return parse_scenes(path.removeprefix("scenes:"))
     if not path.startswith("tfds:"):
-        return EditFolder(path, polarity=polarity)
+        return EditFolder(path, polarity=polarity, needs_mask=needs_mask)
     dataset, at, split = path.removeprefix("tfds:").rpartition("@")
     if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
         dataset, split = path.removeprefix("tfds:"), "train"
     if not dataset or not split:
         raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
-    return TfdsSource(dataset, split=split, polarity=polarity)
+    return TfdsSource(dataset, split=split, polarity=polarity, needs_mask=needs_mask)
 
 
 def same_examples(path: str, other: str) -> bool:
-    """Whether two values of `data.path` name the same examples: one split of the scenes, one folder, one TFDS split."""
-    return _examples_of(path) == _examples_of(other)
+    """Whether two values of `data.path` share examples by their names: one split of the scenes, one folder, one TFDS
+    split, of which two different slices are taken to be apart.
+    """
+    one, two = _examples_of(path), _examples_of(other)
+    whole = {x.partition("[")[0] for x in (one, two) if x.startswith("tfds:") and "[" in x}
+    return one == two or not whole.isdisjoint({one, two})
 
 
 def _examples_of(path: str) -> str:
@@ -48,4 +53,5 @@ def _examples_of(path: str) -> str:
         return "scenes:" + re.split("[/:]", path)[1]
     if path.startswith("tfds:"):
         return path if "@" in path else f"{path}@train"
-    return str(Path(path).resolve())
+    folder = Path(path).resolve()
+    return str(folder.parent if folder.name == "metadata.jsonl" else folder)

@@ -28,8 +28,8 @@ class TfdsSource:
     """A random-access source of the examples of a TFDS dataset; pixels are decoded when an example is asked for.
 
     The image is a feature of uint8 `[H, W, 3]`, the mask one of uint8 `[H, W, 1]` or `[H, W]` from 0 to 255, the
-    instruction a text. Where the dataset has them, `name` and `caption` (texts) and `target` (uint8 `[H, W, 3]`) are
-    read too; an empty caption is none, and without names examples are called by their index.
+    instruction a text. Where the dataset has them, `name` and `caption` (texts), `target` (uint8 `[H, W, 3]`) and
+    `flawed` (bool) are read too; an empty caption is none, and without names examples are called by their index.
 
     Args:
         name: A dataset that TFDS finds in the data directory (`edits`, `edits/config`, `edits:1.0.0`), or the folder of
@@ -40,6 +40,7 @@ class TfdsSource:
         image_field: The feature with the image.
         mask_field: The feature with the mask.
         instruction_field: The feature with the instruction.
+        needs_mask: Whether a dataset without masks is refused; else its masks are the whole pictures.
 
     Raises:
         UserError: There is no such dataset or split, it is empty or not in ArrayRecord, or a feature is missing or of
@@ -57,6 +58,7 @@ class TfdsSource:
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
+        needs_mask: bool = True,
     ):
         import tensorflow_datasets as tfds  # imported here: two seconds that a folder of images need not wait
 
@@ -66,9 +68,11 @@ class TfdsSource:
         builder = _open(name, data_dir)
         features = builder.info.features
         required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
+        if not needs_mask and mask_field not in features:
+            del required[1]
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind)
-        optional = {"name": "text", "caption": "text", "target": "RGB"}
+        optional = {"name": "text", "caption": "text", "target": "RGB", "flawed": "bool"}
         known = [
             (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
         ]
@@ -103,16 +107,21 @@ class TfdsSource:
             raise UserError(
                 f"{self._where}: example {index} cannot be read ({error}).", "Copy or write the dataset again."
             ) from error
-        image, mask, instruction = (row[field] for field in self._fields)
-        white = mask.astype(np.float32) / np.float32(255)
+        image, mask, instruction = (row.get(field) for field in self._fields)
+        if mask is None:
+            region = np.ones(image.shape[:2], np.float32)
+        else:
+            white = mask.astype(np.float32) / np.float32(255)
+            region = white if self._polarity == "white" else 1 - white
         return check_example(
             EditExample(
                 name=row.get("name") or f"{index:05d}",
                 image=image,
-                mask=white if self._polarity == "white" else 1 - white,
+                mask=region,
                 instruction=instruction,
                 caption=row.get("caption") or None,
                 target=row.get("target"),
+                flawed=row.get("flawed", False),
             )
         )
 
@@ -159,6 +168,7 @@ def write_tfds(source: Source, name: str, data_dir: str | Path, *, split: str = 
     has_target = source[0].target is not None
     if has_target:
         features["target"] = tfds.features.Image(**picture)
+        features["flawed"] = tfds.features.Scalar(np.bool_, doc="Whether the target is wrong on purpose.")
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +214,10 @@ def _open(name: str, data_dir: str | Path | None):
 
 
 def _kind(feature) -> str | None:
-    """Names what a feature holds: "RGB" or "L" (Pillow's modes of colour and grey), "text", or None for the rest."""
+    """Names what a feature holds: "RGB" or "L" (Pillow's modes of colour and grey), "text", "bool", or None."""
     shape, dtype = feature.shape, feature.np_dtype
+    if dtype == np.bool_ and shape == ():
+        return "bool"
     if dtype == np.object_ and shape == ():
         return "text"
     if dtype == np.uint8 and len(shape) == 3 and shape[2] == 3:
@@ -231,7 +243,9 @@ def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None
         )
 
 
-def _decode(value: bytes | np.ndarray | None, kind: str) -> str | UInt8[np.ndarray, "H W ..."]:
+def _decode(value: bytes | np.ndarray | None, kind: str) -> str | bool | UInt8[np.ndarray, "H W ..."]:
+    if kind == "bool":
+        return bool(value)
     if kind == "text":
         return (value or b"").decode()
     if isinstance(value, bytes):
@@ -255,4 +269,4 @@ def _record(example: EditExample, has_target: bool) -> dict[str, Any]:
         "instruction": example.instruction,
         "caption": example.caption or "",
     }
-    return record | {"target": Image.fromarray(example.target)} if has_target else record
+    return record | {"target": Image.fromarray(example.target), "flawed": example.flawed} if has_target else record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,7 +81,7 @@ class Evaluation:
                 measures = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("measures/")}
                 settings, origin = described["settings"], described.get("origin", {})
                 return cls(tuple(described["names"]), measures, file["images"], settings, origin)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: not an evaluation ({error}).", "Remove the file, and evaluate again.") from None
 
 
@@ -124,7 +125,7 @@ def evaluate(
         One value a measure and example, in the order of the indices.
 
     Raises:
-        UserError: An example has no target, or cannot be read.
+        UserError: An example has no target or one that is flawed, or cannot be read.
         UsageError: There are no examples, their targets are flawed on purpose, or the size is not a whole number of
             tokens.
     """
@@ -193,6 +194,11 @@ def _check(example: EditExample) -> EditExample:
         raise UserError(
             f"{example.name}: no target image; the success of an edit is measured against one.",
             "Add targets, or evaluate on scenes:heldout:500.",
+        )
+    if example.flawed:
+        raise UserError(
+            f"{example.name}: its target is flawed on purpose; a right one was wanted.",
+            "Leave such examples out.",
         )
     return example
 

@@ -27,6 +27,7 @@ def encode(
     mesh: Mesh,
     batch_size: int,
     check: Callable[[EditExample], None],
+    needs_mask: bool = True,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
 
@@ -37,8 +38,9 @@ def encode(
         mesh: The mesh of all processes.
         batch_size: Examples in a batch.
         check: Raises if an example cannot be used.
+        needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
     """
-    source = open_source(config.data.path, config.data.polarity)
+    source = open_source(config.data.path, config.data.polarity, needs_mask)
     mesh = mesh.local_mesh  # each process encodes its own share of the examples
     with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(

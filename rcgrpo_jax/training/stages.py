@@ -56,7 +56,7 @@ class Stage:
         """Step -> batch on the host, with `instructions`."""
         config = self.config
         tokenizers = load_tokenizers(self.folder.path)
-        source = open_source(config.data.path, config.data.polarity)
+        source = open_source(config.data.path, config.data.polarity, needs_mask=False)
         return TripleBatches(
             source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
         )
@@ -223,7 +223,8 @@ class LoRAStage(FlowStage):
             if example.target is None:
                 raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
 
-        return encode(self.config, self.folder, self.workdir, self.mesh, self.config.batch.size, check)
+        size = self.config.batch.size
+        return encode(self.config, self.folder, self.workdir, self.mesh, size, check, needs_mask=False)
 
     def identity(self, batches):
         return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
