@@ -39,6 +39,7 @@ def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_bac
     )
     assert paired_interval(free["success"][None], base["success"][None]).low > 0
     assert paired_interval(held["psnr"][None], free["psnr"][None]).low > 0
+    assert paired_interval(held["success"][None], base["success"][None]).mean > 0  # and does not stop the editing
 
 
 def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
@@ -68,8 +69,9 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
         ("coin", "small_editor", 1, [COIN], 1),
         ("balanced", "small_editor_balanced", 3, [RDP, ACD], 2),
         ("paper", "small_editor_paper", 5, ["--table=components"], 3),
+        ("taus", "small_editor_paper", 5, ["--table=taus"], 4),
     ],
-    ids=["recipe", "coin", "balanced", "paper"],
+    ids=["recipe", "coin", "balanced", "paper", "taus"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     tmp_path, monkeypatch, name, config, seeds, arguments, count
