@@ -130,6 +130,7 @@ def test_exploration_alone_trains_nothing(run, tmp_path, monkeypatch, capsys):
     assert "--seeds: 0 found, and no --batches" in capsys.readouterr().err
     assert main([*arguments, "--batches=1"]) == 0
     assert "background drift, 2 groups" in capsys.readouterr().out
+    assert "| RDP | 0." in (tmp_path / "groups.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert 'section id="distributions"' in page
     assert 'section id="results"' not in page

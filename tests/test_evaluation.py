@@ -17,7 +17,7 @@ from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.lpips import MISSING
-from rcgrpo_jax.evaluation.tables import Column, make_tables, markdown, plain
+from rcgrpo_jax.evaluation.tables import Column, group_table, make_tables, markdown, plain
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, sown_masses
@@ -242,6 +242,15 @@ def test_success_is_told_by_kind_where_names_tell_it():
     assert table.title == "Edit success by kind"
     assert table.lines[0] == ["variant", "add", "remove"]
     assert [cell.split()[0] for cell in table.lines[1]] == ["base", "0.300", "0.500"]
+
+
+def test_groups_are_compared_by_median_and_in_pairs():
+    groups = {"global": np.array([1.0, 3.0, 4.0]), "RDP": np.array([0.5, 2.5, 3.4])}
+    table = group_table("drift", groups)
+    assert table.title == "drift, 3 groups"
+    assert [line[:2] for line in table.lines[1:]] == [["global", "3"], ["RDP", "2.5"]]
+    assert table.lines[1][2] == ""
+    assert table.lines[2][2] == "-0.533 [-0.677, -0.39] *"  # t = 4.303, standard error 0.0333
 
 
 def test_plain_tables_are_aligned():

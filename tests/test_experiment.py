@@ -1,5 +1,6 @@
 """Short runs of the experiments of docs/findings.md: a change of the code that loses what they found fails here."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,16 @@ def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     rows = [row.split(" | ", 1)[1] for row in differences.splitlines()[2:]]
     assert len(rows) == count
     assert all(row in (docs / "findings.md").read_text() for row in rows)
+
+
+def test_the_medians_of_the_findings_are_those_that_are_kept():
+    docs = small_run.ROOT / "docs"
+    kept = (docs / "evaluations" / "exploration" / "groups.md").read_text()
+    medians = re.findall(r"\| GRPO \(global\) \| (\S+) \|", kept)
+    others = re.findall(r"\| GRPO \+ RDP \| (.+) \|", kept)  # a median, and the difference from the row above
+    assert len(medians) == len(others) == 3
+    findings = (docs / "findings.md").read_text()
+    assert all(f"| {median} | {other} |" in findings for median, other in zip(medians, others, strict=True))
 
 
 def test_the_base_measures_today_what_is_kept_of_it(tmp_path):

@@ -20,8 +20,7 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.plots import as_file, distributions
 from rcgrpo_jax.evaluation.report import Report, write_report
-from rcgrpo_jax.evaluation.statistics import paired_interval
-from rcgrpo_jax.evaluation.tables import differences, make_tables, markdown, notes, plain
+from rcgrpo_jax.evaluation.tables import differences, group_table, make_tables, markdown, notes, plain
 from rcgrpo_jax.training.ablation import (
     BASE,
     COMPONENTS,
@@ -140,7 +139,7 @@ def evaluated(
 
 
 def explored(found: Mapping[str, GroupStatistics], out: Path) -> dict[str, Groups]:
-    """Draws Fig. 5, and prints its medians and the paired differences from the first variant; label -> values."""
+    """Draws Fig. 5, and writes and prints its medians and the paired differences; label -> values."""
     rewards = dict.fromkeys(reward for x in found.values() for reward in x.reward_std)
     figures = {"drift": ("background drift", {name: x.drift for name, x in found.items()})} | {
         f"reward_std_{reward}": (
@@ -149,14 +148,10 @@ def explored(found: Mapping[str, GroupStatistics], out: Path) -> dict[str, Group
         )
         for reward in rewards
     }
+    tables = [group_table(label, groups) for label, groups in figures.values()]
+    write_text(out / "groups.md", markdown(tables))
+    print(f"{plain(tables)}\ntable        {out / 'groups.md'}")
     for file, (label, groups) in figures.items():
         write_text(out / f"{file}.svg", as_file(distributions(groups, label)))
-        (first, reference), *others = groups.items()
-        print(f"\n{label}, {len(reference)} groups")
-        for name, values in groups.items():
-            print(f"  {name}: median {np.nanmedian(values):.3g}")
-        for name, values in others:
-            mean, low, high = paired_interval(values[None], reference[None])
-            print(f"  {name} - {first}, mean of pairs: {mean:+.3g} [{low:+.3g}, {high:+.3g}]")
         print(f"plot         {out / f'{file}.svg'}")
     return dict(figures.values())

@@ -113,6 +113,27 @@ def differences(variants: Variants, columns: Sequence[Column] = COLUMNS) -> dict
     }
 
 
+def group_table(label: str, groups: Mapping[str, Float[np.ndarray, " Q"]]) -> Table:
+    """Medians over groups, and the paired differences from the first row: what a plot of the distributions shows.
+
+    Args:
+        label: What the values are.
+        groups: Row -> one value a group, of the same groups in the same order.
+    """
+    (first, reference), *_ = groups.items()
+
+    def difference(values: Float[np.ndarray, " Q"]) -> str:
+        interval = paired_interval(values[None], reference[None])
+        return "{:+.3g} [{:+.3g}, {:+.3g}]".format(*interval) + " *" * interval.excludes_zero
+
+    header = ["variant", "median", f"less {first}, mean of pairs (* excludes zero)"]
+    lines = [
+        [name, f"{np.nanmedian(values):.3g}", "" if name == first else difference(values)]
+        for name, values in groups.items()
+    ]
+    return Table(f"{label}, {len(reference)} groups", [header, *lines])
+
+
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the tables must know to read them right, a line each."""
     lines = [
