@@ -60,6 +60,10 @@ def ratio(values: np.ndarray, other: np.ndarray) -> float:
 
 
 RDP, ACD = "--variant=GRPO + RDP: explore.kind=region acd.weight=0.0", "--variant=RDP + ACD: explore.kind=region"
+HALF = (
+    "--variant=half: explore.kind=region optimizer.learning_rate=0.002 optimizer.decay_steps=40 train.num_steps=40 "
+    "optimizer.ema_decay=0.9"
+)
 COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
 
 
@@ -71,8 +75,9 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
         ("balanced", "small_editor_balanced", 3, [RDP, ACD], 2),
         ("paper", "small_editor_paper", 5, ["--table=components"], 3),
         ("taus", "small_editor_paper", 5, ["--table=taus"], 4),
+        ("half", "small_editor", 5, [HALF], 1),
     ],
-    ids=["recipe", "coin", "balanced", "paper", "taus"],
+    ids=["recipe", "coin", "balanced", "paper", "taus", "half"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     tmp_path, monkeypatch, name, config, seeds, arguments, count
