@@ -18,7 +18,10 @@ from benchmarks.torch_model import ConcentrationProcessor, adapted_transformer, 
 from benchmarks.worker import MATMUL, best_rate
 from rcgrpo_jax.errors import UserError
 
-FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Kernels by preference. cuDNN's are the fastest forward; backward, those of torch 2.11 with cuDNN 9.19 return NaN or
+# fault at FLUX's sizes on an H100, compiled or not.
+FORWARD = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+BACKWARD = FORWARD[1:]
 
 
 class Step:
@@ -107,7 +110,7 @@ class Step:
         at_a_time = self.config.rollout.micro_batch // prompts or group
         index = torch.arange(prompts, device=self.device).repeat_interleave(at_a_time)
         parts = []
-        with self._attention(), concentrating(self.selected, self.region[index]):
+        with self._attention(FORWARD), concentrating(self.selected, self.region[index]):
             for noise in self.noise.split(at_a_time, dim=1):
                 states, densities = [noise.flatten(0, 1)], []
                 for sigma, following in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
@@ -127,7 +130,7 @@ class Step:
         for rows in torch.arange(count, device=self.device).split(self.config.surrogate.micro_batch or count):
             index, anchor, step = (x[rows] for x in self.units)
             before, sigma = self.states[index, anchor, step - 1], self.sigmas[step - 1]
-            with self._attention():
+            with self._attention(BACKWARD):
                 v = self.velocity(before, sigma, index)
                 reached = before + (self.sigmas[step] - sigma)[:, None, None] * v
                 squares = (self.states[index, :, step] - reached[:, None]).square().sum(-1)  # [u, G, N]
@@ -150,8 +153,8 @@ class Step:
     def _publish(self) -> None:
         torch._foreach_copy_([p.data for p in self.lora], self.master)
 
-    def _attention(self) -> contextlib.AbstractContextManager:
-        return sdpa_kernel(FUSED, set_priority=True) if self.gpu else contextlib.nullcontext()
+    def _attention(self, kernels: list[SDPBackend]) -> contextlib.AbstractContextManager:
+        return sdpa_kernel(kernels, set_priority=True) if self.gpu else contextlib.nullcontext()
 
     def _wait(self) -> None:
         if self.gpu:

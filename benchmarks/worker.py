@@ -123,7 +123,8 @@ class Workers:
             {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} if self.preset.alone else {"XLA_PYTHON_CLIENT_PREALLOCATE": "0"}
         )
         quiet = dict.fromkeys(("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error")
-        os.environ.update(room | quiet | {"JAX_COMPILATION_CACHE_DIR": self.compiled.name} | ours)
+        caches = dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), self.compiled.name)
+        os.environ.update(room | quiet | caches | ours)
         yield
         os.environ.clear()
         os.environ.update(ours)

@@ -108,7 +108,7 @@ def test_programs_map_every_operand_of_attention_and_differentiate_outside(monke
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs JAX_PLATFORMS=cuda and a CUDA device")
-@pytest.mark.parametrize(("tokens", "keys"), [(2560, 2560), (150, 278)], ids=str)
+@pytest.mark.parametrize(("tokens", "keys"), [(2560, 2560), (8704, 8704), (150, 278)], ids=str)
 def test_cudnn_computes_what_xla_does(tokens, keys):
     """Values and gradients under `vmap`, in bfloat16 at FLUX's head width; against XLA's in float32."""
     rng = np.random.default_rng(0)
