@@ -71,13 +71,14 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
     ("name", "config", "seeds", "arguments", "count"),
     [
         ("recipe", "small_editor", SEEDS, [ACD], 1),
+        ("acd", "small_editor", 5, [RDP, ACD], 2),
         ("coin", "small_editor", 1, [COIN], 1),
         ("balanced", "small_editor_balanced", 3, [RDP, ACD], 2),
         ("paper", "small_editor_paper", 5, ["--table=components"], 3),
         ("taus", "small_editor_paper", 5, ["--table=taus"], 4),
         ("half", "small_editor", 5, [HALF], 1),
     ],
-    ids=["recipe", "coin", "balanced", "paper", "taus", "half"],
+    ids=["recipe", "acd", "coin", "balanced", "paper", "taus", "half"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     tmp_path, monkeypatch, name, config, seeds, arguments, count
