@@ -92,10 +92,18 @@ def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     assert main(["ablate", f"--config={file}", f"--out={kept}", f"--seeds={seeds}", *arguments]) == 0
     table = (kept / "table.md").read_text()
     assert table == before
-    differences = table.split("**Difference from base")[1].split("\n\n")[1]
-    rows = [row.split(" | ", 1)[1] for row in differences.splitlines()[2:]]
+    findings = (docs / "findings.md").read_text()
+    rows = differences(table, "from base")
     assert len(rows) == count
-    assert all(row in (docs / "findings.md").read_text() for row in rows)
+    assert all(row in findings for row in rows)
+    if count > 1:  # what the last variant adds
+        assert differences(table, "from the row above")[-1] in findings
+
+
+def differences(table: str, what: str) -> list[str]:
+    """The cells of each row of one of the tables of differences, without the name."""
+    lines = table.split(f"**Difference {what}")[1].split("\n\n")[1].splitlines()[2:]
+    return [line.split(" | ", 1)[1] for line in lines]
 
 
 def test_the_medians_of_the_findings_are_those_that_are_kept():
