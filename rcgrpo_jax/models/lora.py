@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
@@ -42,20 +43,24 @@ class Linear(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b in"]) -> Float[Array, "*b out"]:
+    def __call__(self, *parts: Float[Array, "*b part"]) -> Float[Array, "*b out"]:
+        """`x` may come in parts, side by side: each meets its rows of `W`, and nothing is joined in memory."""
+        ends = np.cumsum([x.shape[-1] for x in parts])
         kernel = self.get_variable("params", "kernel")
         if isinstance(kernel, QuantizedKernel):
             kernel = dequantize(kernel, self.dtype)
         else:
-            shape = (x.shape[-1], self.features)
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (ends[-1], self.features), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+
+        def times(weights: Float[Array, "in k"]) -> Float[Array, "*b k"]:
+            rows = jnp.split(weights.astype(self.dtype), ends[:-1])
+            return sum(x.astype(self.dtype) @ w for x, w in zip(parts, rows, strict=True))
+
+        y = times(kernel)
         y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("lora", "A"):
-            a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("A", "B"))
-            y = y + (x @ a) @ b
+            y = y + times(self.get_variable("lora", "A")) @ self.get_variable("lora", "B").astype(self.dtype)
         return y
 
 

@@ -165,37 +165,35 @@ class Attention(_Block):
         return x if norm is None else self.part(RMSNorm, norm)(x)
 
     @nn.compact
-    def __call__(self, text: Array, image: Array, angles: Array, region: Array | None, layer: Array):
+    def __call__(self, *streams: Array, angles: Array, region: Array | None, layer: Array) -> tuple[Array, ...]:
+        x = streams[-1]
+        q, k, v = self.heads(x, "to_q", "norm_q"), self.heads(x, "to_k", "norm_k"), self.heads(x, "to_v")
         if self.joint:
-            q, k, v = (
-                jnp.concatenate([self.heads(text, added, norm_added), self.heads(image, own, norm)], axis=-3)
-                for added, norm_added, own, norm in (
-                    ("add_q_proj", "norm_added_q", "to_q", "norm_q"),
-                    ("add_k_proj", "norm_added_k", "to_k", "norm_k"),
-                    ("add_v_proj", None, "to_v", None),
-                )
+            text = streams[0]
+            added = (
+                self.heads(text, "add_q_proj", "norm_added_q"),
+                self.heads(text, "add_k_proj", "norm_added_k"),
+                self.heads(text, "add_v_proj"),
             )
-        else:
-            x = jnp.concatenate([text, image], axis=-2)
-            q, k, v = self.heads(x, "to_q", "norm_q"), self.heads(x, "to_k", "norm_k"), self.heads(x, "to_v")
+            q, k, v = (jnp.concatenate(pair, axis=-3) for pair in zip(added, (q, k, v), strict=True))
         q, k = rope.rotate(q, angles), rope.rotate(k, angles)
         if region is not None:
-            self.sow_concentration(q, k, text.shape[-2], region, layer)
+            self.sow_concentration(q, k, region, layer)
         out = attend(q, k, v, self.options.implementation)
         out = out.reshape(*out.shape[:-2], self.config.width)
-        text, image = out[..., : text.shape[-2], :], out[..., text.shape[-2] :, :]
-        if self.joint:
-            text = self.linear(self.config.width, "to_add_out")(text)
-            image = self.linear(self.config.width, "to_out_0")(image)
-        return text, image
+        if not self.joint:
+            return (out,)
+        num_text = streams[0].shape[-2]
+        text, image = out[..., :num_text, :], out[..., num_text:, :]
+        return self.linear(self.config.width, "to_add_out")(text), self.linear(self.config.width, "to_out_0")(image)
 
-    def sow_concentration(self, q: Array, k: Array, num_text: int, region: Array, layer: Array) -> None:
+    def sow_concentration(self, q: Array, k: Array, region: Array, layer: Array) -> None:
         """Sows Eq. 16's masses of the selected blocks, zeros in the others (one scanned program serves all blocks)."""
         first = self.config.num_blocks - self.options.acd_layers
         if first >= (self.config.num_layers if self.joint else self.config.num_blocks):
             return  # no block of this stack is selected
         mask = jnp.concatenate([region, region], axis=-1) if self.options.acd_reference_keys else region
-        q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + mask.shape[-1], :, :]
+        num_text = q.shape[-3] - 2 * region.shape[-1]
         scale = self.config.attention_head_dim**-0.5
 
         @partial(jnp.vectorize, signature="(t,h,d),(i,h,d),(i)->(t),(t)")
@@ -207,6 +205,7 @@ class Attention(_Block):
             return concentration.attention_map(q, k, scale)
 
         def report() -> dict[str, Array]:
+            q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + mask.shape[-1], :, :]
             inside, total = masses(q_txt, k_img, mask)
             extra = {"acd_map": attention_map(q_txt, k_img)} if self.options.acd_map else {}
             return {"acd_inside": inside, "acd_total": total, **extra}
@@ -241,7 +240,7 @@ class DoubleBlock(_Block):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.part(Modulation, "norm1", 6)(vec)
         shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = self.part(Modulation, "norm1_context", 6)(vec)
         attended_text, attended_image = self.part(Attention, "attn", self.options, True)(
-            modulate(text, shift_t, scale_t), modulate(image, shift, scale), angles, region, layer
+            modulate(text, shift_t, scale_t), modulate(image, shift, scale), angles=angles, region=region, layer=layer
         )
         image = image + gate[..., None, :] * attended_image
         text = text + gate_t[..., None, :] * attended_text
@@ -251,20 +250,21 @@ class DoubleBlock(_Block):
 
 
 class SingleBlock(_Block):
-    """One stream [text, image], attention and MLP side by side; a step of `nn.scan`."""
+    """One stream [text, target, reference], attention and MLP side by side; a step of `nn.scan`."""
 
     options: AttentionOptions
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
-        text, image = keep_whole(*streams)
+    def __call__(self, x: Array, layer: Array, vec: Array, angles: Array, region: Array | None):
+        (x,) = keep_whole(x)
         shift, scale, gate = self.part(Modulation, "norm", 3)(vec)
-        text_in, image_in = modulate(text, shift, scale), modulate(image, shift, scale)
-        attended = self.part(Attention, "attn", self.options, False)(text_in, image_in, angles, region, layer)
-        mlp = self.linear(4 * self.config.width, "proj_mlp")(jnp.concatenate([text_in, image_in], axis=-2))
-        out = jnp.concatenate([jnp.concatenate(attended, axis=-2), nn.gelu(mlp, approximate=True)], axis=-1)
-        out = gate[..., None, :] * self.linear(self.config.width, "proj_out")(out)
-        return keep_whole(text + out[..., : text.shape[-2], :], image + out[..., text.shape[-2] :, :]), None
+        modulated = modulate(x, shift, scale)
+        (attended,) = self.part(Attention, "attn", self.options, False)(
+            modulated, angles=angles, region=region, layer=layer
+        )
+        mlp = nn.gelu(self.linear(4 * self.config.width, "proj_mlp")(modulated), approximate=True)
+        (x,) = keep_whole(x + gate[..., None, :] * self.linear(self.config.width, "proj_out")(attended, mlp))
+        return x, None
 
 
 class MMDiT(nn.Module):
@@ -333,15 +333,17 @@ class MMDiT(nn.Module):
         angles = rope.angles(ids, self.config.axes_dims_rope, self.config.rope_theta)
 
         doubles, singles = self.config.num_layers, self.config.num_single_layers
-        streams = (text, image)
-        for block, name, layers in (
-            (DoubleBlock, "transformer_blocks", jnp.arange(doubles)),
-            (SingleBlock, "single_transformer_blocks", doubles + jnp.arange(singles)),
-        ):
-            if layers.size:
-                streams, _ = self._stack(block, layers.size, name)(streams, layers, vec, angles, region)
+        conditions = (vec, angles, region)
+        if doubles:
+            blocks = self._stack(DoubleBlock, doubles, "transformer_blocks")
+            (text, image), _ = blocks((text, image), jnp.arange(doubles), *conditions)
+        stream = jnp.concatenate([text, image], axis=-2)
+        if singles:
+            blocks = self._stack(SingleBlock, singles, "single_transformer_blocks")
+            stream, _ = blocks(stream, doubles + jnp.arange(singles), *conditions)
+        target = stream[..., text.shape[-2] : text.shape[-2] + num_img, :]
         scale, shift = Modulation(*shared, 2, name="norm_out")(vec)
-        out = modulate(streams[1][..., :num_img, :], shift, scale)
+        out = modulate(target, shift, scale)
         return Linear(self.config.in_channels, self.dtype, self.param_dtype, name="proj_out")(out).astype(jnp.float32)
 
 
