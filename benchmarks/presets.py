@@ -23,7 +23,8 @@ Integers = TypeVar("Integers")  # int32 array of NumPy or JAX, or tensor of torc
 KNOWN = {
     "model.remat": ("none", "full"), "model.quantization": ("none",), "lora.targets": ("attention",),
     "surrogate.distance": ("region",), "surrogate.anchor_mode": ("replay",), "surrogate.weighting": ("uniform",),
-    "surrogate.steps": ("all", "early"), "acd.text": ("all",),
+    "surrogate.steps": ("all", "early"), "acd.text": ("all",), "acd.reference_keys": (False,),
+    "objective.source_advantage": (0.0,),
 }  # fmt: skip
 
 
@@ -51,8 +52,17 @@ class Preset:
         for name, values in KNOWN.items():
             if (found := get_field(config, name)) not in values:
                 raise UsageError(
-                    f"{name}: {found!r} found; torch's step knows {', '.join(values)}.", "Leave it as it is."
+                    f"{name}: {found!r} found; torch's step knows {', '.join(map(str, values))}.", "Leave it as it is."
                 )
+        blocks = self.transformer.num_blocks
+        if not (config.acd.weight and config.acd.layers <= blocks):
+            raise UsageError(
+                f"acd: weight {config.acd.weight}, layers {config.acd.layers} found; both steps compute the reward, of "
+                f"at most the {blocks} blocks that there are.",
+                "Set acd.layers within them, and no acd.weight of 0.",
+            )
+        if not config.model.max_text_tokens:
+            raise UsageError("model.max_text_tokens: 0 found; a number of tokens was wanted.", "Leave it as it is.")
         object.__setattr__(self, "config", config)
 
     @property

@@ -103,11 +103,17 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} found; a positive whole number was wanted")
+    return int(text)
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="small")
-    parser.add_argument("--rounds", type=int, help="turns of each framework")
-    parser.add_argument("--repeats", type=int, help="steps a turn")
+    parser.add_argument("--rounds", type=positive, help="turns of each framework")
+    parser.add_argument("--repeats", type=positive, help="steps a turn")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default on a GPU")
     parser.add_argument(
         "--set",
@@ -125,6 +131,8 @@ def chosen(options: argparse.Namespace) -> Preset:
     preset, changes = PRESETS[options.preset], {}
     for item in options.set:
         name, _, value = item.partition("=")
+        if name in ("model.path", "data.path"):
+            raise UsageError(f"--set: {name} found; a preset has its own model and inputs.", "Choose another --preset.")
         try:
             changes[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):  # a bare word
@@ -147,9 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return error.exit_code
+    print(table(report))  # first: what was measured must not be lost with the file
     if options.json:
-        options.json.write_text(json.dumps({**report, "summary": summary(report)}, indent=2) + "\n")
-    print(table(report))
+        try:
+            options.json.write_text(json.dumps({**report, "summary": summary(report)}, indent=2) + "\n")
+        except OSError as error:
+            say(f"error: --json: {options.json} cannot be written ({error.strerror}). The table above is all there is.")
+            return 1
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.presets import Preset
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.plan import gpu
 
 MATMUL = {"cpu": 2048, "gpu": 8192}  # side of the matrices whose product shows a device's peak
 
@@ -119,9 +120,9 @@ class Workers:
     def _environment(self) -> Iterator[None]:
         """Variables of the processes, where they are not set: they are read before any line of ours runs."""
         ours = dict(os.environ)
-        room = (
-            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} if self.preset.alone else {"XLA_PYTHON_CLIENT_PREALLOCATE": "0"}
-        )
+        room = {"XLA_PYTHON_CLIENT_PREALLOCATE": "0"}
+        if self.preset.alone:
+            room = {"XLA_PYTHON_CLIENT_MEM_FRACTION": gpu.MEMORY_FRACTION, "XLA_FLAGS": gpu.XLA_FLAGS}
         quiet = dict.fromkeys(("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error")
         caches = dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), self.compiled.name)
         os.environ.update(room | quiet | caches | ours)

@@ -74,7 +74,7 @@ parse() {
 }
 
 check() {
-  local flag
+  local flag twice
   for flag in nodes gpus; do
     [[ ${!flag:-1} =~ ^[1-9][0-9]*$ ]] ||
       fail 2 "--$flag: '${!flag}' found; a positive integer was wanted." "Correct it."
@@ -87,11 +87,20 @@ check() {
       fail 2 "--${flag/environment/env} found without --hosts." "Add --hosts, or set variables before the command."
   done
   [ -z "$slurm" ] || [ ${#hosts[@]} = 0 ] || fail 2 "--slurm and --hosts found; one was wanted." "Leave one out."
+  for flag in nodes gpus sbatch_flags; do
+    [ -z "${SLURM_JOB_ID:-}" ] || [ -z "$slurm" ] || [ -z "${!flag-}" ] ||
+      fail 2 "--${flag%_flags} found inside of an allocation, whose machines are given." "Leave it out."
+  done
+  [ -z "$coordinator" ] || [[ $coordinator =~ ^[^:]+:[0-9]+$ ]] ||
+    fail 2 "--coordinator: '$coordinator' found; HOST:PORT was wanted." "For example ${hosts[0]#*@}:12355."
+  twice=$(printf '%s\n' ${hosts[@]+"${hosts[@]}"} | sort | uniq -d | head -n 1)
+  [ -z "$twice" ] || fail 2 "--hosts: '$twice' found twice; a process has all GPUs of its host." "Name each once."
   if [ "$action" = run ]; then
     need_arguments
-    case $(workdir) in "" | /* | *://*) ;; *)
+    [ ${#hosts[@]} = 0 ] || check_sent
+    case $(argument --workdir) in "" | /* | *://*) ;; *)
       [ ${#hosts[@]} -lt 2 ] ||
-        fail 2 "--workdir: '$(workdir)' found, which every host has for itself; one that all see was wanted." \
+        fail 2 "--workdir: '$(argument --workdir)' found, which every host has for itself; one that all see was wanted." \
           "Name it by its absolute path."
       ;;
     esac

@@ -52,15 +52,29 @@ need_arguments() {
       "For example: -- train --config configs/kontext_512.py --workdir DIRECTORY"
 }
 
-# The --workdir among the arguments of rcgrpo.
-workdir() {
+# FLAG -> its value among the arguments of rcgrpo
+argument() {
   local word before="" found=""
   for word in "${arguments[@]}"; do
-    [ "$before" != --workdir ] || found=$word
-    case $word in --workdir=*) found=${word#*=} ;; esac
+    [ "$before" != "$1" ] || found=$word
+    case $word in "$1"=*) found=${word#*=} ;; esac
     before=$word
   done
   echo "$found"
+}
+
+# What would end the command on the workers only: a variable with no name, a configuration that does not arrive there.
+check_sent() {
+  local variable config
+  for variable in ${environment[@]+"${environment[@]}"}; do
+    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
+      fail 2 "--env: '$variable' found; NAME=VALUE was wanted." "Names have letters, digits and _, no digit first."
+  done
+  config=$(argument --config)
+  case $config in "" | /* | *://*) return ;; esac
+  [ -f "${config%%:*}" ] || fail 2 "--config: '$config' found, which is no file of this checkout." "Correct the path."
+  ! git check-ignore --quiet "${config%%:*}" ||
+    fail 2 "--config: '$config' found, which git ignores: it would not be sent." "Keep it where git sees it."
 }
 
 # Makes $archive: the working tree as git sees it, changed and new files too, ignored ones not.

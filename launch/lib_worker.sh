@@ -52,8 +52,9 @@ task() {
     words+=("$word")
   done
   if command -v nvidia-smi >/dev/null; then
-    # JAX's GPU performance tips: overlap of communication and computation. What the user sets comes last and wins.
-    export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
+    # As plan/gpu.py has them, which says why. What the user sets comes last and wins.
+    export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
+    export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
     # Under Slurm, JAX takes one GPU a process unless told; here a process takes its node's.
     if [ "${SLURM_PROCID:-}" ]; then
       export JAX_LOCAL_DEVICE_IDS="${JAX_LOCAL_DEVICE_IDS:-$(

@@ -34,7 +34,7 @@ cd "$(dirname "$0")/.."
 
 extra=tpu
 poll=${RCGRPO_LAUNCH_POLL:-30} # seconds between two looks at a state
-tries=3                        # connections that may fail in a row before a TPU counts as broken
+tries=3                        # attempts that may fail in a row before a TPU counts as broken
 name="" zone="" project="" type="" version="" slices=1 spot="" reserved="" direct="" keep=""
 create_flags=() ssh_flags=()
 
@@ -88,7 +88,10 @@ check() { # ACTION
     fail 2 "--slices $slices found with --direct; 1 was wanted." "Several slices come from the queue: drop --direct."
   case $1 in train | up) check_type ;; esac
   case $1 in
-    train | run) need_arguments ;;
+    train | run)
+      need_arguments
+      check_sent
+      ;;
     *) [ ${#arguments[@]} = 0 ] || fail 2 "'${arguments[0]}' found after --; $1 takes none." "Only train and run do." ;;
   esac
   [ "$1" != train ] || check_workdir
@@ -107,8 +110,8 @@ check_type() {
 }
 
 check_workdir() { # it must outlive the TPU VM: a preemption takes the disk along, and so does `down`
-  case $(workdir) in gs://?* | /*) ;; *)
-    fail 2 "--workdir: '$(workdir)' found, on a disk that goes with the TPU VM; gs://BUCKET/DIRECTORY was wanted." \
+  case $(argument --workdir) in gs://?* | /*) ;; *)
+    fail 2 "--workdir: '$(argument --workdir)' found, on a disk that goes with the TPU VM; gs://BUCKET/DIRECTORY was wanted." \
       "Name one, or a path on a file server that every worker mounts."
     ;;
   esac
@@ -191,8 +194,21 @@ on_workers() { # SHELL [FILE]
   tpu run ssh "${flags[@]}" "--command=$shell"
 }
 
+# A TPU that has worked and cannot be reached any more is made again. One that answers, or never has, is left alone: the
+# fault is elsewhere, and a new one would have it too.
+replace() {
+  ! on_workers true ||
+    fail 1 "$name can be reached, but rcgrpo cannot be started there." \
+      "gcloud says why above. The TPU is still there, and costs: train again, or down."
+  [ "$reached" ] ||
+    fail 1 "$name cannot be reached." \
+      "See to ssh first (keys, firewall, --gcloud-ssh). The TPU is still there, and costs: train again, or down."
+  delete || true
+  reached=""
+}
+
 train() {
-  local lost=0 result again=""
+  local lost=0 result again="" reached=""
   trap 'say "$name is left as it is; the same command goes on from here, down deletes it"; exit 130' INT
   pack
   while true; do
@@ -200,6 +216,7 @@ train() {
     again=patient
     result=lost
     if start; then
+      reached=yes
       on_workers "$(far follow)" || true # how it went is asked for
       result=$(outcome)
     fi
@@ -210,9 +227,9 @@ train() {
       stopped) say "rcgrpo was stopped on $name" ;;
       lost)
         lost=$((lost + 1))
-        say "no connection to $name ($lost of $tries)"
+        say "no answer from $name ($lost of $tries)"
         if [ "$lost" = "$tries" ]; then
-          delete || true
+          replace
           lost=0
         fi
         ;;
@@ -257,6 +274,7 @@ case $1 in
     start
     ;;
   status)
+    [ -z "$dry_run" ] || created=yes # as if it were there: the commands are wanted
     now=$(state) || fail 1 "$name: its state cannot be told." "gcloud says why above."
     say "$name is $now"
     case $now in ACTIVE | READY) on_workers "$(far status)" ;; esac

@@ -88,6 +88,8 @@ class Site:
     def __init__(self, path: Path):
         self.path, self.checkout = path, path / "checkout"
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        (self.checkout / "configs").mkdir()
+        (self.checkout / "configs" / "a.py").touch()
         (self.checkout / "new.txt").write_text("neither committed nor added")
         subprocess.run(["git", "init", "--quiet"], cwd=self.checkout, check=True)
         self.homes = [path / "home0", path / "home1"]

@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from launch_site import HARD, TRAIN, UNPACK, WAIT, WORKER, Site, far
 
+from rcgrpo_jax.plan import gpu
+
 
 @pytest.fixture
 def site(tmp_path):
@@ -25,7 +27,8 @@ def test_one_machine(site):
     done = site.run("gpu.sh", "--", *HARD, does="exit 6", XLA_FLAGS="--mine")
     assert done.returncode == 6
     assert site.argv(0) == HARD
-    assert site.environ(0, "XLA_FLAGS") == "--xla_gpu_enable_latency_hiding_scheduler=true --mine"
+    assert site.environ(0, "XLA_FLAGS") == f"{gpu.XLA_FLAGS} --mine"
+    assert site.environ(0, "XLA_PYTHON_CLIENT_MEM_FRACTION") == gpu.MEMORY_FRACTION
     assert site.environ(0, "JAX_LOCAL_DEVICE_IDS") is None
     assert ["pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[cuda]"] in site.calls("pip")
 
@@ -98,6 +101,13 @@ def test_slurm(site, does, code, requeued):
     assert site.argv(0) == HARD
     assert site.environ(0, "JAX_LOCAL_DEVICE_IDS") == "0,1"
     assert site.calls("scontrol") == requeued
+
+
+def test_an_allocation_s_machines_are_given(site):
+    done = site.run("gpu.sh", "--slurm", "--nodes=4", "--", "train", SLURM_JOB_ID="17")
+    assert done.returncode == 2
+    assert "--nodes found inside of an allocation, whose machines are given." in done.stderr
+    assert site.calls() == []
 
 
 def test_an_allocation_of_ones_own_is_not_put_back_into_the_queue(site):

@@ -193,12 +193,44 @@ def test_an_api_that_is_away_for_a_while_deletes_nothing(site):
     assert "create" not in [call[4] for call in site.calls("gcloud")]
 
 
-def test_a_tpu_that_cannot_be_reached_three_times_is_made_again(site):
+def changes(site) -> list[list[str]]:
+    return [call for call in site.calls("gcloud") if call[4] in ("create", "delete")]
+
+
+def test_a_tpu_that_cannot_be_reached_any_more_is_made_again(site):
+    """It was started there; then nobody follows, says how it went, starts it again twice, or answers at all."""
     states = "ACTIVE ACTIVE ACTIVE ABSENT ACTIVE"
-    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN, states=states, lost="1 2 3")
+    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN, states=states, lost="2 3 4 5 6")
     assert done.returncode == 0
-    changes = [call for call in site.calls("gcloud") if call[4] in ("create", "delete")]
-    assert changes == [DELETE, create(*V5E), DELETE]
+    assert changes(site) == [DELETE, create(*V5E), DELETE]
+
+
+def test_a_tpu_that_was_never_reached_is_kept(site):
+    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN, states="ACTIVE ACTIVE ACTIVE", lost="1 2 3 4")
+    assert done.returncode == 1
+    assert "error: rc cannot be reached.\n  See to ssh first" in done.stderr
+    assert changes(site) == []
+
+
+def test_a_tpu_that_answers_but_starts_nothing_is_kept(site):
+    (site.homes[1] / "rcgrpo").write_text("where a directory was wanted")
+    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN, states="ACTIVE ACTIVE ACTIVE")
+    assert done.returncode == 1
+    assert "error: rc can be reached, but rcgrpo cannot be started there." in done.stderr
+    assert changes(site) == []
+
+
+def test_a_configuration_that_git_ignores_is_refused_before_anything_is_created(site):
+    (site.checkout / ".gitignore").write_text("configs/a.py\n")
+    done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN)
+    assert done.returncode == 2
+    assert "--config: 'configs/a.py' found, which git ignores" in done.stderr
+    assert site.calls() == []
+
+
+def test_a_dry_status_prints_what_it_would_ask(site):
+    dry = tpu(site, "status", "--dry-run")
+    assert [shlex.split(line) for line in dry.stdout.splitlines()] == [DESCRIBE, ssh(far("status"))]
 
 
 @pytest.mark.parametrize("action", ["train", "logs"])

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 
 from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.parallel.slurm import slurm_tasks
 
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
@@ -85,8 +86,8 @@ def _run(argv: list[str], debug: bool) -> int:
 
 def _processes(environ: Mapping[str, str]) -> int:
     """How many processes the launcher has started of this command."""
-    found = environ.get("RCGRPO_NUM_PROCESSES") or ("SLURM_STEP_NODELIST" in environ and environ.get("SLURM_NTASKS"))
-    return int(found) if found and found.isdigit() else 1
+    found = environ.get("RCGRPO_NUM_PROCESSES")
+    return int(found) if found and found.isdigit() else slurm_tasks(environ)
 
 
 def _leave(code: int) -> None:

@@ -26,16 +26,16 @@ from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
 
-No TPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`). A program
-takes one to five minutes to compile on one core. The exit code is 1 if one does not fit, with the nearest setting that
-does."""
+No TPU or GPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`). A
+program takes half a minute to ten to compile. The exit code is 1 if one does not fit, with the nearest setting that
+does. A search is free in mesh, micro-batches and remat: what the file or the command line says of them is not kept."""
 
 
 def _flags(values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=argv
     )
-    flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, 2*v6e:16x16 (two slices), ..., or local", values)
+    flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h100:8, 2*v6e:16x16 (two slices), ..., or local", values)
     flags.DEFINE_bool("search", False, "try mesh shapes, micro-batches and remat policies; rank those that fit", values)
     flags.DEFINE_integer("limit", 12, "programs that a search, or a fix, compiles at most", 1, flag_values=values)
     flags.DEFINE_float("price", None, "of a chip-hour, in your currency", 0.0, flag_values=values)
@@ -49,9 +49,7 @@ def run(argv: list[str]) -> None:
     check_config("plan", argv, "rcgrpo_jax.training.config")
     values, _ = parse("plan", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "topology"))
     if values.topology != "local" and not jax.config.jax_platforms:
-        jax.config.update(
-            "jax_platforms", "cpu"
-        )  # nothing runs; and libtpu must not look for the TPU that is not there
+        jax.config.update("jax_platforms", "cpu")  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
     config = changed(values.config, {})
     config.model.path = config.model.path or FLUX_KONTEXT

@@ -19,6 +19,8 @@ from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 
+_SAME_DATA = "Give every process the same data, or one folder that all see."
+
 
 class Source(Protocol):
     """Random access to examples; `data.folder.EditFolder` is one."""
@@ -57,7 +59,7 @@ class EncodedSource:
         progress: Called after each example with (done, all).
 
     Raises:
-        UserError: If an example cannot be read, or the cache cannot be written.
+        UserError: If an example cannot be read or differs between processes, or the cache cannot be written.
     """
 
     def __init__(
@@ -73,6 +75,11 @@ class EncodedSource:
         parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         settings = [editor.folder.fingerprint(part) for part in parts]
         settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
+        sizes = distributed.gather(np.array([len(source)]))
+        if sizes.min() < sizes.max():
+            raise UserError(
+                f"data: the processes find different numbers of examples, {', '.join(map(str, sizes))}.", _SAME_DATA
+            )
         own = distributed.own_share(len(source))
         hashes = np.zeros((len(source), 16), np.uint8)
         with distributed.together():
@@ -88,7 +95,10 @@ class EncodedSource:
         with distributed.together():
             for index, file in enumerate(self._files):  # those of the others, where they have disks of their own
                 if not file.is_file():
-                    self._write(file, source[index], editor, size)
+                    example = source[index]
+                    if self._file(_content_hash(example, settings)) != file:
+                        raise UserError(f"data: example {index} is not what another process finds there.", _SAME_DATA)
+                    self._write(file, example, editor, size)
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from rcgrpo_jax.errors import UsageError
+
 BLOCKS = (1024, 512, 256, 128)  # tokens of a tile of the TPU kernel, the largest that divides is taken
 # Of its backward pass in one kernel: bytes of a tile of keys, which v4's 16 MiB of vector memory hold with all else
 # (2560 tokens of FLUX in bfloat16), and how many tiles there may be.
@@ -112,12 +114,21 @@ def choose(name: str, platform: str, dtype: Any) -> str:
         name: A name of `IMPLEMENTATIONS`, or `auto`.
         platform: Of the devices, which need not be those of this machine: tpu, gpu or cpu.
         dtype: Of queries, keys and values.
+
+    Raises:
+        UsageError: If the platform has no such implementation, or not for this dtype.
     """
-    if name != AUTO:
-        return name
-    if platform == "tpu":
-        return "splash"
-    return "cudnn" if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 else "xla"
+    half = jnp.dtype(dtype).itemsize == 2
+    served = {"splash": platform == "tpu", "cudnn": platform == "gpu" and half, "xla": True}  # the fastest first
+    if name == AUTO:
+        return next(one for one, runs in served.items() if runs)
+    if not served[name]:
+        wanted = {"splash": "a TPU", "cudnn": "a GPU and bfloat16 or float16"}[name]
+        raise UsageError(
+            f"config: model.attention: {name!r} needs {wanted}; found {platform} and {jnp.dtype(dtype).name}.",
+            "Set model.attention=auto: the fastest that runs there.",
+        )
+    return name
 
 
 def attend(

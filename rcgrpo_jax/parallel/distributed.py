@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
+from rcgrpo_jax.parallel.slurm import slurm_tasks
 
 VARIABLES = {
     "coordinator": "RCGRPO_COORDINATOR",
@@ -46,7 +47,7 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
     given = {name: given.get(name) or environ.get(variable) for name, variable in VARIABLES.items()}
     if any(given.values()):
         options = _explicit(given)
-    elif int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environ:  # which `srun` alone sets
+    elif slurm_tasks(environ) > 1:
         options = {"cluster_detection_method": "slurm"}
     elif any(os.path.exists(f"/dev/{device}") for device in ("accel0", "vfio/0")) and _has_libtpu():
         options = {}
@@ -158,6 +159,13 @@ def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:
         "" if error is None else error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
     return np.frombuffer(" ".join(text.split()).encode()[:CAUSE_BYTES].ljust(CAUSE_BYTES, b"\0"), np.uint8)
+
+
+def text_of_main(text: str) -> str:
+    """The text of process 0, on every process."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(gather(np.array([own.size])).max())
+    return from_main(np.pad(own, (0, size - own.size))).tobytes().rstrip(b"\0").decode()
 
 
 def from_main(tree: Any) -> Any:

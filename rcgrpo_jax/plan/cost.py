@@ -2,8 +2,8 @@
 
 XLA's own `cost_analysis()` counts the body of a loop once. Here matrix products and convolutions count as XLA counts
 them (2 FLOPs a multiply-add that meets data, not padding); element-wise work does not count. A kernel counts what it
-states, and JAX's attention kernel for TPU, which states nothing, by its operands. Of a conditional the dearer branch
-counts.
+states, and JAX's attention kernel for TPU and cuDNN's, which state nothing, by their operands. Of a conditional the
+dearer branch counts.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def _compute(instruction: Instruction, computation: Computation, total: Cost) ->
             total.flops += dot_flops(instruction, computation)
         elif estimate := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes):
             total.flops += int(estimate[1])
+        elif target.startswith("__cudnn$fmha"):
+            total.flops += cudnn_attention_flops(instruction, computation, backward="Backward" in target)
         elif kernel := _SPLASH.search(instruction.attributes):
             fused = kernel[1] == "dkv" and len(instruction.shapes) > 4
             products = _SPLASH_PRODUCTS["fused" if fused else kernel[1]]
@@ -163,6 +165,15 @@ def splash_product_flops(instruction: Instruction, computation: Computation) -> 
     arrays = [operand.shapes[0] for operand in computation.operands(instruction)]
     q, k = [array for array in arrays if array.dtype in ("bf16", "f32")][:2]
     return 2 * math.prod(q.dims) * k.dims[-2]
+
+
+def cudnn_attention_flops(instruction: Instruction, computation: Computation, backward: bool) -> float:
+    """2 x samples x queries x heads x D x keys, of cuDNN's two products forward (q k^T, p v) and five backward.
+
+    Queries `[b, N, H, D]` and keys `[b, M, H, D]` come first. Backward are q k^T, p^T do, do v^T, ds k and ds^T q.
+    """
+    q, k = (operand.shapes[0].dims for operand in computation.operands(instruction)[:2])
+    return (5 if backward else 2) * 2 * math.prod(q) * k[1]
 
 
 def convolution_flops(instruction: Instruction, computation: Computation) -> float:

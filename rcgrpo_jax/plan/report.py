@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -57,6 +59,7 @@ def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | 
             entry["roofline"] = roofline(plan.cost, topology.chip)._asdict()
         programs.append(entry)
     return {
+        "software": _versions(),
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(workload.mesh.shape),
@@ -65,6 +68,15 @@ def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | 
         "step": step,
         "config": config.to_dict(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """What compiled a plan: the versions of those of these packages that are installed."""
+    found = {}
+    for name in ("rcgrpo_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""The devices of a plan: TPUs that are not there, by the TPU compiler's description of them, or the local ones."""
+"""The devices of a plan: TPUs or GPUs that are not there, by a compiler's description of them, or the local ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import jax
 import numpy as np
 
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
+from rcgrpo_jax.plan import gpu
+from rcgrpo_jax.plan.chips import GPUS, TPUS, Chip, chip_of
 
-_FORMS = "Write CHIP:AxB or CHIP:AxBxC (v5e:4x4, v5p:4x4x4), N*CHIP:AxB for N slices, or local."
+_FORMS = (
+    "Write a TPU slice by its sides (v5e:4x4, v5p:4x4x4), a node by its GPUs (h100:8), 2*v5e:4x4 or 2*h100:8 for two, "
+    "or local."
+)
 
 
 class Topology(NamedTuple):
@@ -26,8 +30,9 @@ class Topology(NamedTuple):
 
     @property
     def slices(self) -> np.ndarray:
-        """The slice of each device, `[devices]` int; between slices is only the data-centre network."""
-        return np.asarray([getattr(device, "slice_index", None) or 0 for device in self.devices])
+        """The slice of each TPU or node of each GPU, `[devices]` int; between them is only the data-centre network."""
+        index = "process_index" if self.devices[0].platform == "gpu" else "slice_index"
+        return np.asarray([getattr(device, index, None) or 0 for device in self.devices])
 
     @property
     def chips(self) -> int:
@@ -38,21 +43,25 @@ def open_topology(name: str) -> Topology:
     """The devices that a name stands for.
 
     Args:
-        name: `local`, or a TPU slice such as `v5e:4x4`, or several such as `2*v5e:4x4`.
+        name: `local`, a TPU slice such as `v5e:4x4`, a node of GPUs such as `h100:8`, or several of one, `2*v5e:4x4`.
 
     Raises:
         UsageError: If the name is not one of these.
-        UserError: If the TPU compiler is not installed or refuses the shape.
+        UserError: If the compiler is not installed or refuses the shape.
     """
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, devices, chip_of(devices[0].device_kind), _memory(devices[0]))
     found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
-    if not found or found[2] not in TPUS:
-        raise UsageError(f"--topology: {name!r} found; chips are {', '.join(TPUS)}.", _FORMS)
-    slices, chip, shape = int(found[1] or 1), TPUS[found[2]], [int(side) for side in found[3].split("x")]
-    if len(shape) != chip.axes:
-        raise UsageError(f"--topology: {name!r} has {len(shape)} sides; {chip.name} slices have {chip.axes}.", _FORMS)
+    if not found or found[2] not in TPUS | GPUS:
+        raise UsageError(f"--topology: {name!r} found; chips are {', '.join(TPUS | GPUS)}.", _FORMS)
+    slices, chip, shape = int(found[1] or 1), (TPUS | GPUS)[found[2]], [int(side) for side in found[3].split("x")]
+    if len(shape) != (chip.axes or 1):
+        what = f"{chip.name} slices have {chip.axes}" if chip.axes else f"of {chip.name} it is a number"
+        raise UsageError(f"--topology: {name!r} has {len(shape)} sides; {what}.", _FORMS)
+    if chip.card:
+        devices = gpu.describe(name, chip, slices, shape[0])
+        return Topology(name, devices, chip, int(gpu.memory_fraction() * chip.card.memory))
     return Topology(name, _describe(name, f"{chip.name}:{found[3]}", shape, slices), chip, chip.memory)
 
 

@@ -27,6 +27,8 @@ from rcgrpo_jax.parallel.distributed import together
 _SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
+_NOT_OF_FILES = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "ABORTED", "CANCELLED")  # XLA's statuses
+
 
 class Checkpointer:
     """The checkpoints of one run. Reading touches nothing on disk, so a running training can be read beside.
@@ -189,10 +191,15 @@ class Checkpointer:
 
     @contextmanager
     def _read_errors(self, path: Path) -> Iterator[None]:
-        """Turns any failure to read into a `UserError`: a damaged checkpoint fails in as many ways as it has files."""
+        """Turns any failure to read into a `UserError`: a damaged checkpoint fails in as many ways as it has files.
+
+        Not what says nothing of the files: that a device has no room, or another process is gone.
+        """
         try:
             yield
         except Exception as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_NOT_OF_FILES):
+                raise
             earlier = [step for step in self.steps() if str(step) != path.name]
             raise UserError(
                 f"{path}: the checkpoint cannot be read: {_reason(error)}",

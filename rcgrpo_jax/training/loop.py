@@ -118,7 +118,7 @@ def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainSta
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
-    """Refuses a mesh that splits a group over processes, and what `check_parts` refuses."""
+    """Refuses a mesh that splits a group over processes, and what `check_parts` and `attention.choose` refuse."""
     count = len({device.process_index for device in mesh.devices.flat})
     if config.rollout.prompts % count:
         raise UsageError(
@@ -126,6 +126,7 @@ def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
             f"Choose a multiple of {count}.",
         )
     check_parts(mesh, sizes.num_attention_heads)
+    choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
 
 
 def make_rewards(config: ConfigDict) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import to_pixels
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
@@ -65,6 +66,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         folder = open_folder(config, workdir)
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
         check_parts(mesh, folder.config("transformer").num_attention_heads)
+        choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
         stage = STAGES[config.stage](config, folder, mesh, workdir)
         batches = stage.batches()
         described |= stage.identity(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -17,8 +18,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, watch
-from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
+from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, text_of_main, together, watch
+from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
 from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
     """The checkpoints of a run, in a directory that is made if missing.
 
     Raises:
-        UserError: If the directory cannot be made or is not the same for all processes, or another process ends while
-            the run is open.
+        UserError: If the directory cannot be made, if it or the configuration is not the same for all processes, or if
+            another process ends while the run is open.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,19 @@ def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
                 "one directory for all was wanted.",
                 "Choose a folder that all processes share.",
             )
+        _check_same_command(config)
         yield checkpointer
+
+
+def _check_same_command(config: ConfigDict) -> None:
+    """Refuses a configuration that is not the one of process 0: seeds apart, say, none of both runs would be had."""
+    main = json.loads(text_of_main(config.to_json()))
+    with together():
+        if differences := config_differences(main, config.to_dict(), saved_as="process 0"):
+            raise UserError(
+                f"The configuration is not that of process 0: {'; '.join(differences)}.",
+                "Start the same command on every process.",
+            )
 
 
 def restore(
