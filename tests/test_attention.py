@@ -10,6 +10,7 @@ import small_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models import attention
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, MMDiT
@@ -140,6 +141,20 @@ def test_cudnn_computes_what_xla_does(tokens, keys):
 def test_auto_is_the_fastest_of_the_platform_and_a_name_is_itself(platform, dtype, name):
     assert attention.choose("auto", platform, dtype) == name
     assert attention.choose("xla", platform, dtype) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype"),
+    [
+        ("splash", "gpu", "bfloat16"),
+        ("splash", "cpu", "float32"),
+        ("cudnn", "tpu", "bfloat16"),
+        ("cudnn", "gpu", "float32"),
+    ],
+)
+def test_what_a_platform_cannot_serve_is_told(name, platform, dtype):
+    with pytest.raises(UsageError, match=f"model.attention: '{name}' needs .*; found {platform} and {dtype}"):
+        attention.choose(name, platform, dtype)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)

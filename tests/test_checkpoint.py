@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.orbax import ocp
 from rcgrpo_jax.training import checkpoint
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
 
@@ -324,6 +325,18 @@ def test_a_damaged_checkpoint_is_refused(checkpointer, damage):
     assert "go on from step 1" in error.value.remedy
     assert "\n" not in error.value.problem
     assert_bit_equal(checkpointer.restore(state, step=1), state)
+
+
+@pytest.mark.parametrize("status", ["RESOURCE_EXHAUSTED: Out of memory", "DEADLINE_EXCEEDED: Barrier timed out"])
+def test_a_device_without_room_and_a_lost_process_are_no_damage(checkpointer, monkeypatch, status):
+    save(checkpointer, 1)
+
+    def load(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(status)
+
+    monkeypatch.setattr(ocp, "load", load)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=status.split(":")[0]):
+        checkpointer.restore(make_state())
 
 
 def test_the_configuration_is_saved_with_the_state(checkpointer):

@@ -44,8 +44,10 @@ def free_port() -> int:
     raise OSError("no port is free")
 
 
-def start(config: Path, workdir: Path, count: int, command: str = "train", **variables: str) -> list[subprocess.Popen]:
-    """`rcgrpo train`, or another command, on `count` processes that share eight devices."""
+def start(
+    config: Path, workdir: Path, count: int, command: str = "train", last: tuple[str, ...] = (), **variables: str
+) -> list[subprocess.Popen]:
+    """`rcgrpo train`, or another command, on `count` processes that share eight devices; `last` for the last alone."""
     port, log = free_port(), config.parent
     environment = small_run.environment() | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
@@ -54,7 +56,7 @@ def start(config: Path, workdir: Path, count: int, command: str = "train", **var
         subprocess.Popen(
             small_run.command(
                 command, f"--config={config}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
-                f"--num_processes={count}", f"--process_id={index}",
+                f"--num_processes={count}", f"--process_id={index}", *(last if index == count - 1 else ()),
             ),
             env=environment | variables, text=True,
             stdout=(log / f"{index}.out").open("w"), stderr=(log / f"{index}.err").open("w"),
@@ -182,6 +184,15 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
         assert f"rcgrpo train: error: {first}{cause}" in error
         assert "Traceback" not in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_configuration_on_one_process_is_refused(tmp_path):
+    config = small_run.config_file(tmp_path / "config.py", **SETTINGS)
+    ended = finish(start(config, tmp_path / "run", 2, last=("--config.seed=1",)), tmp_path)
+    for code, _, error in ended:
+        assert code == 1
+        assert "The configuration is not that of process 0: seed: process 0 0, config 1." in error
+        assert "Traceback" not in error
 
 
 # The pictures of a supervised run take longer to compile than its update.

@@ -53,11 +53,23 @@ def test_shellcheck():
         ("gpu.sh", "--requeue -- train", "--requeue found without --slurm."),
         ("gpu.sh", "--env A=1 -- train", "--env found without --hosts."),
         ("gpu.sh", "--slurm --coordinator=a:1 -- train", "--coordinator found without --hosts."),
-        ("tpu.sh", "train --name=n --zone=z --type=v6e-8 --env=MY-VAR=1 -- train --workdir=/a", "--env: 'MY-VAR=1' found"),
-        ("tpu.sh", "run --name=n --zone=z -- train --config configs/nope.py", "--config: 'configs/nope.py' found, which"),
+        (
+            "tpu.sh",
+            "train --name=n --zone=z --type=v6e-8 --env=MY-VAR=1 -- train --workdir=/a",
+            "--env: 'MY-VAR=1' found",
+        ),
+        (
+            "tpu.sh",
+            "run --name=n --zone=z -- train --config configs/nope.py",
+            "--config: 'configs/nope.py' found, which",
+        ),
         ("gpu.sh", "--hosts=a --env 1A=1 -- train", "--env: '1A=1' found; NAME=VALUE was wanted."),
         ("gpu.sh", "--hosts=a,b,a -- train --workdir=/a", "--hosts: 'a' found twice;"),
-        ("gpu.sh", "--hosts=a,b --coordinator=c -- train --workdir=/a", "--coordinator: 'c' found; HOST:PORT was wanted"),
+        (
+            "gpu.sh",
+            "--hosts=a,b --coordinator=c -- train --workdir=/a",
+            "--coordinator: 'c' found; HOST:PORT was wanted",
+        ),
         ("gpu.sh", "status", "--hosts: nothing found; the hosts to status were wanted."),
     ],
 )

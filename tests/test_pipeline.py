@@ -13,6 +13,7 @@ from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.pipeline import Batches, EncodedSource
 from rcgrpo_jax.editor import Editor, TextEncoding
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -137,6 +138,16 @@ def test_an_example_is_checked_before_it_is_encoded(calls, tmp_path):
     with pytest.raises(UserError, match=r"Make it red\.: no"):
         EncodedSource([make_example()], make_editor(), SIZE, tmp_path, refuse)
     assert not calls
+
+
+def test_other_data_on_another_process_are_refused(calls, tmp_path, monkeypatch):
+    source = EditFolder(small_run.data_folder())
+    monkeypatch.setattr(distributed, "total", lambda hashes: hashes ^ 1)
+    with pytest.raises(UserError, match="example 0 is not what another process finds there"):
+        EncodedSource(source, make_editor(), SIZE, tmp_path)
+    monkeypatch.setattr(distributed, "gather", lambda sizes: np.array([3, 2]))
+    with pytest.raises(UserError, match="different numbers of examples, 3, 2"):
+        EncodedSource(source, make_editor(), SIZE, tmp_path)
 
 
 def test_text_weights_count_the_instruction_and_its_end():

@@ -102,7 +102,7 @@ dim_labels=0bf_0io->0bf
             700,
             {},
         ),
-        ('custom_call_target="__cudnn$fmhaSoftmax"', 0, {"__cudnn$fmhaSoftmax": 1}),
+        ('custom_call_target="__onednn$matmul"', 0, {"__onednn$matmul": 1}),
         ('custom_call_target="AllocateBuffer"', 0, {}),
     ],
 )
@@ -116,6 +116,19 @@ ENTRY %main (a: f32[8,16], b: f32[16,32]) -> (f32[8,32], s8[64]) {{
 """
     cost = count(text, ONE)
     assert (cost.flops, cost.uncounted) == (flops, uncounted)
+
+
+@pytest.mark.parametrize(("target", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+def test_cudnn_s_attention_counts_its_products(target, products):
+    text = f"""
+ENTRY %main (q: bf16[3,640,24,128], k: bf16[3,512,24,128]) -> (bf16[3,640,24,128], u8[0]) {{
+  %q = bf16[3,640,24,128]{{3,2,1,0}} parameter(0)
+  %k = bf16[3,512,24,128]{{3,2,1,0}} parameter(1)
+  ROOT %c = (bf16[3,640,24,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn${target}"
+}}
+"""
+    cost = count(text, ONE)
+    assert (cost.flops, cost.uncounted) == (products * 2 * 3 * 24 * 640 * 128 * 512, {})
 
 
 @pytest.mark.parametrize(
@@ -289,6 +302,7 @@ def test_a_sum_over_tpu_slices_is_between_them(axis, between):
         ("replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add", [[0, 2], [1, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}", [[0, 1], [2, 3]]),
         ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, dimensions={0}", [[0, 1], [2, 3]]),
         ("replica_groups={}, channel_id=1", [[0, 1, 2, 3]]),
     ],
 )

@@ -45,9 +45,10 @@ EXPLICIT = {
         ({"process_id": "0"}, VARIABLES | SLURM, [EXPLICIT | {"process_id": 0}]),
         ({}, SLURM, [{"cluster_detection_method": "slurm"}]),
         ({}, SLURM | {"SLURM_NTASKS": "1"}, []),
+        ({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, []),  # an interactive step keeps the allocation's number of tasks
         ({}, {name: value for name, value in SLURM.items() if "STEP" not in name}, []),
     ],
-    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task", "batch-script"],
+    ids=["alone", "flags", "variables", "flags-first", "slurm", "one-task", "interactive", "batch-script"],
 )
 def test_processes_find_each_other_as_they_are_told(joined, given, environ, calls):
     distributed.initialize(given, environ)

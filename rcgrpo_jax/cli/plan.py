@@ -16,6 +16,7 @@ from rcgrpo_jax.cli.config_file import check_config
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
+from rcgrpo_jax.plan.gpu import cudnn_errors
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
 from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
@@ -55,10 +56,8 @@ def run(argv: list[str]) -> None:
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
     model = open_model(config.model.path)
-    if values.search:
-        _search(config, model, topology, values)
-    else:
-        _plan(config, model, topology, values)
+    with cudnn_errors():
+        (_search if values.search else _plan)(config, model, topology, values)
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 
@@ -33,6 +35,20 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 def memory_fraction() -> float:
     """The share of a card's memory that programs may use."""
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION))
+
+
+@contextmanager
+def cudnn_errors() -> Iterator[None]:
+    """Turns JAX's missing cuDNN, whose version it asks for where a program is traced, into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("cuDNN"):
+            raise
+        raise UserError(
+            f"model.attention: cudnn needs cuDNN, also to be compiled ({error}).",
+            "Run `pip install 'jax[cuda12]'`, which brings it, or set model.attention=xla.",
+        ) from None
 
 
 def describe(name: str, chip: Chip, nodes: int, cards: int) -> tuple[jax.Device, ...]:

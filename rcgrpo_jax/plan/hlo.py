@@ -149,19 +149,32 @@ def shapes(text: str) -> list[Shape]:
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     """The devices of each group of a collective, `[groups, size]`; one group of all if none are named.
 
-    Written `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or by mesh axes, `mesh['a'=2,'b'=4] {'b'}`.
+    Written `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or by mesh axes, `mesh['a'=2,'b'=4] {'b'}`; where the devices of
+    the mesh are not in order, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
     """
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes):
         return np.asarray([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups, dims, order = ([int(i) for i in (part or "").split(",") if i] for part in found.groups())
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        return (devices.transpose(order) if order else devices).reshape(groups)
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        groups, dims, order = map(_numbers, found.groups())
+        return _ordered(dims, order).reshape(groups)
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    ):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        grouped = re.findall(r"'([^']+)'", found[2])
-        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        grouped = re.findall(r"'([^']+)'", found[4])
+        dims, order = _numbers(found[2]) or list(sizes.values()), _numbers(found[3])
+        devices = _ordered(dims, order).reshape(list(sizes.values()))
         last = [list(sizes).index(axis) for axis in grouped]
         devices = np.moveaxis(devices, last, range(-len(last), 0))
         return devices.reshape(-1, math.prod(sizes[axis] for axis in grouped))
     return np.arange(num_devices)[None]
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(i) for i in (text or "").split(",") if i]
+
+
+def _ordered(dims: list[int], order: list[int]) -> np.ndarray:
+    """Devices 0, 1, ... as an array of `dims`, its axes in another order if one is given."""
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices.transpose(order) if order else devices

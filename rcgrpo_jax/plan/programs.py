@@ -17,7 +17,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -151,13 +150,6 @@ class Workload:
                 raise
             needed, available = refusal
             return Plan(needed=needed + held, available=available, seconds=time.monotonic() - started, **common)
-        except RuntimeError as error:
-            if "cuDNN" not in str(error):
-                raise
-            raise UserError(
-                f"model.attention: cudnn needs cuDNN, also to be compiled ({error}).",
-                "Run `pip install 'jax[cuda12]'`, which brings it, or set model.attention=xla.",
-            ) from None
         found = compiled.memory_analysis()
         memory = Memory(
             found.argument_size_in_bytes,
