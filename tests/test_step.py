@@ -10,13 +10,17 @@ import numpy as np
 import optax
 import pytest
 import small_run
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
 from safetensors.numpy import load_file
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
-from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer
+from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
+from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer, first_state
 from rcgrpo_jax.weights.export import save_lora
+from rcgrpo_jax.weights.load import ModelFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -411,6 +415,11 @@ def test_a_mesh_changes_nothing(shape, tmp_path):
     trainer = small_run.make_trainer(shape, **BASE)
     kernel = trainer.params["single_transformer_blocks"]["attn"]["to_q"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // (shape[1] * shape[2])
+    mesh = trainer.programs.mesh
+    for path, x in flatten_dict(trainer.params).items():
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, parameter_spec(path, x.shape, mesh)), x.ndim), path
+    for x in jax.tree.leaves(first_state(trainer.config, ModelFolder(small_run.model_folder()), mesh)):
+        assert x.sharding.is_equivalent_to(replicated(mesh), x.ndim)
     assert_same_step(trainer, 1e-5, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -180,6 +181,30 @@ def test_every_part_rolls_out_before_the_first_is_scored(monkeypatch):
     with jax.set_mesh(programs.mesh):
         trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
     assert order == ["compared", *["rollout", "decode"] * 2, "score", "score"]
+
+
+def test_the_devices_finish_the_next_part_while_a_reward_takes_its_time(monkeypatch):
+    """The reward of the first part returns only once the pictures of the second are there."""
+    trainer, pictures = small_run.make_trainer(rollout__micro_batch=4), []
+    decode, score = trainer.programs.decode, trainer.score
+
+    def decoded(*args):
+        pictures.append(decode(*args))
+        return pictures[-1]
+
+    def slow(compared, images):
+        deadline = time.monotonic() + 120
+        while not pictures[1].is_ready():
+            assert time.monotonic() < deadline, "nothing runs beside the reward"
+            time.sleep(0.001)
+        return score(compared, images)
+
+    monkeypatch.setattr(trainer.programs, "decode", decoded)
+    monkeypatch.setattr(trainer, "score", slow)
+    with jax.set_mesh(trainer.programs.mesh):
+        sample = trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
+    assert len(pictures) == 2
+    assert all(np.isfinite(scores).all() for scores in sample.scores.values())
 
 
 def test_the_next_batch_is_on_its_way_before_the_update_is_waited_for(monkeypatch):
