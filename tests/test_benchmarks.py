@@ -160,11 +160,33 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, monkeypatch, capfd
         ("surrogate.distance=l2", "surrogate.distance: 'l2' found; torch's step knows region"),
         ("surrogate.anchors=9", "surrogate.anchors: 9 of 3"),
         ("lora.rnak=3", "lora.rnak"),
+        ("model.path=/x", "model.path found; a preset has its own model"),
+        ("acd.reference_keys=True", "acd.reference_keys: True found; torch's step knows False"),
+        ("acd.weight=0.0", "acd: weight 0.0, layers"),
+        ("acd.layers=99", "layers 99 found"),
+        ("model.max_text_tokens=0", "model.max_text_tokens: 0 found"),
     ],
 )
 def test_settings_that_cannot_be_compared_are_refused(capsys, flag, message):
     assert step.main(["--preset", "small", "--set", flag]) == UsageError.exit_code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--rounds=0", "--repeats=-1", "--repeats=two"])
+def test_turns_are_positive(capsys, flag):
+    with pytest.raises(SystemExit):
+        step.main([flag])
+    assert "a positive whole number was wanted" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_still_printed(monkeypatch, capsys, tmp_path):
+    found = {name: {"loss": np.ones(1)} for name in report.FRAMEWORKS}
+    recorder = Recorder(found, {"jax": 2.0, "torch": 3.0})
+    monkeypatch.setattr(step, "run", lambda preset, ask, run=step.run: run(TINY, recorder))
+    assert step.main(["--json", str(tmp_path / "nowhere" / "report.json")]) == 1
+    shown, progress = capsys.readouterr()
+    assert "rollout" in shown
+    assert "error: --json: " in progress
 
 
 def test_each_framework_has_micro_batches_of_its_own_until_they_are_set():

@@ -187,10 +187,14 @@ def test_the_longest_name_wins():
     assert chip_of("TPU v5 lite").name == "v5e"
     assert chip_of("TPU v5").name == "v5p"
     assert chip_of("NVIDIA H100 80GB HBM3").name == "h100"
+    assert chip_of("NVIDIA GH200 480GB") is None  # no h200
     assert chip_of("cpu") is None
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:4x4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "0*v5e:4x4", "lokal", "v5e:4x"])
+@pytest.mark.parametrize(
+    "name",
+    ["v5e", "v9:4x4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "0*v5e:4x4", "lokal", "v5e:4x", "h100", "h100:2x4", "h100:0"],
+)
 def test_names_that_are_no_topology(name):
     with pytest.raises(UsageError, match="--topology") as error:
         open_topology(name)
@@ -280,6 +284,7 @@ def test_a_kept_plan_is_of_its_configuration_and_the_configuration_says_what_it_
         assert needed <= 15 * GIB
     header, step = " ".join(path.read_text().split('"""')[1].split()), plan["step"]
     assert f"--topology {plan['topology']}" in header
-    assert f"{needed / GIB:.1f} of {available / GIB:.2f} GiB a chip, {step['seconds']:.1f} s a step" in header
+    device = "chip" if plan["topology"].split(":")[0] in TPUS else "GPU"
+    assert f"{needed / GIB:.1f} of {available / GIB:.2f} GiB a {device}, {step['seconds']:.1f} s a step" in header
     samples = float(f"{step['samples_per_hour']:.4g}")
     assert f"{samples:,.0f} samples an hour" in header
