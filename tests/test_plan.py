@@ -234,6 +234,13 @@ def test_tpus_that_are_not_there(name, devices, chips, slices):
     assert chip_of(found.devices[0].device_kind) == found.chip
 
 
+@pytest.mark.parametrize(("name", "hosts"), [("v6e:2x4", 1), ("v5e:2x2", 1), ("v5e:4x4", 4), ("v5p:2x2x2", 2)])
+def test_a_slice_has_the_machines_that_google_says(name, hosts):
+    """Each is a process, which must have whole rows of a batch."""
+    pytest.importorskip("libtpu")
+    assert len({device.process_index for device in open_topology(name).devices}) == hosts
+
+
 @pytest.mark.parametrize("name", [chip.name for chip in TPUS.values()])
 def test_the_stated_memory_is_the_compiler_s(name):
     pytest.importorskip("libtpu")

@@ -80,8 +80,8 @@ def _describe(name: str, slice_name: str, shape: list[int], slices: int) -> tupl
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}
-    if np.prod(shape) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
+    if shape in ([1, 1], [1, 1, 1], [2, 4]):  # one machine: v5e and v6e have up to eight chips, in larger slices four
+        options["chips_per_host_bounds"] = (*shape, 1)[:3]
     try:
         return tuple(topologies.get_topology_desc(topology_name=slice_name, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
