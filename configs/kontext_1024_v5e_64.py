@@ -2,7 +2,7 @@
 
     rcgrpo plan --config configs/kontext_1024_v5e_64.py --topology v5e:8x8
 
-By that plan, which no machine has confirmed: 10.7 of 15.75 GiB a chip, 63.2 s a step at half of the roofline (compute),
+By that plan, which no machine has confirmed: 10.0 of 15.75 GiB a chip, 63.2 s a step at half of the roofline (compute),
 10,940 samples an hour. docs/plan.md says what these rest on.
 """
 

@@ -2,7 +2,7 @@
 
     rcgrpo plan --config configs/kontext_1024_v5p_128.py --topology v5p:4x4x4
 
-By that plan, which no machine has confirmed: 11.4 of 95.74 GiB a chip, 27.0 s a step at half of the roofline (compute),
+By that plan, which no machine has confirmed: 11.3 of 95.74 GiB a chip, 27.0 s a step at half of the roofline (compute),
 25,560 samples an hour. docs/plan.md says what these rest on.
 """
 

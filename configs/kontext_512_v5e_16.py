@@ -2,8 +2,8 @@
 
     rcgrpo plan --config configs/kontext_512_v5e_16.py --topology v5e:4x4
 
-By that plan, which no machine has confirmed: 7.4 of 15.75 GiB a chip, 14.1 s a step at half of the roofline (memory
-and compute in balance), 12,210 samples an hour. docs/plan.md says what these rest on.
+By that plan, which no machine has confirmed: 7.9 of 15.75 GiB a chip, 13.8 s a step at half of the roofline (memory
+and compute in balance), 12,510 samples an hour. docs/plan.md says what these rest on.
 """
 
 from ml_collections import ConfigDict

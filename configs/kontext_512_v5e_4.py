@@ -2,7 +2,7 @@
 
     rcgrpo plan --config configs/kontext_512_v5e_4.py --topology v5e:2x2
 
-By that plan, which no machine has confirmed: 12.3 of 15.75 GiB a chip, 55.6 s a step at half of the roofline (compute),
+By that plan, which no machine has confirmed: 11.7 of 15.75 GiB a chip, 55.6 s a step at half of the roofline (compute),
 3,106 samples an hour. docs/plan.md says what these rest on.
 """
 

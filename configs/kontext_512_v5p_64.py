@@ -2,8 +2,8 @@
 
     rcgrpo plan --config configs/kontext_512_v5p_64.py --topology v5p:2x4x4
 
-By that plan, which no machine has confirmed: 5.6 of 95.74 GiB a chip, 8.3 s a step at half of the roofline (memory),
-41,750 samples an hour. docs/plan.md says what these rest on.
+By that plan, which no machine has confirmed: 5.7 of 95.74 GiB a chip, 8.1 s a step at half of the roofline (memory),
+42,600 samples an hour. docs/plan.md says what these rest on.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     rcgrpo plan --config configs/kontext_512_v5p_8.py --topology v5p:2x2x1
 
-By that plan, which no machine has confirmed: 35.0 of 95.74 GiB a chip, 23.8 s a step at half of the roofline
+By that plan, which no machine has confirmed: 34.9 of 95.74 GiB a chip, 23.8 s a step at half of the roofline
 (compute), 7,262 samples an hour. docs/plan.md says what these rest on.
 """
 

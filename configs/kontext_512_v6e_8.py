@@ -2,8 +2,8 @@
 
     rcgrpo plan --config configs/kontext_512_v6e_8.py --topology v6e:2x4
 
-By that plan, which no machine has confirmed: 9.3 of 31.25 GiB a chip, 8.5 s a step at half of the roofline (network
-and memory), 20,430 samples an hour. docs/plan.md says what these rest on.
+By that plan, which no machine has confirmed: 9.7 of 31.25 GiB a chip, 8.7 s a step at half of the roofline (network
+and memory), 19,800 samples an hour. docs/plan.md says what these rest on.
 """
 
 from ml_collections import ConfigDict
