@@ -149,7 +149,10 @@ class TimeTextEmbed(_Block):
 
 
 class Attention(_Block):
-    """Joint attention over [text, target, reference]; in double blocks text has projections of its own.
+    """Joint attention over [text, target, reference].
+
+    Double blocks give text and image apart, each with projections of its own (`joint`); single blocks give one stream.
+    As many come back.
 
     Where a `region` is given and this block is one of the last `acd_layers`, the attention masses of Eq. 16 are sown
     as `acd_inside` and `acd_total` (`[N_txt]` each), and `acd_map` (`[N_img]`) on request. The output itself comes
