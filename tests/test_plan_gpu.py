@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import small_run
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.plan import gpu
 from rcgrpo_jax.plan.topology import open_topology
 
@@ -65,3 +65,11 @@ def test_without_the_plugin_the_error_says_what_to_install(monkeypatch):
     with pytest.raises(UserError, match="h100:8 needs the GPU compiler") as error:
         open_topology("h100:8")
     assert "pip install 'jax[cuda12]'" in error.value.remedy
+
+
+def test_the_users_share_of_the_memory_counts(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert gpu.memory_fraction() == 0.5
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "half")
+    with pytest.raises(UsageError, match="'half' found"):
+        gpu.memory_fraction()

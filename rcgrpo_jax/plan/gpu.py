@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import jax
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.plan.chips import Chip
 
 # What training sets on GPUs, where the user has not (launch/lib_worker.sh): overlap of transfers and products, matrix
@@ -33,8 +33,18 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def memory_fraction() -> float:
-    """The share of a card's memory that programs may use."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION))
+    """The share of a card's memory that programs may use.
+
+    Raises:
+        UsageError: If the user's is no number.
+    """
+    found = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+    try:
+        return float(found)
+    except ValueError:
+        raise UsageError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION: {found!r} found; a number was wanted.", "Unset it, or write 0.92, say."
+        ) from None
 
 
 @contextmanager
