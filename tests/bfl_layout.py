@@ -1,6 +1,9 @@
 """The single-file layout of FLUX, written down a second time, apart from `rcgrpo_jax.weights.keymap`."""
 
+from pathlib import Path
+
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from rcgrpo_jax.models.config import MMDiTConfig
 
@@ -91,3 +94,10 @@ def from_diffusers(tensors: dict[str, np.ndarray], config: MMDiTConfig) -> dict[
             parts = np.split(parts[0], 2)[::-1]
         found[key] = np.concatenate(parts)
     return found
+
+
+def write_single_file(folder: Path, path: Path, config: MMDiTConfig) -> Path:
+    """Writes the transformer of a diffusers folder as a single file."""
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(from_diffusers(tensors, config), path)
+    return path

@@ -21,8 +21,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from rcgrpo_jax import rewards
+from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.pipeline import EditBatch
+from rcgrpo_jax.data.scenes import Scenes
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
 from rcgrpo_jax.models.mmdit import AttentionOptions
@@ -97,6 +99,14 @@ def write_data(folder: Path) -> Path:
         Image.fromarray(mask).save(folder / f"mask{i}.png")
         rows.append({"image": f"{i}.png", "mask": f"mask{i}.png", "instruction": instruction})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def write_broken_scenes(folder: Path, size: int) -> Path:
+    """Eight scenes of `size` pixels a side, of which the one named 00005 has no readable image."""
+    write_folder(Scenes("train", 8, size), folder)
+    (image,) = (folder / "images").glob("*00005*")
+    image.write_text("text")
     return folder
 
 

@@ -22,10 +22,11 @@ from rcgrpo_jax.weights import random_folder
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Metrics are those of a step's last update; of the first, the loss is zero up to rounding.
-SETTINGS = {
+WHOLE = {
     "rollout__prompts": 4, "mesh__fsdp": 2, "objective__updates": 2, "optimizer__learning_rate": 1e-3,
     "train__num_steps": 4, "train__save_every": 1,
 }  # fmt: skip
+SETTINGS = WHOLE | {"rollout__micro_batch": 8}  # of several processes, which roll out and score in parts
 ROUNDING = 2e-6  # of the loss, a difference of logarithms
 FIRST_PORT, WORKER_PORTS, WORKERS = 12_000, 1_000, 20  # below 32768, from where on the kernel gives ports away
 offset = os.getpid()  # of this worker's next port: another test session starts elsewhere
@@ -50,7 +51,7 @@ def start(
     """`rcgrpo train`, or another command, on `count` processes that share eight devices; `last` for the last alone."""
     port, log = free_port(), config.parent
     environment = small_run.environment() | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "XLA_FLAGS": re.sub("device_count=8", f"device_count={8 // count}", os.environ["XLA_FLAGS"]),
     }
     return [
         subprocess.Popen(
@@ -76,10 +77,11 @@ def finish(processes: list[subprocess.Popen], log: Path, timeout: float = 600) -
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The state and the directory of the run on one process with eight devices."""
+def alone(tmp_path_factory) -> Path:
+    """The directory of the run on one process with eight devices, which takes all candidates at once."""
     workdir = tmp_path_factory.mktemp("alone")
-    return train(small_run.make_config(**SETTINGS), workdir), workdir
+    train(small_run.make_config(**WHOLE), workdir)
+    return workdir
 
 
 def assert_same_losses(workdir: Path, alone: Path) -> None:
@@ -111,12 +113,10 @@ def assert_written_once(ended: list[tuple[int, str, str]], workdir: Path) -> Non
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_goes_on(alone, tmp_path):
-    """Rolled out and scored in parts, besides: the losses are still those of one process that takes all at once."""
     workdir = tmp_path / "run"
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
     body += small_run.signal_after(2, "SIGTERM", process=1)  # a preemption may reach one alone
-    changes = {"data__cache": str(tmp_path / "cache"), "rollout__micro_batch": 8}
-    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS, **changes)
+    config = small_run.config_file(tmp_path / "config.py", body, data__cache=str(tmp_path / "cache"), **SETTINGS)
     ended = finish(start(config, workdir, 2), tmp_path)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert all("stopped at step 2 on request" in error for _, _, error in ended)
@@ -125,8 +125,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     for _, _, error in ended:
         assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
         assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
-    assert_same_losses(workdir, alone[1])
-    found, wanted = (load_file(export(run, tmp_path / name)) for name, run in (("2", workdir), ("1", alone[1])))
+    assert_same_losses(workdir, alone)
+    found, wanted = (load_file(export(run, tmp_path / name)) for name, run in (("2", workdir), ("1", alone)))
     assert found.keys() == wanted.keys()
     learned = [name for name in wanted if "lora_B" in name]  # which starts at zero
     difference, size = (
@@ -136,32 +136,32 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     assert difference < 1e-2 * size
 
 
-@pytest.mark.parametrize(("count", "victim", "then"), [(2, 1, 4), (4, 0, 2)])
-def test_when_a_process_is_killed_the_others_say_so_and_another_number_goes_on(alone, tmp_path, count, victim, then):
-    """Process 0 is also the one at which the others meet. Both numbers start a run, and both end one."""
+def test_when_a_process_is_killed_the_others_say_so_and_another_number_goes_on(alone, tmp_path):
+    """Four, two, then four again are one run. Process 0 is also the one at which the others meet."""
     workdir = tmp_path / "run"
     settings = SETTINGS | {"data__cache": str(tmp_path / "cache")}
-    body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2", victim)
-    config = small_run.config_file(tmp_path / "config.py", body, **settings)
-    ended = finish(start(config, workdir, count), tmp_path)
-    assert ended.pop(victim)[0] == -signal.SIGKILL
-    for code, _, error in ended:
-        if victim == 0 and code == -signal.SIGABRT:  # JAX ends the others too, and may be the first to do so
-            assert "another task died" in error
-            continue
-        assert code == 1
-        assert "another process is gone" in error
-        assert "Traceback" not in error
+    for count, victim, step in ((4, 0, 2), (2, 1, 3)):
+        body = small_run.signal_after(step, "SIGKILL", workdir / "checkpoints" / str(step - 1), victim)
+        config = small_run.config_file(tmp_path / f"{count}.py", body, **settings)
+        ended = finish(start(config, workdir, count), tmp_path)
+        assert ended.pop(victim)[0] == -signal.SIGKILL
+        for code, _, error in ended:
+            if victim == 0 and code == -signal.SIGABRT:  # JAX ends the others too, and may be the first to do so
+                assert "another task died" in error
+                continue
+            assert code == 1
+            assert "another process is gone" in error
+            assert "Traceback" not in error
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
     config = small_run.config_file(tmp_path / "again.py", body, **settings)
-    ended = finish(start(config, workdir, then), tmp_path)
+    ended = finish(start(config, workdir, 4), tmp_path)
     assert_written_once(ended, workdir)
     for _, _, error in ended:
         assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
         assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
-    assert len(list((workdir / "tensorboard").iterdir())) == 2  # one a start
-    assert_same_losses(workdir, alone[1])
+    assert len(list((workdir / "tensorboard").iterdir())) == 3  # one a start
+    assert_same_losses(workdir, alone)
 
 
 # The judge of one process is not to be had; the configuration file is run more than once.

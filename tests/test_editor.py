@@ -14,7 +14,6 @@ from skimage.data import astronaut
 from rcgrpo_jax.data.images import resize_image
 from rcgrpo_jax.editor import Editor, to_pixels, to_unit
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
-from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.export import load_lora, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 INSTRUCTIONS = ["Make the suit bright red, please", "a cat"]
 STEPS, GUIDANCE = 4, 2.5
 LORA = LoRAConfig(rank=4, alpha=8.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return random_folder.build(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -208,11 +208,6 @@ def test_the_first_gradient_moves_b_and_not_a():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return random_folder.build(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def params(folder) -> dict:
     return ModelFolder(folder).load("transformer")
 

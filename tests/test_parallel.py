@@ -22,7 +22,7 @@ from rcgrpo_jax.plan.cost import count
 from rcgrpo_jax.plan.programs import place
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
-from rcgrpo_jax.weights.random_folder import SMALL, build
+from rcgrpo_jax.weights.random_folder import SMALL
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -130,8 +130,8 @@ def test_no_large_weight_of_the_full_model_is_held_whole(name, sizes):
         ({"fsdp": 4, "tensor": 2}, {"to_q": (4, 32, 64), "proj_mlp": (4, 32, 256), "proj_out": (4, 320, 32)}),
     ],
 )
-def test_weights_are_loaded_in_parts(tmp_path_factory, sizes, shards):
-    folder = ModelFolder(build(tmp_path_factory.mktemp("model")))
+def test_weights_are_loaded_in_parts(folder, sizes, shards):
+    folder = ModelFolder(folder)
     assert SMALL["transformer"].num_single_layers == 4
     assert SMALL["transformer"].width == 128
     params = folder.load("transformer", sharding_of=parameter_sharding(make_mesh(sizes)))

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -21,9 +20,8 @@ from PIL import Image
 from torch_parity import relative_error
 
 from rcgrpo_jax.cli.data import write_folder
-from rcgrpo_jax.data.images import read_image, resize_image, resize_mask
+from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.data.triples import TripleBatches
 from rcgrpo_jax.editor import to_unit
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.flow import matching
@@ -33,13 +31,13 @@ from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.pretrain import PICTURED, open_folder, pretrain
-from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, default_config, validate
+from rcgrpo_jax.training.pretrain_config import default_config
 from rcgrpo_jax.training.run import StepFunction
 from rcgrpo_jax.training.stages import FlowStage
 from rcgrpo_jax.weights import export, random_folder
 from rcgrpo_jax.weights.load import MANIFEST, ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS
-from rcgrpo_jax.weights.tokenizers import T5_LENGTH, load_tokenizers
+from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
 STAGES = ("vae", "flow", "lora")
 STEPS, BEFORE = 16, 14  # of the runs, and of the checkpoint before the last
@@ -358,67 +356,13 @@ def test_messages_name_the_right_defaults(tmp_path, capsys):
     assert "starts from rcgrpo_jax.training.pretrain_config.default_config()" in err
 
 
-def test_fields_that_may_differ_on_resume_exist():
-    for name in MAY_DIFFER:
-        functools.reduce(lambda value, part: value[part], name.split("."), default_config())
-
-
 # Data
 
 
-def test_batches_follow_from_the_step_alone():
-    tokenizers = load_tokenizers(start_folder())
-
-    def make(seed: int) -> TripleBatches:
-        return TripleBatches(Scenes("train", 6), (SIZE, 2 * SIZE), 4, seed, tokenizers, TOKENS)
-
-    one, other = make(0), make(0)
-    forward, backward = [one[i] for i in range(3)], [other[i] for i in (2, 1, 0)][::-1]
-    for a, b in zip(forward, backward, strict=True):
-        assert a.instructions == b.instructions
-        for x, y in zip(a[:5], b[:5], strict=True):
-            np.testing.assert_array_equal(x, y)
-    epoch = [text for batch in forward for text in batch.instructions]
-    scenes = [Scenes("train", 6)[i] for i in range(6)]
-    assert sorted(epoch[:6]) == sorted(epoch[6:]) == sorted(scene.instruction for scene in scenes)
-    assert [text for i in range(3) for text in make(1)[i].instructions] != epoch
-
-    scene = next(scene for scene in scenes if scene.instruction == epoch[0])
-    np.testing.assert_array_equal(forward[0].source[0], resize_image(scene.image, (SIZE, 2 * SIZE)))
-    np.testing.assert_array_equal(forward[0].target[0], resize_image(scene.target, (SIZE, 2 * SIZE)))
-    np.testing.assert_array_equal(forward[0].mask[0], resize_mask(scene.mask, (SIZE, 2 * SIZE)))
-    assert forward[0].clip.shape == (4, 77)
-    assert forward[0].t5.shape == (4, TOKENS)
-
-
-@pytest.fixture
-def broken_data(tmp_path) -> Path:
-    """Eight examples, of which one has no readable image."""
-    write_folder(Scenes("train", 8, SIZE), tmp_path / "data")
-    (image,) = (tmp_path / "data" / "images").glob("*00005*")
-    image.write_text("text")
-    return tmp_path / "data"
-
-
-def test_an_unreadable_image_is_reported_by_the_step_that_needs_it(broken_data):
-    from rcgrpo_jax.data.folder import EditFolder
-
-    batches = TripleBatches(EditFolder(broken_data), (SIZE, SIZE), 1, 0, load_tokenizers(start_folder()), TOKENS)
-    failed = []
-    for step in range(8):
-        try:
-            batches[step]
-        except UserError as error:
-            failed.append((step, error.problem))
-    ((step, problem),) = failed
-    assert re.search(r"00005\S*\.png: the file is not an image", problem)
-    with pytest.raises(UserError, match="00005"):  # again when asked again
-        batches[step]
-
-
 @pytest.mark.parametrize("stage", ["vae", "lora"])
-def test_an_unreadable_image_ends_a_run_in_two_lines(stage, broken_data, tmp_path, capsys):
-    config = make_config(stage, data__path=str(broken_data))
+def test_an_unreadable_image_ends_a_run_in_two_lines(stage, tmp_path, capsys):
+    data = small_run.write_broken_scenes(tmp_path / "data", SIZE)
+    config = make_config(stage, data__path=str(data))
     code, out, err = small_run.run_command(capsys, *command(tmp_path, tmp_path / "run", config))
     lines = [line for line in err.splitlines() if not line.startswith("encode: ")]
     assert (code, out, len(lines)) == (1, "", 2)
@@ -508,63 +452,3 @@ def test_a_folder_is_replaced_whole_and_may_hold_its_copy(tmp_path):
     assert not list(start.glob(".*"))
     assert files(target / "transformer") == files(start / "transformer")
     assert all((target / name / "config.json").is_file() for name in NETWORKS)
-
-
-# Configurations
-
-
-def problems(devices: int = 1, **changes) -> list[str]:
-    """The lines of the refusal; none if there is none."""
-    stage = changes.pop("stage", "vae")
-    config = make_config(stage, **({"model__path": "somewhere"} | changes))
-    try:
-        validate(config, devices)
-    except UsageError as error:
-        return error.problem.removeprefix("config: ").split("\n        ")
-    return []
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"stage": "vea"}, "stage: 'vea' found; one of vae, flow, lora was wanted"),
-        ({"data__path": ""}, "data.path: empty; a path was wanted"),
-        ({"vae__crop": 48}, "vae.crop: 48; a multiple of 16 up to 32 was wanted"),
-        ({"vae__crop": 24}, "vae.crop: 24; a multiple of 16 up to 32 was wanted"),
-        ({"vae__crop": -16}, "vae.crop: -16 found; 0 or more was wanted"),
-        ({"batch__size": 0}, "batch.size: 0 found; 1 or more was wanted"),
-        ({"batch__micro_batch": 3}, "batch.size: 8 in micro-batches of 3 does not divide over data x fsdp = 1 devices"),
-        ({"data__size": (40, 32)}, "data.size: (40, 32); two multiples of 16 pixels were wanted"),
-        ({"flow__region_weight": -1.0}, "flow.region_weight: -1.0 found; 0 or more was wanted"),
-        ({"flow__picture_steps": 0}, "flow.picture_steps: 0 found; 1 or more was wanted"),
-        (
-            {"model__quantization": "int8"},
-            "model.quantization: 'int8' found; stage vae trains the kernels: none",
-        ),
-        ({"vae__kl_weight": -1.0}, "vae.kl_weight: -1.0 found; 0 or more was wanted"),
-        ({"batch__sise": 8}, "batch.sise: no such field; did you mean batch.size?"),
-    ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)
-def test_a_configuration_that_cannot_run_is_refused(changes, line):
-    assert problems(**changes) == [line]
-
-
-def test_what_is_right_is_not_refused():
-    assert problems() == []
-    assert problems(vae__crop=32, batch__micro_batch=2) == []
-    assert problems(devices=8, mesh__fsdp=2, mesh__tensor=2, batch__micro_batch=4) == []
-    assert problems(devices=8, batch__micro_batch=4) == [
-        "batch.size: 8 in micro-batches of 4 does not divide over data x fsdp = 8 devices"
-    ]
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_model_is_needed_but_for_a_new_autoencoder(stage):
-    config = make_config("vae")
-    config.model.path, config.stage = "", stage
-    if stage == "vae":
-        validate(config, 1)
-    else:
-        with pytest.raises(UsageError, match=f"model.path: empty; stage {stage} starts from a model folder"):
-            validate(config, 1)

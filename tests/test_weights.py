@@ -56,11 +56,6 @@ def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {prefix + key: tuple(value.shape) for key, value in state.items()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("model"))
-
-
 def tensors_of(folder: Path, name: str) -> dict[str, np.ndarray]:
     return load_file(folder / name / f"{NETWORKS[name].file}.safetensors")
 
