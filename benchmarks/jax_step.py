@@ -22,6 +22,7 @@ from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontext, counts
+from rcgrpo_jax.plan.search import changed
 from rcgrpo_jax.training.loop import first_state, join, load_editor
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
@@ -104,6 +105,7 @@ class Step:
     def about(self) -> dict:
         """Device, versions and FLOPs, and the device's peak by data sheet if it is listed."""
         text, target = self.config.model.max_text_tokens, self.exploration.noise.shape[2]
+        once = changed(self.config, {"model.remat": "none"})  # what checkpointing repeats is no work of the model's
         dtype, chip = jnp.dtype(self.config.model.dtype), chip_of(self.device.device_kind)
         return {
             "platform": self.device.platform,
@@ -111,7 +113,7 @@ class Step:
             "software": f"jax {jax.__version__}, attention {self.programs.editor.transformer.attention.implementation}",
             "tokens": text + 2 * target,
             "samples": dict(zip(("rollout", "update"), counts(self.config), strict=True)),
-            "flops": flops.step(self.config, self.sizes, VAEConfig(), text, target),
+            "flops": flops.step(once, self.sizes, VAEConfig(), text, target),
             "stated_peak": chip.flops if chip and dtype.itemsize == 2 else None,
         }
 

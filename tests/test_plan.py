@@ -275,7 +275,7 @@ KEPT = sorted((small_run.ROOT / "docs" / "plans").glob("*.json"))
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
 def test_a_kept_plan_is_of_its_configuration_and_the_configuration_says_what_it_says(file):
-    """Sizes, FLOPs and time at full size: what no test can compile."""
+    """Sizes, FLOPs and time at full size, which takes minutes to compile."""
     plan, path = json.loads(file.read_text()), small_run.ROOT / "configs" / f"{file.stem}.py"
     config = runpy.run_path(str(path))["get_config"]()
     config.model.path, config.data.path = FLUX_KONTEXT, plan["config"]["data"]["path"]

@@ -169,6 +169,17 @@ def test_what_does_not_fit_exits_with_a_fix(capsys, tmp_path, monkeypatch, compi
     assert plan(capsys, tmp_path, *argv, *re.findall(r"--config\S+", remedy))[0] == 0
 
 
+@pytest.mark.parametrize(("quantization", "told"), [("none", True), ("int8", False)])
+def test_where_nothing_fits_a_base_in_fewer_bits_is_named(capsys, tmp_path, monkeypatch, compiler, quantization, told):
+    monkeypatch.setattr("rcgrpo_jax.cli.plan.open_topology", lambda name: compiler(4 * MIB, 8 * MIB, 1000))
+    argv = ("--topology=local", "--config.mesh.data=1", "--config.mesh.fsdp=4")
+    code, _, err = plan(capsys, tmp_path, *argv, f"--config.model.quantization={quantization}")
+    assert code == 1
+    remedy = err.splitlines()[-1]
+    assert remedy.startswith("  Take more chips or chips with more memory")
+    assert ("set model.quantization=int8 or nf4" in remedy) == told
+
+
 def test_a_search_prints_a_ranking(capsys, tmp_path, monkeypatch, compiler):
     where = compiler(4 * MIB, 8 * MIB, 6 * MIB)
     monkeypatch.setattr("rcgrpo_jax.cli.plan.open_topology", lambda name: where)

@@ -27,9 +27,10 @@ from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
 
-No TPU or GPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`). A
-program takes half a minute to ten to compile. The exit code is 1 if one does not fit, with the nearest setting that
-does. A search is free in mesh, micro-batches and remat: what the file or the command line says of them is not kept."""
+No TPU or GPU is needed, and no weights: without model.path the shapes are FLUX.1-Kontext-dev's (`{FLUX_KONTEXT}`).
+On two cores a program compiles in one to three minutes for TPUs, and in less than one for GPUs. The exit code is 1 if
+one does not fit, with the nearest setting that does. A search is free in mesh, micro-batches and remat: what the file
+or the command line says of them is not kept."""
 
 
 def _flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -121,7 +122,9 @@ def _remedy(changes: dict[str, Any] | None, search: Search) -> str:
         return f"This fits, by the compiler: {describe(changes)}"
     if search.limit <= 0:
         return "The limit of compilations was reached before anything fitted: raise --limit, or take more chips."
-    return "Take more chips or chips with more memory, or lower data.size; no micro-batch, remat policy or mesh helps."
+    fewer_bits = ", set model.quantization=int8 or nf4" if search.config.model.quantization == "none" else ""
+    others = "no micro-batch, remat policy or mesh helps"
+    return f"Take more chips or chips with more memory{fewer_bits}, or lower data.size; {others}."
 
 
 def _write(path: str | None, report: dict[str, Any]) -> None:
