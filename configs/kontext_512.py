@@ -4,7 +4,8 @@
     rcgrpo train --config configs/kontext_512.py --workdir runs/kontext_512 \
         --config.model.path=/data/kontext --config.data.path=/data/edits
 
-`configs/kontext_512_*.py` are the same run in the micro-batches of one kind of machine, with its plan.
+The same run in the micro-batches of one machine, with its plan: `configs/kontext_512_*.py` of v5e_16, v5p_8, v6e_8,
+h100 and 8xh100; of v5p_64 with 8 prompts; of v5e_4 (int8) and 24gb (NF4) with a base in fewer bits.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@
 
 By that plan, 41.8 of 72.78 GiB a GPU, 43.9 s a step at half of the roofline (compute), 3,934 samples an hour. One
 prompt of this step with micro-batches of 6 and 4 was measured on an H100: it needed what its plan says within 0.3 GiB,
-and ran at 54 (rollout) and 51 % (update) of the card's peak (docs/performance.md).
+and ran at 54 % of the card's peak (rollout) and 39 % (update; 51 % with what checkpointing repeats), as
+docs/performance.md has it.
 """
 
 from ml_collections import ConfigDict

@@ -98,7 +98,7 @@ check() {
   if [ "$action" = run ]; then
     need_arguments
     [ ${#hosts[@]} = 0 ] || check_sent
-    case $(argument --workdir) in "" | /* | *://*) ;; *)
+    case $(argument --workdir) in "" | /* | gs://?*) ;; *)
       [ ${#hosts[@]} -lt 2 ] ||
         fail 2 "--workdir: '$(argument --workdir)' found, which every host has for itself; one that all see was wanted." \
           "Name it by its absolute path."

@@ -42,7 +42,7 @@ mount_bucket() { # BUCKET, at /gcs/BUCKET: rcgrpo reads and writes files
 }
 
 task() {
-  local word words=() child stopped="" code=0
+  local word words=() child code=0
   local bucket='^(.*=)?gs://([^/]+)(.*)$'
   for word in "$@"; do
     if [[ $word =~ $bucket ]]; then
@@ -64,14 +64,12 @@ task() {
   fi
   .venv/bin/rcgrpo "${words[@]}" 9>&- &
   child=$!
-  # rcgrpo saves on SIGTERM and ends with 0, as if it had finished: tell the two apart.
-  trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT # rcgrpo saves, and ends with 143
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the child ends
     code=0
     wait "$child" || code=$?
   done
-  [ -z "$stopped" ] || [ "$code" != 0 ] || code=143 # one that could not save is no stop
   return "$code"
 }
 

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 143  # 128 + SIGTERM: the exit status of a run that was stopped before its end
+
 
 class UserError(Exception):
     """A failure that the user can mend; the command line prints it in two lines and exits with 1.

@@ -74,7 +74,7 @@ cp "$SITE/bin/pip" "$SITE/bin/rcgrpo" "$3/bin"
     "rcgrpo": r"""
 printf '%s\0' "$@" >"$HOME/argv"
 env >"$HOME/env"
-trap 'echo saved; exit 0' TERM
+trap 'echo saved; exit 143' TERM
 echo "step 1"
 . "$SITE/behaviour"
 """,

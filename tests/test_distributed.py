@@ -14,6 +14,7 @@ import small_run
 from safetensors.numpy import load_file
 
 from rcgrpo_jax.cli.export import export
+from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.loop import train
@@ -118,7 +119,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     body += small_run.signal_after(2, "SIGTERM", process=1)  # a preemption may reach one alone
     config = small_run.config_file(tmp_path / "config.py", body, data__cache=str(tmp_path / "cache"), **SETTINGS)
     ended = finish(start(config, workdir, 2), tmp_path)
-    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [code for code, _, _ in ended] == [STOPPED, STOPPED], ended
     assert all("stopped at step 2 on request" in error for _, _, error in ended)
     ended = finish(start(config, workdir, 2), tmp_path)
     assert_written_once(ended, workdir)

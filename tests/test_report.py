@@ -363,6 +363,19 @@ def test_facts_name_what_was_perturbed(kind):
     assert ("global, 0.125" in said) == (kind != "region")
 
 
+@pytest.mark.parametrize(
+    ("stage", "result"), [("flow", ["--model=again/model"]), ("lora", ["--model=/models/a", "--lora=again/lora"])]
+)
+def test_the_commands_evaluate_what_a_stage_of_supervised_training_leaves(tmp_path, stage, result):
+    config = pretrain_config.default_config()
+    config.stage, config.model.path = stage, "/models/a"
+    write_evaluation(tmp_path)
+    settings = Evaluation.load(tmp_path / "base.npz").settings
+    train, evaluate = run_record.commands(config.to_dict(), "DATA", settings)
+    assert train.startswith("rcgrpo pretrain ")
+    assert [word for word in evaluate.split() if word.startswith(("--model=", "--lora="))] == result
+
+
 def test_a_run_before_its_first_checkpoint_and_picture_becomes_a_page_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "time": 0, "loss": 0.5}) + '\n{"step": 2, "lo')
     page, _ = page_of("--workdir", tmp_path, "--out", tmp_path / "page.html")

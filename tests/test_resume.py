@@ -121,6 +121,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
     assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["2"]
 
 
+def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("images: no space", "Free some.")
+
+    monkeypatch.setattr("rcgrpo_jax.training.run.save_image", full)
+    with pytest.raises(UserError, match="images: no space"):
+        train(small_run.make_config(**SETTINGS, train__num_steps=2), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
 def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path, taken):
     workdir = tmp_path / "run"
     body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2")

@@ -287,6 +287,16 @@ def test_one_small_update_raises_the_surrogate_objective(seed):
 # What must not change
 
 
+@pytest.mark.parametrize("source_advantage", [0.0, 3.0])
+def test_a_group_without_signal_teaches_nothing_beside_others(source_advantage):
+    """Neither its candidates nor its source: the gradients of the groups add up."""
+    plain = first_update("replay", "l2", "early", "uniform", source_advantage)
+    first, second = (plain.step.advantages * jnp.array(mask)[:, None] for mask in ((1.0, 0.0), (0.0, 1.0)))
+    state = small_run.make_state(plain.trainer)
+    parts = [gradient(update(plain.trainer, plain.step._replace(advantages=a), state)) for a in (first, second)]
+    assert relative_error(optax.tree.add(*parts), gradient(plain)) <= 1e-4
+
+
 def test_groups_without_signal_leave_the_adapter_as_it_is():
     """Momentum is there, and does not move it either."""
     trainer = small_run.make_trainer(**BASE)
@@ -317,8 +327,20 @@ def test_a_reward_that_keeps_failing_ends_the_run(monkeypatch):
     for score in (np.nan, 0.5, *[np.nan] * (UNSCORED_STEPS - 1)):
         always(monkeypatch, trainer, score)
         small_run.take_step(trainer, state, batch)
-    with pytest.raises(UserError, match=f"stub scored no group of the last {UNSCORED_STEPS} steps"):
+    with pytest.raises(UserError, match=f"no group of the last {UNSCORED_STEPS} steps has all its scores; stub failed"):
         small_run.take_step(trainer, state, batch)
+
+
+def test_rewards_that_fail_in_turns_leave_no_group_either():
+    trainer = small_run.make_trainer(**BASE)
+    one, other = np.full((2, 4), 0.5), np.full((2, 4), 0.5)
+    one[0, 1] = other[1, 2] = np.nan
+    for _ in range(UNSCORED_STEPS - 1):
+        trainer._check_scored({"one": one, "other": other})
+    with pytest.raises(UserError, match="one, other failed"):
+        trainer._check_scored({"one": one, "other": other})
+    trainer._check_scored({"one": one, "other": one})  # the second group has both
+    assert trainer.unscored == 0
 
 
 def always(monkeypatch, trainer: Trainer, score: float) -> None:

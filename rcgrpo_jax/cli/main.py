@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 
-from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.errors import STOPPED, UsageError, UserError, nearest
 from rcgrpo_jax.parallel.slurm import slurm_tasks
 
 COMMANDS = {
@@ -38,7 +38,7 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failure, 2 for a usage error."""
+    """Runs a command and returns its exit code: 0, 1 for a failure, 2 for a usage error, 143 if SIGTERM stopped it."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE + "\n\n`rcgrpo COMMAND --help` lists the flags of a command.")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if not debug:
         quiet()
     code = _run(argv, debug)
-    if code:
+    if code not in (0, STOPPED):  # processes that stop do so together, in order
         _leave(code)
     return code
 
@@ -63,8 +63,7 @@ def _run(argv: list[str], debug: bool) -> int:
                 "Run it once, in a single process.",
             )
         command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")
-        command.run([arg for arg in argv[1:] if arg != "--debug"])
-        return 0
+        return command.run([arg for arg in argv[1:] if arg != "--debug"]) or 0
     except UserError as error:
         if debug:
             traceback.print_exc()

@@ -53,6 +53,7 @@ def run(argv: list[str]) -> None:
     if values.topology != "local" and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
+    _write(values.json)  # before minutes of compilation
     config = changed(values.config, {})
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
@@ -127,11 +128,13 @@ def _remedy(changes: dict[str, Any] | None, search: Search) -> str:
     return f"Take more chips or chips with more memory{fewer_bits}, or lower data.size; {others}."
 
 
-def _write(path: str | None, report: dict[str, Any]) -> None:
+def _write(path: str | None, report: dict[str, Any] | None = None) -> None:
+    """Writes the report; without one, finds out whether it could be written."""
     if path is None:
         return
     try:
-        Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        with Path(path).open("w" if report else "a", encoding="utf-8") as file:
+            file.write(json.dumps(report, indent=2, default=str) + "\n" if report else "")
     except OSError as error:
         raise UserError(
             f"--json: {path} cannot be written ({error.strerror}).", "Choose a path you can write to."

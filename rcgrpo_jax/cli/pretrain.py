@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from rcgrpo_jax.cli.config_file import parse_run, print_records
+from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.parallel.distributed import is_main
 from rcgrpo_jax.training.pretrain import pretrain
 
-ABOUT = """Trains an autoencoder, a flow with its text encoders, or a LoRA on triples of source, instruction and target.
+ABOUT = f"""Trains an autoencoder, a flow with its text encoders, or a LoRA, on source, instruction and target.
 
-The same command resumes an interrupted run; SIGTERM saves and stops."""
+The same command resumes an interrupted run. SIGTERM saves and stops; the exit status is then {STOPPED}."""
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int:
     config, workdir = parse_run("pretrain", ABOUT, argv, "rcgrpo_jax.training.pretrain_config")
     result = pretrain(config, workdir)
-    if not is_main():
-        return
-    print(f"{'LoRA' if config.stage == 'lora' else 'model':<12} {result or 'not yet: the run was stopped'}")
-    print(f"checkpoints  {workdir / 'checkpoints'}")
-    print_records(workdir)
+    if is_main():
+        print(f"{'LoRA' if config.stage == 'lora' else 'model':<12} {result or 'not yet: the run was stopped'}")
+        print(f"checkpoints  {workdir / 'checkpoints'}")
+        print_records(workdir)
+    return 0 if result else STOPPED

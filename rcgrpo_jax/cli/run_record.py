@@ -139,10 +139,14 @@ def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, A
     lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
     if train == "train":
         lines.append(["rcgrpo", "export", f"--workdir={workdir}", f"--out={workdir}/lora"])
+    if config.get("stage", "lora") == "lora":
+        result = {"model": config["model"]["path"], "lora": f"{workdir}/lora"}
+    else:  # which trains networks
+        result = {"model": f"{workdir}/model"}
     if settings:
-        model, (height, width) = config["model"], settings["size"]
-        options = {
-            "model": model["path"], "lora": f"{workdir}/lora", "data": data or "DATA", "steps": settings["steps"],
+        height, width = settings["size"]
+        options = result | {
+            "data": data or "DATA", "steps": settings["steps"],
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
             "acd_layers": settings["acd_layers"],
             "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from rcgrpo_jax.cli.config_file import parse_run, print_records
+from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.parallel.distributed import is_main
 from rcgrpo_jax.training.loop import train
 
-ABOUT = "Post-trains a LoRA. The same command resumes an interrupted run; SIGTERM saves and stops."
+ABOUT = f"""Post-trains a LoRA.
+
+The same command resumes an interrupted run. SIGTERM saves and stops; the exit status is then {STOPPED}."""
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int:
     config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.training.config")
     state = train(config, workdir)
-    if not is_main():
-        return
-    print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
-    print_records(workdir)
+    if is_main():
+        print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
+        print_records(workdir)
+    return STOPPED if int(state.step) < config.train.num_steps else 0

@@ -42,7 +42,7 @@ class Evaluation:
     measures: Mapping[str, Float[np.ndarray, " N"]]  # float32; NaN where something could not be measured
     images: UInt8[np.ndarray, "N H W 3"]  # the edits; `rcgrpo ablate` keeps none: N = 0
     settings: Mapping[str, Any]  # what the values depend on besides the adapter: base model, data, noise, solver, ACD
-    origin: Mapping[str, Any] = field(default_factory=dict)  # of the adapter: the configuration of its run
+    origin: Mapping[str, Any] = field(default_factory=dict)  # the adapter's fingerprint, or its run's configuration
 
     @property
     def kinds(self) -> tuple[str | None, ...]:

@@ -52,7 +52,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def check_parts(mesh: Mesh, heads: int) -> None:
-    """Refuses a mesh that splits a sample over processes or a head over devices, or where a process has no block of it.
+    """Refuses a mesh that splits a sample over processes or a head over devices, or where a process has no block.
 
     Args:
         mesh: As `make_mesh` gives it.

@@ -248,7 +248,7 @@ class Trainer:
             The new state, metrics, the rows, and the next step's batch.
 
         Raises:
-            UserError: A reward has failed in every group for `UNSCORED_STEPS` steps.
+            UserError: Rewards have failed in every group for `UNSCORED_STEPS` steps.
         """
         start, batch = time.monotonic(), ready.batch
         sample = self.sample(state, ready)
@@ -275,13 +275,14 @@ class Trainer:
         return state, metrics, rows, following
 
     def _check_scored(self, scores: Mapping[str, np.ndarray]) -> None:
-        """Gives up after `UNSCORED_STEPS` steps in a row in which some reward failed in every group."""
-        failed = [name for name, score in scores.items() if not np.isfinite(score).all(axis=-1).any()]
-        self.unscored = self.unscored + 1 if failed else 0
+        """Gives up after `UNSCORED_STEPS` steps in a row in which no group has all its scores."""
+        scored = {name: np.isfinite(score).all(axis=-1) for name, score in scores.items()}  # [P]
+        self.unscored = 0 if np.all([*scored.values()], axis=0).any() else self.unscored + 1
         if self.unscored == UNSCORED_STEPS:
+            failed = ", ".join(name for name, groups in scored.items() if not groups.all())
             raise UserError(
-                f"rewards: {', '.join(failed)} scored no group of the last {UNSCORED_STEPS} steps.",
-                "Look at what computes it; the same command resumes from the last checkpoint.",
+                f"rewards: no group of the last {UNSCORED_STEPS} steps has all its scores; {failed} failed.",
+                "Look at what computes them; the same command resumes from the last checkpoint.",
             )
 
     def sample(self, state: TrainState, ready: Ready) -> Sample:

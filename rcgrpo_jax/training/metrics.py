@@ -129,7 +129,8 @@ def check_finite(metrics: Mapping[str, Any], step: int) -> None:
         if name.rsplit("/", 1)[-1] in ("loss", "grad_norm") and not math.isfinite(value):
             raise UserError(
                 f"Step {step}: {name} is {float(value)}; it must be finite.",
-                "Resume from the last checkpoint with a lower learning rate; JAX_DEBUG_NANS=True finds the operation.",
+                "Start a new --workdir with a lower optimizer.learning_rate; the checkpoints of this one stay, and "
+                "JAX_DEBUG_NANS=True finds the operation.",
             )
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.editor import to_pixels
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.attention import choose
-from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, together
+from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
@@ -49,7 +49,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         devices: Devices of the mesh; all by default.
 
     Returns:
-        Where the result was written; None if the run was stopped before its end, or another process wrote it.
+        Where process 0 has written the result; None if the run was stopped before its end.
 
     Raises:
         UserError: For every mistake in configuration, model, data or resume that can be told.
@@ -165,13 +165,14 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: x for name, x in metrics.items() if name.startswith(("loss", "psnr"))}
 
 
-def _save(stage: Stage, state: TrainState, batches: Any) -> Path | None:
+def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
     from safetensors import SafetensorError
 
     try:
         trained, examples = fetch(state.averaged), gather(stage.arrays(batches[0]))
         with together():
-            return stage.save(trained, examples) if is_main() else None
+            written = stage.save(trained, examples) if is_main() else ""
+        return Path(text_of_main(str(written)))
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise UserError(
             f"workdir: the result cannot be written to {stage.workdir} ({' '.join(str(error).split())[:200]}).",

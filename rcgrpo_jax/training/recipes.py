@@ -18,7 +18,8 @@ def as_in_paper(config: ConfigDict) -> ConfigDict:
             "explore.kind": "region", "explore.mask_threshold": 0.0, "explore.mask_dilation": 0,  # Eq. 10, 11
             "surrogate.distance": "region", "surrogate.tau_edit": 0.9, "surrogate.tau_base": 1.1,  # Tables 2 and 3
             "surrogate.anchor_mode": "integrate", "surrogate.steps": "all", "surrogate.weighting": "uniform",  # Eq. 13
-            "objective.quasi_norm": 0.0, "objective.kl_weight": 0.0, "objective.source_advantage": 0.0,  # Eq. 4, 5
+            "objective.quasi_norm": 0.0, "objective.source_advantage": 0.0,  # Eq. 4, 5
+            "objective.kl_weight": 0.0,  # beta of Eq. 5 is not public; one update on a rollout has no gradient of it
             "acd.weight": 1.0, "acd.reference_keys": False, "acd.text": "all",  # Eq. 16
         }
     )  # fmt: skip

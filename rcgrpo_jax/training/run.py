@@ -128,11 +128,11 @@ def run_steps(
             state, metrics, picture = step_function(state, step - 1, draw)
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             writer.scalars(step, metrics)
-            if picture is not None and is_main():
-                save_image(workdir / "images" / f"step_{step:06d}.png", picture)
-                writer.images(step, {"pictures": picture})
             stopped = anyone(stop.is_set())  # a preemption may reach the processes in different steps
             checkpointer.save(step, state, described, force=step == last or stopped)
+            if picture is not None and is_main():  # after saving: one that cannot be written costs no step
+                save_image(workdir / "images" / f"step_{step:06d}.png", picture)
+                writer.images(step, {"pictures": picture})
             progress.update(shown(metrics), samples=samples)
             if stopped:
                 logger.warning("stopped at step %d on request; the same command resumes", step)

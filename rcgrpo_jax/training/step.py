@@ -1,4 +1,4 @@
-"""One training step in three programs: explore and roll out, decode, update.
+"""The programs of one training step: prepare the prompts, explore, roll out, decode, update.
 
 The mathematics is in `method` and `flow`; here it meets the model, the mesh and the optimizer. Samples are (prompt,
 candidate) pairs in the rollout and (prompt, anchor[, solver step]) units in the update, both flattened to one axis that
@@ -240,7 +240,8 @@ class Programs:
             gain += surrogate.candidate_gain(
                 metrics["source_distance"], objective.source_advantage, candidates.shape[1], temperature
             ).mean()
-        return objective.kl_weight * kl - gain, (log_pi, metrics)
+        taught = jnp.any(advantages[index] != 0)  # dropped groups and those of equal rewards do not
+        return jnp.where(taught, objective.kl_weight * kl - gain, 0.0), (log_pi, metrics)
 
     def _update(
         self,
