@@ -110,7 +110,7 @@ PRESETS = {
             "wide",
             _WIDE,
             {**_CPU, "model.max_text_tokens": 64, "data.size": (256, 256), "rollout.prompts": 1,
-             "rollout.micro_batch": 1, "surrogate.micro_batch": 2},
+             "surrogate.micro_batch": 4},
             tolerance=1e-4,
             rounds=6,
             torch=_WHOLE,

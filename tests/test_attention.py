@@ -54,8 +54,9 @@ def test_the_tpu_kernel_computes_what_xla_does(monkeypatch, tokens, keys, tile, 
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("name", ["interpreted", "flash"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-3)])
-def test_the_tpu_kernel_computes_what_xla_does_split_over_a_mesh(monkeypatch, dtype, tolerance):
+def test_the_kernels_compute_what_xla_does_split_over_a_mesh(monkeypatch, dtype, tolerance, name):
     """Four samples over `data` and `fsdp`, two heads over `tensor`: values and gradients, against XLA's in float32."""
     monkeypatch.setitem(
         attention.IMPLEMENTATIONS, "interpreted", lambda q, k, v: attention._splash(q, k, v, interpret=True)
@@ -77,7 +78,7 @@ def test_the_tpu_kernel_computes_what_xla_does_split_over_a_mesh(monkeypatch, dt
             return jax.jit(both, in_shardings=heads)(*arrays)
 
     wanted = values_and_gradients("xla", *(x.astype(jnp.float32) for x in (q, k, v, w)))
-    for found, exact in zip(values_and_gradients("interpreted", q, k, v, w), wanted, strict=True):
+    for found, exact in zip(values_and_gradients(name, q, k, v, w), wanted, strict=True):
         assert found.dtype == dtype
         error = np.asarray(found, np.float32) - np.asarray(exact)
         assert np.linalg.norm(error) < tolerance * np.linalg.norm(exact)
@@ -135,7 +136,7 @@ def test_cudnn_computes_what_xla_does(tokens, keys):
         ("tpu", "bfloat16", "splash"),
         ("gpu", "bfloat16", "cudnn"),
         ("gpu", "float32", "xla"),
-        ("cpu", "bfloat16", "xla"),
+        ("cpu", "bfloat16", "flash"),
     ],
 )
 def test_auto_is_the_fastest_of_the_platform_and_a_name_is_itself(platform, dtype, name):
@@ -148,6 +149,7 @@ def test_auto_is_the_fastest_of_the_platform_and_a_name_is_itself(platform, dtyp
     [
         ("splash", "gpu", "bfloat16"),
         ("splash", "cpu", "float32"),
+        ("flash", "gpu", "float32"),
         ("cudnn", "tpu", "bfloat16"),
         ("cudnn", "gpu", "float32"),
     ],

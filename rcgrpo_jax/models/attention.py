@@ -23,6 +23,60 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
+def _flash(q: Array, k: Array, v: Array) -> Array:
+    """Flash attention (Dao 2023) in tiles of one head, whose logits stay in a CPU's cache, forward and backward."""
+    return _over_heads(lambda *heads: _unstack(_flash_heads(*map(_stack, heads))), q, k, v)
+
+
+def _stack(x: Float[Array, "b N H D"]) -> Float[Array, "H b N D"]:
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _unstack(x: Float[Array, "H b N D"]) -> Float[Array, "b N H D"]:
+    return jnp.moveaxis(x, 0, 2)
+
+
+@jax.custom_vjp
+def _flash_heads(
+    q: Float[Array, "H b N D"], k: Float[Array, "H b M D"], v: Float[Array, "H b M D"]
+) -> Float[Array, "H b N D"]:
+    return _flash_forward(q, k, v)[0]
+
+
+def _flash_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    def head(inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, v = inputs
+        s = _scores(q, k)
+        top = s.max(-1, keepdims=True)
+        p = jnp.exp(s - top)
+        total = p.sum(-1, keepdims=True)
+        o = jnp.einsum("bnm,bmd->bnd", p.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+        return o.astype(v.dtype), top + jnp.log(total)
+
+    o, log_total = jax.lax.map(head, (q, k, v))
+    return o, (q, k, v, o, log_total)
+
+
+def _flash_backward(kept: tuple[Array, ...], do: Array) -> tuple[Array, Array, Array]:
+    def head(inputs: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, k, v, o, log_total, do = inputs
+        p = jnp.exp(_scores(q, k) - log_total)
+        dv = jnp.einsum("bnm,bnd->bmd", p.astype(v.dtype), do)
+        dp = jnp.einsum("bnd,bmd->bnm", do, v, preferred_element_type=jnp.float32)
+        ds = p * (dp - (o * do).sum(-1, keepdims=True, dtype=jnp.float32)) * q.shape[-1] ** -0.5
+        ds = ds.astype(q.dtype)
+        return jnp.einsum("bnm,bmd->bnd", ds, k), jnp.einsum("bnm,bnd->bmd", ds, q), dv
+
+    return jax.lax.map(head, (*kept, do))
+
+
+def _scores(q: Float[Array, "b N D"], k: Float[Array, "b M D"]) -> Float[Array, "b N M"]:
+    return jnp.einsum("bnd,bmd->bnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+
+
+_flash_heads.defvjp(_flash_forward, _flash_backward)
+
+
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
     """cuDNN's fused attention; it needs a GPU, and bfloat16 or float16.
 
@@ -35,12 +89,16 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
 def _splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """JAX's Pallas kernel for TPU (splash attention), forward and backward.
 
-    The compiler cannot look into it, so `shard_map` says how it is split: heads over `tensor`, and samples wherever the
-    mapped axis around it lies.
+    The compiler cannot look into it, and is told how it is split.
     """
+    return _over_heads(partial(_splash_local, interpret=interpret), q, k, v)
+
+
+def _over_heads(local: Callable[[Array, Array, Array], Array], q: Array, k: Array, v: Array) -> Array:
+    """`local` on each device's heads, which lie over `tensor`; samples lie wherever the mapped axis around it does."""
     if jax.sharding.get_abstract_mesh().empty:
-        return _splash_local(q, k, v, interpret)
-    spec, local = P(None, None, "tensor", None), partial(_splash_local, interpret=interpret)
+        return local(q, k, v)
+    spec = P(None, None, "tensor", None)
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
 
 
@@ -101,7 +159,9 @@ def _pad(x: Float[Array, "b N H D"]) -> Float[Array, "b M H D"]:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCKS[-1]), (0, 0), (0, 0)))
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "xla": _xla, "flash": _flash, "cudnn": _cudnn, "splash": _splash,
+}  # fmt: skip
 
 
 AUTO = "auto"
@@ -119,11 +179,13 @@ def choose(name: str, platform: str, dtype: Any) -> str:
         UsageError: If the platform has no such implementation, or not for this dtype.
     """
     half = jnp.dtype(dtype).itemsize == 2
-    served = {"splash": platform == "tpu", "cudnn": platform == "gpu" and half, "xla": True}  # the fastest first
+    served = {  # the fastest first
+        "splash": platform == "tpu", "cudnn": platform == "gpu" and half, "flash": platform == "cpu", "xla": True,
+    }  # fmt: skip
     if name == AUTO:
         return next(one for one, runs in served.items() if runs)
     if not served[name]:
-        wanted = {"splash": "a TPU", "cudnn": "a GPU and bfloat16 or float16"}[name]
+        wanted = {"splash": "a TPU", "cudnn": "a GPU and bfloat16 or float16", "flash": "a CPU"}[name]
         raise UsageError(
             f"config: model.attention: {name!r} needs {wanted}; found {platform} and {jnp.dtype(dtype).name}.",
             "Set model.attention=auto: the fastest that runs there.",
