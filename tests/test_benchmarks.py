@@ -194,8 +194,8 @@ def test_each_framework_has_micro_batches_of_its_own_until_they_are_set():
         preset = step.chosen(step.arguments(["--preset", "wide", *flags]))
         return [(c.rollout.micro_batch, c.surrogate.micro_batch) for c in (preset.config, preset.torch_config)]
 
-    assert of_both() == [(1, 2), (0, 0)]
-    assert of_both("--set", "surrogate.micro_batch=4") == [(1, 4), (0, 4)]
+    assert of_both() == [(0, 4), (0, 0)]
+    assert of_both("--set", "surrogate.micro_batch=2") == [(0, 2), (0, 2)]
 
 
 @pytest.mark.skipif(jax.devices()[0].platform == "gpu", reason="there is a GPU")

@@ -353,7 +353,12 @@ def test_overrides_reach_the_check(capsys, config_file, tmp_path):
 
 def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("rcgrpo_jax.cli.train.train", lambda config, _: seen.append(config) or SimpleNamespace(step=0))
+
+    def train(config, workdir):
+        seen.append(config)
+        return SimpleNamespace(step=config.train.num_steps)
+
+    monkeypatch.setattr("rcgrpo_jax.cli.train.train", train)
     code, _, err = small_run.run_command(
         capsys, "train", f"--config={config_file}", f"--workdir={tmp_path}", "--config.reward_options.colour.scale=30",
         "--config.rewards.preservation=0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,10 @@ def _write(path: str | None, report: dict[str, Any] | None = None) -> None:
     if path is None:
         return
     try:
-        with Path(path).open("w" if report else "a", encoding="utf-8") as file:
-            file.write(json.dumps(report, indent=2, default=str) + "\n" if report else "")
+        if report is None:
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        else:
+            Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--json: {path} cannot be written ({error.strerror}).", "Choose a path you can write to."

@@ -44,6 +44,8 @@ def _flash_heads(
 
 
 def _flash_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    """The attended values; and what the gradients need: the inputs, these values, `log sum exp` of the scores."""
+
     def head(inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         q, k, v = inputs
         s = _scores(q, k)
@@ -58,6 +60,8 @@ def _flash_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ..
 
 
 def _flash_backward(kept: tuple[Array, ...], do: Array) -> tuple[Array, Array, Array]:
+    """Gradients of queries, keys and values from `do`, that of the attended values; the scores are computed again."""
+
     def head(inputs: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         q, k, v, o, log_total, do = inputs
         p = jnp.exp(_scores(q, k) - log_total)
