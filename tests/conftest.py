@@ -55,6 +55,16 @@ def folder(tmp_path_factory) -> Path:
     return random_folder.build(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="session")
+def converted(folder, tmp_path_factory) -> Path:
+    """What `convert` makes of it; not to be written to either."""
+    from rcgrpo_jax.weights.convert import convert
+
+    target = tmp_path_factory.mktemp("converted") / "model"
+    convert(str(folder), target)
+    return target
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """For modules with commands that take what devices there are: fake ones do the same work eight times."""

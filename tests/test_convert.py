@@ -25,16 +25,6 @@ from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS
 from rcgrpo_jax.weights.random_folder import SMALL, build
 
-TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
-VAE = "vae/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def converted(folder, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("converted") / "model"
-    convert(str(folder), target)
-    return target
-
 
 @pytest.fixture
 def single_file(folder, tmp_path) -> Path:

@@ -18,19 +18,11 @@ from safetensors.torch import save_file as save_torch_file
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights import convert as convert_module
-from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.random_folder import SMALL
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def converted(folder, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("converted") / "model"
-    convert(str(folder), target)
-    return target
 
 
 @pytest.fixture

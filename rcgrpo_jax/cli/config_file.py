@@ -48,12 +48,11 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
 
     check_config(command, argv, defaults)
     values, _ = parse(command, about, argv, define, required=("config", "workdir"))
-    for name, path in (("workdir", values.workdir), ("config.data.cache", values.config.data.get("cache", ""))):
-        if "://" in path:
-            raise UsageError(
-                f"--{name}: {path!r} found; a directory was wanted.",
-                "Mount the bucket and name its directory; launch/tpu.sh does so with gs://BUCKET/PATH.",
-            )
+    if "://" in values.workdir:
+        raise UsageError(
+            f"--workdir: {values.workdir!r} found; a directory was wanted.",
+            "Mount the bucket and name its directory; launch/tpu.sh does so with gs://BUCKET/PATH.",
+        )
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     keep_compilations(Path(values.workdir))
     return values.config, Path(values.workdir)

@@ -139,12 +139,12 @@ def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, A
     lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
     if train == "train":
         lines.append(["rcgrpo", "export", f"--workdir={workdir}", f"--out={workdir}/lora"])
-    if config.get("stage", "lora") == "lora":
-        result = {"model": config["model"]["path"], "lora": f"{workdir}/lora"}
-    else:  # which trains networks
-        result = {"model": f"{workdir}/model"}
     if settings:
         height, width = settings["size"]
+        if config.get("stage", "lora") == "lora":
+            result = {"model": config["model"]["path"], "lora": f"{workdir}/lora"}
+        else:  # which trains networks
+            result = {"model": f"{workdir}/model"}
         options = result | {
             "data": data or "DATA", "steps": settings["steps"],
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",

@@ -25,15 +25,11 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
 
 def _flash(q: Array, k: Array, v: Array) -> Array:
     """Flash attention (Dao 2023) in tiles of one head, whose logits stay in a CPU's cache, forward and backward."""
-    return _over_heads(lambda *heads: _unstack(_flash_heads(*map(_stack, heads))), q, k, v)
 
+    def local(*heads: Array) -> Array:
+        return jnp.moveaxis(_flash_heads(*(jnp.moveaxis(x, 2, 0) for x in heads)), 0, 2)
 
-def _stack(x: Float[Array, "b N H D"]) -> Float[Array, "H b N D"]:
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _unstack(x: Float[Array, "H b N D"]) -> Float[Array, "b N H D"]:
-    return jnp.moveaxis(x, 0, 2)
+    return _over_heads(local, q, k, v)
 
 
 @jax.custom_vjp
@@ -67,7 +63,11 @@ def _flash_backward(kept: tuple[Array, ...], do: Array) -> tuple[Array, Array, A
         p = jnp.exp(_scores(q, k) - log_total)
         dv = jnp.einsum("bnm,bnd->bmd", p.astype(v.dtype), do)
         dp = jnp.einsum("bnd,bmd->bnm", do, v, preferred_element_type=jnp.float32)
-        ds = p * (dp - (o * do).sum(-1, keepdims=True, dtype=jnp.float32)) * q.shape[-1] ** -0.5
+        ds = (
+            p
+            * (dp - jnp.einsum("bnd,bnd->bn", o, do, preferred_element_type=jnp.float32)[..., None])
+            * q.shape[-1] ** -0.5
+        )
         ds = ds.astype(q.dtype)
         return jnp.einsum("bnm,bmd->bnd", ds, k), jnp.einsum("bnm,bnd->bmd", ds, q), dv
 

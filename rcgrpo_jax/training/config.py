@@ -12,6 +12,7 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import (
     MODEL_CHOICES,
     SHARED_RANGES,
+    cache_problems,
     check_fields,
     get_field,
     quantization_problems,
@@ -203,7 +204,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
             f"{math.log(g):.3f}"
         )
-    problems += size_problems(config) + quantization_problems(config)
+    problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
     problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")

@@ -90,6 +90,12 @@ def size_problems(config: ConfigDict) -> list[str]:
     return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted"]
 
 
+def cache_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with `data.cache`: the folder of a URL would be made on this machine's disk."""
+    found = config.data.cache
+    return [f"data.cache: {found!r} found; a directory was wanted, such as that of a mounted bucket"] * ("://" in found)
+
+
 def quantization_problems(config: ConfigDict) -> list[str]:
     """What is wrong with `model.quantization` in training."""
     if config.model.quantization == NONE or config.model.remat != "none":

@@ -13,6 +13,7 @@ from rcgrpo_jax.training import config as rl
 from rcgrpo_jax.training.fields import (
     MODEL_CHOICES,
     SHARED_RANGES,
+    cache_problems,
     check_fields,
     quantization_problems,
     refusal,
@@ -82,7 +83,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
         )
     if not problems:
-        problems += size_problems(config) + quantization_problems(config)
+        problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
         problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(
             size
