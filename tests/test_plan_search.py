@@ -198,7 +198,7 @@ def test_a_search_prints_a_ranking(capsys, tmp_path, monkeypatch, compiler):
         (["--topology=local", "--config.mesh.fsdp=3"], 2, "mesh"),
         (["--topology=local", "--config.mesh.data=8", "--config.model.path=/nowhere"], 1, "/nowhere is not a folder"),
         (["--topology=local", "--efficiency=2"], 2, "--efficiency"),
-        (["--topology=local", "--json=/nowhere/plan.json"], 1, "--json: /nowhere/plan.json cannot be written"),
+        (["--topology=local", "--json=/dev/null/plan.json"], 1, "--json: /dev/null/plan.json cannot be written"),
         ([], 2, "missing --topology"),
     ],
 )

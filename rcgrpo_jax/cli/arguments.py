@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,23 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise UsageError(f"--size: {text!r} found; WIDTHxHEIGHT in pixels was wanted.", "For example --size 1024x1024.")
     return int(found[2]), int(found[1])
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the work that it is for; its folder is made.
+
+    Raises:
+        UserError: If it is a folder, or lies in one that cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--{flag}: {path} cannot be written ({error}).", "Name a file in a folder you can write to."
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

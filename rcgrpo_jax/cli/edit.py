@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
+from rcgrpo_jax.cli.arguments import check_writable, dtype_of, parse, parse_size
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
@@ -76,15 +75,7 @@ def check_output(path: str) -> None:
     out = Path(path)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: {path}: the suffix is {out.suffix!r}; '.png' was wanted.", "Name the output NAME.png.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--out: {path} cannot be written ({error}).", "Name a file in a folder you can write to."
-        ) from None
+    check_writable("out", out)
 
 
 def open_editor(

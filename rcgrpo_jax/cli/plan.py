@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.arguments import check_writable, parse
 from rcgrpo_jax.cli.config_file import check_config
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
@@ -54,7 +53,8 @@ def run(argv: list[str]) -> None:
     if values.topology != "local" and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
-    _write(values.json)  # before minutes of compilation
+    if values.json:
+        check_writable("json", Path(values.json))
     config = changed(values.config, {})
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
@@ -129,15 +129,11 @@ def _remedy(changes: dict[str, Any] | None, search: Search) -> str:
     return f"Take more chips or chips with more memory{fewer_bits}, or lower data.size; {others}."
 
 
-def _write(path: str | None, report: dict[str, Any] | None = None) -> None:
-    """Writes the report; without one, finds out whether it could be written."""
+def _write(path: str | None, report: dict[str, Any]) -> None:
     if path is None:
         return
     try:
-        if report is None:
-            tempfile.TemporaryFile(dir=Path(path).parent).close()
-        else:
-            Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--json: {path} cannot be written ({error.strerror}).", "Choose a path you can write to."

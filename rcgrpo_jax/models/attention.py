@@ -63,12 +63,8 @@ def _flash_backward(kept: tuple[Array, ...], do: Array) -> tuple[Array, Array, A
         p = jnp.exp(_scores(q, k) - log_total)
         dv = jnp.einsum("bnm,bnd->bmd", p.astype(v.dtype), do)
         dp = jnp.einsum("bnd,bmd->bnm", do, v, preferred_element_type=jnp.float32)
-        ds = (
-            p
-            * (dp - jnp.einsum("bnd,bnd->bn", o, do, preferred_element_type=jnp.float32)[..., None])
-            * q.shape[-1] ** -0.5
-        )
-        ds = ds.astype(q.dtype)
+        mean = jnp.einsum("bnd,bnd->bn", o, do, preferred_element_type=jnp.float32)[..., None]  # of dp, under p
+        ds = (p * (dp - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
         return jnp.einsum("bnm,bmd->bnd", ds, k), jnp.einsum("bnm,bnd->bmd", ds, q), dv
 
     return jax.lax.map(head, (*kept, do))
