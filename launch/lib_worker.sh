@@ -37,8 +37,10 @@ mount_bucket() { # BUCKET, at /gcs/BUCKET: rcgrpo reads and writes files
   fi
   sudo mkdir -p "$directory"
   sudo chown "$(id -u)" "$directory"
-  # No cache of metadata: workers see at once what another has written.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$directory"
+  # No cache of metadata: workers see at once what another has written. A finished checkpoint is a renamed directory,
+  # which a bucket without hierarchical namespace has only up to a number of files, none by default.
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --rename-dir-limit=200000 \
+    "$1" "$directory"
 }
 
 task() {

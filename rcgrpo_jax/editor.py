@@ -88,6 +88,10 @@ class Editor:
         params = {name: self._load(name) for name in ("text_encoder", "text_encoder_2")}
         return load_tokenizers(self.folder.path), params, jax.jit(clip.apply), jax.jit(t5.apply)
 
+    def load_encoders(self) -> None:
+        """Loads what `encode_text` and `encode_image` use; all processes read a converted folder at once or none."""
+        _ = self._text, self.vae_params
+
     def encode_text(self, instructions: Sequence[str]) -> TextEncoding:
         """T5 sequence and pooled CLIP vector of each instruction, in the compute dtype."""
         tokenizers, params, clip, t5 = self._text

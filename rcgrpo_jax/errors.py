@@ -31,6 +31,17 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def everywhere(error: Exception) -> Exception:
+    """Marks an error that every process of a run raises at the same place: none of them is gone."""
+    error.everywhere = True
+    return error
+
+
+def is_everywhere(error: BaseException | None) -> bool:
+    """Whether the error was marked so."""
+    return getattr(error, "everywhere", False)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that one which is not known was probably meant to be."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

@@ -7,7 +7,20 @@ try:
 except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
-__all__ = ["ocp"]
+__all__ = ["is_of_files", "ocp"]
+
+_NOT_OF_FILES = (  # XLA's statuses, and a device that is taken
+    "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "ABORTED", "CANCELLED", "Unable to initialize backend",
+)  # fmt: skip
+
+
+def is_of_files(error: BaseException | None) -> bool:
+    """Whether a failure to read says something of the files, and not of devices or of other processes."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith(_NOT_OF_FILES):  # XLA's errors are such too
+            return False
+        error = error.__cause__ or error.__context__
+    return True
 
 
 def _is_not_repeated(record: logging.LogRecord) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.orbax import ocp
 from rcgrpo_jax.training import checkpoint
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
@@ -327,16 +327,34 @@ def test_a_damaged_checkpoint_is_refused(checkpointer, damage):
     assert_bit_equal(checkpointer.restore(state, step=1), state)
 
 
-@pytest.mark.parametrize("status", ["RESOURCE_EXHAUSTED: Out of memory", "DEADLINE_EXCEEDED: Barrier timed out"])
-def test_a_device_without_room_and_a_lost_process_are_no_damage(checkpointer, monkeypatch, status):
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"),
+        RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use"),
+    ],
+    ids=str,
+)
+def test_a_device_without_room_or_taken_and_a_lost_process_are_no_damage(checkpointer, monkeypatch, error):
     save(checkpointer, 1)
 
     def load(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError(status)
+        raise error
 
     monkeypatch.setattr(ocp, "load", load)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=status.split(":")[0]):
+    with pytest.raises(type(error), match=str(error).split(":")[0]):
         checkpointer.restore(make_state())
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_of_several_processes_a_save_is_finished_if_all_end_with_the_same_error(tmp_path, monkeypatch, agreed):
+    closed = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(Checkpointer, "close", lambda self: closed.append(self))
+    with pytest.raises(KeyError), Checkpointer(tmp_path, save_every=1, keep=1) as opened:
+        raise everywhere(KeyError("judge")) if agreed else KeyError("gone")
+    assert closed == [opened] * agreed
 
 
 def test_the_configuration_is_saved_with_the_state(checkpointer):

@@ -92,15 +92,38 @@ def test_debug_shows_the_traceback_and_keeps_no_other_process_waiting(capsys, mo
     assert "in broken" in err
 
 
-def test_too_little_memory_says_what_takes_less(capsys, monkeypatch):
-    def full(argv):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+@pytest.mark.parametrize(
+    ("reason", "way_out"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.", "rollout.micro_batch"),
+        (
+            "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 7.",
+            "JAX_PLATFORMS",
+        ),
+    ],
+)
+def test_devices_that_are_full_or_taken_have_a_way_out(capsys, monkeypatch, reason, way_out):
+    def fail(argv):
+        raise RuntimeError(reason)
 
-    monkeypatch.setattr("rcgrpo_jax.cli.train.run", full)
+    monkeypatch.setattr("rcgrpo_jax.cli.train.run", fail)
     code, problem, remedy = small_run.fail(capsys, "train")
     assert code == 1
-    assert "Out of memory" in problem
-    assert "rollout.micro_batch" in remedy
+    assert reason in problem
+    assert way_out in remedy
+
+
+@pytest.mark.parametrize("command", ["report", "export"])
+def test_what_only_reads_a_run_leaves_the_accelerator_to_it(capsys, monkeypatch, tmp_path, command):
+    set_to = []
+    monkeypatch.setattr("jax.config.update", lambda *field: set_to.append(field))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    small_run.fail(capsys, command, f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}")
+    assert ("jax_platforms", "cpu") in set_to
+    set_to.clear()
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    small_run.fail(capsys, command, f"--workdir={tmp_path / 'none'}", f"--out={tmp_path / 'out'}")
+    assert not set_to
 
 
 @pytest.mark.parametrize(

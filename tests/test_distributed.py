@@ -8,6 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small_run
@@ -16,9 +17,13 @@ from safetensors.numpy import load_file
 from rcgrpo_jax.cli.export import export
 from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.models.config import VAEConfig
+from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training import pretrain_config
+from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.loop import train
 from rcgrpo_jax.weights import random_folder
+from rcgrpo_jax.weights.convert import convert
+from rcgrpo_jax.weights.load import ModelFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -177,7 +182,13 @@ if "--process_id=1" in sys.argv:
 
 
 def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
-    config = small_run.config_file(tmp_path / "config.py", FAILURE, data__cache=str(tmp_path / "cache"), **SETTINGS)
+    """Of a converted model, which processes read together, also where the cache lacks an example of one of them."""
+    convert(str(small_run.model_folder()), tmp_path / "model")
+    settings = SETTINGS | {"model__path": str(tmp_path / "model"), "data__cache": str(tmp_path / "cache")}
+    one_device = make_mesh({}, jax.devices()[:1])
+    encode(small_run.make_config(**settings), ModelFolder(tmp_path / "model"), tmp_path, one_device, 4, lambda _: None)
+    next((tmp_path / "cache").iterdir()).unlink()
+    config = small_run.config_file(tmp_path / "config.py", FAILURE, **settings)
     ended = finish(start(config, tmp_path / "run", 2), tmp_path)
     cause = "reward 'colour' failed: ConnectionError: the judge hung up"
     for (code, _, error), first in zip(ended, ("process 1 failed, so this one stops: ", "process 1: "), strict=True):

@@ -75,7 +75,7 @@ def test_edits_are_those_of_the_editor_from_noise_of_seed_and_index():
     np.testing.assert_allclose(found.images.astype(int), edited.astype(int), atol=1)
     assert found.names == tuple(x.name for x in examples)
     assert found.kinds == ("replace", "remove")
-    other = run(indices=indices, seed=8)
+    other = run(indices=indices, seed=2**32 - 1)
     assert (other.images != found.images).mean() > 0.5
 
 

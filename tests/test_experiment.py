@@ -64,6 +64,7 @@ HALF = (
     "--variant=half: explore.kind=region optimizer.learning_rate=0.002 optimizer.decay_steps=40 train.num_steps=40 "
     "optimizer.ema_decay=0.9"
 )
+QUANTIZED = [f"--variant={name}: model.quantization={name.lower()}" for name in ("int8", "NF4")]
 COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
 
 
@@ -77,8 +78,9 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
         ("paper", "small_editor_paper", 5, ["--table=components"], 3),
         ("taus", "small_editor_paper", 5, ["--table=taus"], 4),
         ("half", "small_editor", 5, [HALF], 1),
+        ("quantized", "small_editor", 1, ["--variant=float32: model.quantization=none", *QUANTIZED], 3),
     ],
-    ids=["recipe", "acd", "coin", "balanced", "paper", "taus", "half"],
+    ids=["recipe", "acd", "coin", "balanced", "paper", "taus", "half", "quantized"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     tmp_path, monkeypatch, name, config, seeds, arguments, count

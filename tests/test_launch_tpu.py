@@ -285,6 +285,7 @@ def test_the_package_is_installed_and_buckets_are_mounted_before_it_runs(site):
     assert tpu(site, "train", "--keep", "--type=v5litepod-16", "--", *TRAIN, states="ACTIVE").returncode == 0
     pip = ["pip", "install", "--quiet", "--disable-pip-version-check"]
     fresh = ["--implicit-dirs", "--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"]
+    fresh += ["--rename-dir-limit=200000"]
     assert site.calls("pip", "gcsfuse", "rcgrpo") == [
         [*pip, "--upgrade", "pip"],
         [*pip, "--editable", ".[tpu]"],

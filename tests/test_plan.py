@@ -224,6 +224,7 @@ def test_the_local_devices_are_a_topology_too():
         ("v5p:4x4x4", 64, 64, 1),
         ("v6e:2x4", 8, 8, 1),
         ("v6e:16x16", 256, 256, 1),
+        ("v4:2x2x1", 4, 4, 1),
         ("tpu7x:2x2x1", 8, 4, 1),
     ],
 )

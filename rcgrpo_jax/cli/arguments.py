@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
@@ -114,3 +115,14 @@ def dtype_of(name: str) -> Any:
     import jax.numpy as jnp
 
     return jnp.dtype(name)
+
+
+def leave_devices_alone() -> None:
+    """Has JAX compute on the CPU, unless JAX_PLATFORMS says where: a run may have the accelerator to itself.
+
+    Without effect once JAX has computed something.
+    """
+    import jax
+
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
-from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
@@ -44,4 +44,5 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None, model:
 
 def run(argv: list[str]) -> None:
     values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
+    leave_devices_alone()
     print(f"LoRA: {export(values.workdir, values.out, values.step, values.model)}")

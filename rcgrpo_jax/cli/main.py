@@ -31,10 +31,11 @@ USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
 )
 
 NOT_FORESEEN = "This was not foreseen; run again with --debug for the traceback, and please report it."
-OUT_OF_MEMORY = (
-    "The device has too little memory: lower rollout.micro_batch, rollout.decode_micro_batch or surrogate.micro_batch "
-    "(--batch of evaluate), or spread the model by mesh.fsdp; `rcgrpo plan` tells what fits."
-)
+REMEDIES = {  # of JAX's errors, by what they say
+    "RESOURCE_EXHAUSTED": "The device has too little memory: lower rollout.micro_batch, rollout.decode_micro_batch or "
+    "surrogate.micro_batch (--batch of evaluate), or spread the model by mesh.fsdp; `rcgrpo plan` tells what fits.",
+    "Unable to initialize backend": "Another process may hold the device: wait for it, or set JAX_PLATFORMS=cpu.",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def _run(argv: list[str], debug: bool) -> int:
             traceback.print_exc()
             return 1
         reason = " ".join(str(error).split())[:500]
-        remedy = OUT_OF_MEMORY if "RESOURCE_EXHAUSTED" in reason else NOT_FORESEEN
+        remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in reason), NOT_FORESEEN)
         print(f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n  {remedy}", file=sys.stderr)
         return 1
 

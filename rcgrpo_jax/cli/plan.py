@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rcgrpo_jax.cli.arguments import check_writable, parse
+from rcgrpo_jax.cli.arguments import check_writable, leave_devices_alone, parse
 from rcgrpo_jax.cli.config_file import check_config
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
@@ -50,8 +49,8 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
 def run(argv: list[str]) -> None:
     check_config("plan", argv, "rcgrpo_jax.training.config")
     values, _ = parse("plan", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "topology"))
-    if values.topology != "local" and not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")  # nothing runs; and no plugin must look for what is not there
+    if values.topology != "local":
+        leave_devices_alone()  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
     if values.json:
         check_writable("json", Path(values.json))

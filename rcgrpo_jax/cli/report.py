@@ -13,7 +13,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
 from rcgrpo_jax.cli.run_record import SCRIPT, commands, config_script, facts, read_run
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_mask
@@ -56,6 +56,8 @@ def run(argv: list[str]) -> None:
             "--attention: --evaluation, --data and --lora were wanted; maps are drawn of their edits.",
             "Give all three.",
         )
+    if not values.attention:
+        leave_devices_alone()
     workdir = Path(values.workdir)
     out = Path(values.out or workdir / "report.html")
     record = read_run(workdir)
@@ -186,7 +188,7 @@ def attention_rows(
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
     grid = editor.grid(*images.shape[1:3])
     shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
-    noise = initial_noise(settings["seed"], np.arange(len(examples)), shape)
+    noise = initial_noise(np.uint32(settings["seed"]), np.arange(len(examples)), shape)
     lora = jax.device_put(lora, replicated(mesh))
     instructions = [x.instruction for x in examples]
     with jax.set_mesh(mesh):

@@ -83,22 +83,30 @@ class EncodedSource:
         own = distributed.own_share(len(source))
         hashes = np.zeros((len(source), 16), np.uint8)
         with distributed.together():
-            for done, index in enumerate(own, start=1):
+            for index in own:
                 example = source[index]
                 validate(example)
-                name = _content_hash(example, settings)
-                self._write(self._file(name), example, editor, size)
-                hashes[index] = np.frombuffer(bytes.fromhex(name), np.uint8)
-                progress(done, len(own))
+                hashes[index] = np.frombuffer(bytes.fromhex(_content_hash(example, settings)), np.uint8)
         hashes = distributed.total(hashes)  # each row is another process' own
         self._files = [self._file(row.tobytes().hex()) for row in hashes]
+        if distributed.anyone(not all(file.is_file() for file in self._files)):
+            editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
+
+        def write(index: int) -> None:
+            """Encodes an example, unless its file is there."""
+            if not self._files[index].is_file():
+                example = source[index]
+                if self._file(_content_hash(example, settings)) != self._files[index]:
+                    raise UserError(f"data: example {index} is not what another process finds there.", _SAME_DATA)
+                self._write(self._files[index], example, editor, size)
+
         with distributed.together():
-            for index, file in enumerate(self._files):  # those of the others, where they have disks of their own
-                if not file.is_file():
-                    example = source[index]
-                    if self._file(_content_hash(example, settings)) != file:
-                        raise UserError(f"data: example {index} is not what another process finds there.", _SAME_DATA)
-                    self._write(file, example, editor, size)
+            for done, index in enumerate(own, start=1):
+                write(index)
+                progress(done, len(own))
+        with distributed.together():
+            for index in range(len(source)):  # those of the others, where they have disks of their own
+                write(index)
 
     @property
     def digest(self) -> str:
@@ -123,12 +131,9 @@ class EncodedSource:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 
     def _write(self, file: Path, example: EditExample, editor: Editor, size: tuple[int, int]) -> None:
-        """Encodes an example, unless its file is there."""
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        if file.is_file():
-            return
         pixels = resize_image(example.image, size)
         mask = resize_mask(example.mask, size)
         encoding = editor.encode_text([example.instruction])

@@ -29,7 +29,7 @@ from rcgrpo_jax.evaluation.lpips import load_weights
 from rcgrpo_jax.evaluation.metrics import background_scores, edit_scores
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.method import concentration, region
-from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_masses
+from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_density
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import map_samples
 
@@ -211,7 +211,7 @@ def _edit(
     grid = editor.grid(*pixels.shape[1:3])
     encoding, reference = editor.encode_text(instructions), editor.encode_image(pixels)
     condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(pixels), guidance, jnp.float32))
-    inputs = (condition, jnp.asarray(mask), initial_noise(seed, indices, reference.shape[1:]))
+    inputs = (condition, jnp.asarray(mask), initial_noise(np.uint32(seed), indices, reference.shape[1:]))
     sigmas = editor.sigmas(num_steps, grid[0] * grid[1])
     tokens, acd = _rollout(editor.transformer, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
     return editor.decode(tokens, grid), acd
@@ -221,7 +221,7 @@ def _edit(
 
 
 @partial(jax.jit, static_argnums=2)
-def initial_noise(seed: int, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
+def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
     """The noise from which the examples of these indices are edited, of shape (N, C) each."""
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
 
@@ -239,11 +239,7 @@ def _rollout(
             v, sown = transformer.apply(
                 {"params": params, "lora": lora}, x, sigma, condition, grid, tokens, mutable=["intermediates"]
             )
-            inside, total = (
-                sown_masses(sown["intermediates"], name, transformer.attention.acd_layers)
-                for name in ("acd_inside", "acd_total")
-            )
-            return v, concentration.density_from_masses(inside, total, tokens)
+            return v, sown_density(sown["intermediates"], transformer.attention.acd_layers, tokens)
 
         states, densities = rollout.integrate_with_aux(velocity_and_density, noise, sigmas)
         return states[-1], concentration.reward(densities)

@@ -53,11 +53,11 @@ _H100 = Card((9, 0), 132, 128, 2048, 233472, 232448, 50 * 2**20, 1.98, 849429790
 _RTX4090 = Card((8, 9), 128, 128, 1536, 102400, 101376, 72 * 2**20, 2.52, 24 * GIB)
 
 CHIPS = (
-    # The compiler sees the two cores of v4 and TPU7x as two devices: half a chip's figures each.
-    Chip("v4", "TPU v4", 137.5e12, 0.6e12, 50e9, 1.6e9, int(15.25 * GIB), axes=3, devices=2),
+    Chip("v4", "TPU v4", 275e12, 1.2e12, 100e9, 3.1e9, int(30.75 * GIB), axes=3),
     Chip("v5e", "TPU v5 lite", 197e12, 0.819e12, 100e9, 3.1e9, int(15.75 * GIB), axes=2),
     Chip("v5p", "TPU v5", 459e12, 2.765e12, 200e9, 6.2e9, int(95.74 * GIB), axes=3),
     Chip("v6e", "TPU v6 lite", 918e12, 1.638e12, 200e9, 12.5e9, int(31.25 * GIB), axes=2),
+    # JAX sees its two cores as two devices: half a chip's figures each.
     Chip("tpu7x", "TPU7x", 1153.5e12, 3.69e12, 100e9, 6.2e9, int(94.75 * GIB), axes=3, devices=2),
     Chip("a100", "NVIDIA A100-SXM4-80GB", 312e12, 2.039e12, 300e9, 25e9, card=_A100),
     Chip("h100", "NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 450e9, 50e9, card=_H100),

@@ -80,6 +80,8 @@ def _describe(name: str, slice_name: str, shape: list[int], slices: int) -> tupl
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}
+    if slice_name.startswith("v4:"):  # a chip's two cores are one device, as on a TPU VM; of later chips by default
+        options["chip_config_name"] = "megacore"
     if shape in ([1, 1], [1, 1, 1], [2, 4]):  # one machine: v5e and v6e have up to eight chips, in larger slices four
         options["chips_per_host_bounds"] = (*shape, 1)[:3]
     try:

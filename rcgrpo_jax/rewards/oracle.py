@@ -108,7 +108,7 @@ class Oracle:
         if not self.noise:
             return rewards
         salt = np.array([zlib.crc32(instruction.encode()) for instruction in inputs.instructions], np.uint32)
-        return jnp.clip(rewards + self.noise * _noise(self.seed, salt, inputs.edited), 0, 1)
+        return jnp.clip(rewards + self.noise * _noise(np.uint32(self.seed), salt, inputs.edited), 0, 1)
 
 
 @jax.jit
@@ -120,7 +120,7 @@ def _overall(
 
 
 @jax.jit
-def _noise(seed: int, salt: UInt32[Array, " P"], edited: Float[Array, "P G H W 3"]) -> Float[Array, "P G"]:
+def _noise(seed: np.uint32, salt: UInt32[Array, " P"], edited: Float[Array, "P G H W 3"]) -> Float[Array, "P G"]:
     """Draws a standard normal value for each candidate from the bits of its pixels, whatever else is in the batch."""
     bits = jax.lax.bitcast_convert_type(edited.astype(jnp.float32), jnp.uint32)
     content = jnp.sum(bits, axis=(-3, -2, -1), dtype=jnp.uint32)  # of integers: the order of the sum does not matter

@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
 
-from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.orbax import ocp
+from rcgrpo_jax.errors import UserError, is_everywhere
+from rcgrpo_jax.orbax import is_of_files, ocp
 from rcgrpo_jax.parallel.distributed import together
 
 _SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
-
-_NOT_OF_FILES = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "ABORTED", "CANCELLED")  # XLA's statuses
 
 
 class Checkpointer:
@@ -151,8 +149,9 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:  # else the others may be gone: closing waits
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        alone = jax.process_count() == 1
+        if kind is None or alone or is_everywhere(error):  # else another may be gone, and closing waits for all
             self.close()
 
     def _path(self, step: int | None) -> Path:
@@ -198,7 +197,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_NOT_OF_FILES):
+            if not is_of_files(error):
                 raise
             earlier = [step for step in self.steps() if str(step) != path.name]
             raise UserError(

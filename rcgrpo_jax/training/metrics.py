@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, everywhere
 
 
 class MetricsWriter:
@@ -127,11 +127,12 @@ def check_finite(metrics: Mapping[str, Any], step: int) -> None:
     """
     for name, value in metrics.items():
         if name.rsplit("/", 1)[-1] in ("loss", "grad_norm") and not math.isfinite(value):
-            raise UserError(
+            lost = UserError(
                 f"Step {step}: {name} is {float(value)}; it must be finite.",
                 "Start a new --workdir with a lower optimizer.learning_rate; the checkpoints of this one stay, and "
                 "JAX_DEBUG_NANS=True finds the operation.",
             )
+            raise everywhere(lost)  # metrics are those of all processes
 
 
 class Progress:

@@ -24,7 +24,7 @@ from rcgrpo_jax.flow import rollout as flow_rollout
 from rcgrpo_jax.flow.solver import Velocity, euler_step
 from rcgrpo_jax.method import concentration, explore, grpo, region, surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
-from rcgrpo_jax.models.mmdit import Condition, sown_masses
+from rcgrpo_jax.models.mmdit import Condition, sown_density
 from rcgrpo_jax.parallel.distributed import put_rows
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
@@ -133,15 +133,14 @@ class Programs:
 
     def _velocity_and_density(self, params: dict, lora: dict, prompt: Prompts) -> Any:
         """The velocity beside the ACD of each selected layer (Eq. 17), `[L_sel]`."""
-        variables, layers = {"params": params, "lora": lora}, self.config.acd.layers
+        variables = {"params": params, "lora": lora}
         weights = prompt.text_weights if self.config.acd.text == "instruction" else None
 
         def apply(x: Array, sigma: Array) -> tuple[Array, Array]:
             v, sown = self.editor.transformer.apply(
                 variables, x, sigma, prompt.condition, self.grid, prompt.region, mutable=["intermediates"]
             )
-            inside, total = (sown_masses(sown["intermediates"], name, layers) for name in ("acd_inside", "acd_total"))
-            return v, concentration.density_from_masses(inside, total, prompt.region, weights)
+            return v, sown_density(sown["intermediates"], self.config.acd.layers, prompt.region, weights)
 
         return apply
 

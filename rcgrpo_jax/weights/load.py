@@ -277,8 +277,12 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
     """Turns any failure to read a converted network into a `UserError`; there are as many as it has files."""
+    from rcgrpo_jax.orbax import is_of_files
+
     try:
         yield
     except Exception as error:
+        if not is_of_files(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a complete Orbax checkpoint ({reason}).", "Run `rcgrpo convert` again.") from None
