@@ -58,6 +58,7 @@ def test_a_good_example_passes_unchanged():
     ({"mask": np.full((20, 30), 255, np.float32)}, r"to 255\.0 found"),
     ({"mask": np.full((20, 30), -1, np.float32)}, r"from -1\.0"),
     ({"instruction": " \n"}, "the instruction is blank"),
+    ({"instruction": "Make it red \ud83d"}, r"'Make it red \\ud83d' is not whole Unicode"),
 ])  # fmt: skip
 def test_unusable_examples_are_refused_by_name(changes, problem):
     with pytest.raises(UserError, match=problem) as caught:
@@ -157,6 +158,7 @@ def test_a_missing_or_empty_folder_is_refused(tmp_path):
     ({}, "line 2: the field 'image' is missing; found none", "Add 'image'"),
     (row(instruction=3), "line 2: instruction is 3; a string", "quotes"),
     (row(mask=None), "line 2: mask is None; a string", "quotes"),
+    (row(mask=" "), "line 2: mask is empty; a path", "Name the file"),
     (row(caption=["x"]), r"line 2: caption is \['x'\]; a string", "quotes"),
     (row(flawed="yes"), "line 2: flawed is 'yes'; true or false", "quotes"),
     (row(mask_polarity="grey"), "line 2: mask_polarity: 'grey' found; 'white' or 'black'", "colour"),

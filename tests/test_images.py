@@ -97,6 +97,16 @@ def test_palette_transparency_is_flattened_over_white(tmp_path):
     assert (found[10:] == 255).all()
 
 
+def test_transparency_of_16_bit_grey_is_kept(tmp_path):
+    grey = np.full((20, 30), 7, np.uint16)
+    grey[:10] = 65535 // 2
+    Image.fromarray(grey).save(tmp_path / "a.png", transparency=7)
+    found = images.read_image(tmp_path / "a.png")
+    assert (found[:10] == 127).all()
+    assert (found[10:] == 255).all()
+    assert "transparent" in refusal(tmp_path / "a.png", images.read_mask).problem
+
+
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_16_bit_grey_spans_the_whole_8_bit_range(tmp_path, suffix):
     grey = np.linspace(0, 65535, 600).round().astype(np.uint16).reshape(20, 30)

@@ -161,6 +161,8 @@ def test_micro_batches_take_from_every_device_what_it_has(micro):
 def test_an_error_in_a_block_that_all_share_is_raised_as_it_is():
     with pytest.raises(KeyError), distributed.together():
         raise KeyError("own")
+    with pytest.raises(KeyError), distributed.together():
+        raise KeyError("caf\udce9.png")  # a file name that is not UTF-8
     with distributed.together():
         pass
 

@@ -371,8 +371,9 @@ def test_the_commands_evaluate_what_a_stage_of_supervised_training_leaves(tmp_pa
     config.stage, config.model.path = stage, "/models/a"
     write_evaluation(tmp_path)
     settings = Evaluation.load(tmp_path / "base.npz").settings
-    train, evaluate = run_record.commands(config.to_dict(), "DATA", settings)
+    train, evaluate = run_record.commands(config.to_dict(), "DATA", settings, "black")
     assert train.startswith("rcgrpo pretrain ")
+    assert evaluate.split()[-1] == "--polarity=black"
     assert [word for word in evaluate.split() if word.startswith(("--model=", "--lora="))] == result
 
 

@@ -89,7 +89,7 @@ def run(argv: list[str]) -> None:
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
         recipe = {"settings": described, "script": (SCRIPT, config_script(config))}
-        sections |= {**recipe, "commands": commands(config, values.data, settings)}
+        sections |= {**recipe, "commands": commands(config, values.data, settings, values.polarity)}
     grids = dict([record.picture]) if record.picture else {}
     title = f"{found.get('Method', 'Training')}: {workdir.absolute().name}"
     write_report(out, Report(title, found, metrics=record.metrics, grids=grids, **sections))

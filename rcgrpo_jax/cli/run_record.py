@@ -133,8 +133,13 @@ def _changes(config: Mapping[str, Any], default: Mapping[str, Any], name: str) -
             yield f"{name}.{field} = {tuple(value) if isinstance(value, list) else value!r}"
 
 
-def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, Any] | None = None) -> list[str]:
-    """The commands that train with that file, export, and, with the `settings` of an evaluation, evaluate on `data`."""
+def commands(
+    config: Mapping[str, Any], data: str = "", settings: Mapping[str, Any] | None = None, polarity: str = "white"
+) -> list[str]:
+    """The commands that train with that file, export, and, with the `settings` of an evaluation, evaluate on `data`.
+
+    `polarity` is that of the masks of `data`; without `data`, the run's own stands there.
+    """
     train, workdir = "pretrain" if "stage" in config else "train", "again"
     lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
     if train == "train":
@@ -150,7 +155,7 @@ def commands(config: Mapping[str, Any], data: str = "", settings: Mapping[str, A
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
             "acd_layers": settings["acd_layers"],
             "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",
-            "quantization": settings["quantization"], "polarity": config["data"]["polarity"],
+            "quantization": settings["quantization"], "polarity": polarity if data else config["data"]["polarity"],
         }  # fmt: skip
         lines.append(["rcgrpo", "evaluate", *(f"--{name}={value}" for name, value in options.items())])
     return [shlex.join(line) for line in lines]

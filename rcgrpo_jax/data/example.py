@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ def check_example(example: EditExample) -> EditExample:
 
     Raises:
         UserError: The image is smaller than a token (16 x 16 pixels), the mask or target is of another size, the mask
-            is empty, not finite or outside [0, 1], or the instruction is blank.
+            is empty, not finite or outside [0, 1], or the instruction is blank or not Unicode.
     """
     name, mask = example.name, example.mask
     height, width = example.image.shape[:2]
@@ -64,4 +65,9 @@ def check_example(example: EditExample) -> EditExample:
         )
     if not example.instruction.strip():
         raise UserError(f"{name}: the instruction is blank; a sentence was wanted.", "Say what to change.")
+    if re.search(r"[\ud800-\udfff]", example.instruction):  # half of a surrogate pair
+        raise UserError(
+            f"{name}: the instruction {example.instruction!a} is not whole Unicode text, which was wanted.",
+            "It was cut within a character: write it again.",
+        )
     return example

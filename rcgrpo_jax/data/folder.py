@@ -154,6 +154,8 @@ def _from_line(
         value = row.get(field)
         if not isinstance(value, str) and not (value is None and field not in needed):
             raise UserError(f"{where}: {field} is {value!r}; a string was wanted.", f"Write {field} in double quotes.")
+        if field in needed[:-1] and not value.strip():
+            raise UserError(f"{where}: {field} is empty; a path was wanted.", "Name the file, or leave the line out.")
     if not isinstance(flawed := row.get("flawed", False), bool):
         raise UserError(f"{where}: flawed is {flawed!r}; true or false was wanted.", "Write it without quotes.")
 

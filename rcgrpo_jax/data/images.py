@@ -124,7 +124,10 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
             f"{path}: grey values from {grey.min()} to {grey.max()}; 16 bits (0 to 65535) were wanted.",
             "Save the image as an 8-bit PNG.",
         )
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    scaled = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        scaled.putalpha(Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8)))
+    return scaled
 
 
 def save_image(path: str | Path, image: UInt8[np.ndarray, "H W 3"]) -> None:

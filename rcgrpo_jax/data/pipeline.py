@@ -150,7 +150,8 @@ class EncodedSource:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
-            save_file(tensors, partial, metadata={"instruction": example.instruction})
+            in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
+            save_file(in_order, partial, metadata={"instruction": example.instruction})
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
             raise UserError(

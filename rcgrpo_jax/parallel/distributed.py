@@ -159,7 +159,8 @@ def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:
     text = (
         "" if error is None else error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
-    return np.frombuffer(" ".join(text.split()).encode()[:CAUSE_BYTES].ljust(CAUSE_BYTES, b"\0"), np.uint8)
+    line = " ".join(text.split()).encode(errors="replace")  # file names need not be Unicode
+    return np.frombuffer(line[:CAUSE_BYTES].ljust(CAUSE_BYTES, b"\0"), np.uint8)
 
 
 def text_of_main(text: str) -> str:

@@ -170,7 +170,7 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
 
     try:
         trained, examples = fetch(state.averaged), gather(stage.arrays(batches[0]))
-        with together():
+        with together(), jax.set_mesh(stage.mesh.local_mesh):  # a program of one process
             written = stage.save(trained, examples) if is_main() else ""
         return Path(text_of_main(str(written)))
     except (OSError, SafetensorError) as error:  # a full disk is either
