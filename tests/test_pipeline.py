@@ -143,7 +143,7 @@ def test_an_example_is_checked_before_it_is_encoded(calls, tmp_path):
 def test_other_data_on_another_process_are_refused(calls, tmp_path, monkeypatch):
     source = EditFolder(small_run.data_folder())
     monkeypatch.setattr(distributed, "total", lambda hashes: hashes ^ 1)
-    with pytest.raises(UserError, match="example 0 is not what another process finds there"):
+    with pytest.raises(UserError, match="example 0 has changed, or is another on another process"):
         EncodedSource(source, make_editor(), SIZE, tmp_path)
     monkeypatch.setattr(distributed, "gather", lambda sizes: np.array([3, 2]))
     with pytest.raises(UserError, match="different numbers of examples, 3, 2"):

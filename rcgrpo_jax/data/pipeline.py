@@ -82,11 +82,17 @@ class EncodedSource:
             )
         own = distributed.own_share(len(source))
         hashes = np.zeros((len(source), 16), np.uint8)
+        missing: list[int] = []
         with distributed.together():
-            for index in own:
+            for read, index in enumerate(own, start=1):
                 example = source[index]
                 validate(example)
-                hashes[index] = np.frombuffer(bytes.fromhex(_content_hash(example, settings)), np.uint8)
+                name = _content_hash(example, settings)
+                hashes[index] = np.frombuffer(bytes.fromhex(name), np.uint8)
+                if self._file(name).is_file():
+                    progress(read - len(missing), len(own))
+                else:
+                    missing.append(index)
         hashes = distributed.total(hashes)  # each row is another process' own
         self._files = [self._file(row.tobytes().hex()) for row in hashes]
         if distributed.anyone(not all(file.is_file() for file in self._files)):
@@ -97,11 +103,11 @@ class EncodedSource:
             if not self._files[index].is_file():
                 example = source[index]
                 if self._file(_content_hash(example, settings)) != self._files[index]:
-                    raise UserError(f"data: example {index} is not what another process finds there.", _SAME_DATA)
+                    raise UserError(f"data: example {index} has changed, or is another on another process.", _SAME_DATA)
                 self._write(self._files[index], example, editor, size)
 
         with distributed.together():
-            for done, index in enumerate(own, start=1):
+            for done, index in enumerate(missing, start=len(own) - len(missing) + 1):
                 write(index)
                 progress(done, len(own))
         with distributed.together():
