@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, is_everywhere
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite, read_metrics
 
@@ -91,8 +91,9 @@ def test_images_reach_tensorboard_unchanged(tmp_path):
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "train/loss"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_lost_run_is_stopped_by_name_and_step(name, value):
-    with pytest.raises(UserError, match=f"Step 12: {name} is {value}"):
+    with pytest.raises(UserError, match=f"Step 12: {name} is {value}") as caught:
         check_finite({"reward": 1.0, name: jnp.float32(value)}, 12)
+    assert is_everywhere(caught.value)
 
 
 def test_other_metrics_may_be_missing():

@@ -8,7 +8,7 @@ import pytest
 import small_run
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, is_everywhere
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import join, split
@@ -159,8 +159,9 @@ def test_micro_batches_take_from_every_device_what_it_has(micro):
 
 
 def test_an_error_in_a_block_that_all_share_is_raised_as_it_is():
-    with pytest.raises(KeyError), distributed.together():
+    with pytest.raises(KeyError) as caught, distributed.together():
         raise KeyError("own")
+    assert is_everywhere(caught.value)
     with pytest.raises(KeyError), distributed.together():
         raise KeyError("caf\udce9.png")  # a file name that is not UTF-8
     with distributed.together():
