@@ -35,6 +35,8 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
         "protobuf>=5",
+        "psutil>=6",
+        "pydantic>=2.11",
         "safetensors>=0.5",
         "scipy>=1.13",
         "tensorboardX>=2.6.2",

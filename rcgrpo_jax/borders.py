@@ -1,0 +1,112 @@
+"""What comes from outside, checked once where it enters: JSON against a type, sizes against this machine's memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rcgrpo_jax.errors import UserError
+
+T = TypeVar("T")
+STRICT: Any = {"strict": True, "allow_inf_nan": False}  # pydantic's options for values that nobody may reinterpret
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If it is none, is nested deeper than Python can follow, or is no UTF-8.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
+    """The value as a type's own, without conversion: no text or switch passes for a number, no 8.0 for a count.
+
+    Args:
+        value: Of JSON: dicts, lists, texts, numbers, booleans, None.
+        kind: A type as pydantic takes it: `dict[str, float]`, `Annotated[int, Gt(0)]`; a dataclass or TypedDict says
+            `__pydantic_config__ = STRICT` itself.
+        where: The file, for the message.
+        remedy: What to do about it.
+
+    Raises:
+        UserError: With a line for every field that is not of its type: its place, what was found, what was wanted.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)  # where a list is what JSON has for a tuple
+    except ValidationError as error:
+        problems = [_problem(found) for found in error.errors(include_url=False)]
+        joined = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
+        raise UserError(f"{where}:{joined}.", remedy) from None
+
+
+def _problem(found: Any) -> str:
+    place = ".".join(map(str, found["loc"])) or "the whole"
+    wanted = found["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+    return f"{place}: {shorten(found['input'])} found, {wanted} wanted"
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """A value as a message shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "endless nesting"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: If there is no such file, or it holds no JSON object.
+    """
+    try:
+        found = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.", remedy) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON ({error}).", remedy) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {shorten(found)} found; a JSON object was wanted.", remedy)
+    return found
+
+
+def memory_bytes() -> int:
+    """What arrays can take here at most: the memory of this machine and of the devices that JAX has opened.
+
+    Where processes share a run, each holds its part: the sum over all of them counts.
+    """
+    import jax
+    import psutil
+
+    total = psutil.virtual_memory().total
+    for device in jax.local_devices():
+        if device.platform != "cpu":
+            total += (device.memory_stats() or {}).get("bytes_limit", 0)
+    return total * jax.process_count()
+
+
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """Refuses what cannot fit, before any work on it starts.
+
+    Args:
+        what: The field and its value, as in "data.size: 1000000 x 1000000".
+        needed: Bytes of the arrays that cannot be done without.
+        remedy: What to do about it.
+
+    Raises:
+        UserError: If they are more than `memory_bytes`.
+    """
+    if needed > (there := memory_bytes()):
+        raise UserError(
+            f"{what} takes {needed / 2**30:,.1f} GiB at least; this machine has {there / 2**30:,.1f} GiB.", remedy
+        )
