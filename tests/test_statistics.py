@@ -53,6 +53,32 @@ def test_covers_a_difference_of_pairs_of_seeds(shared):
     assert np.mean(widths) < 0.18
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_covers_a_difference_of_few_pairs_whose_examples_cancel(seeds):
+    rng = np.random.default_rng(8)
+    hard = rng.standard_normal(60)
+    hits = 0
+    for _ in range(1000):
+        a, b = (draw(rng, seeds, 0.08, 0, examples=60) + hard for _ in range(2))
+        interval = paired_interval(a, b)
+        hits += interval.low < 0 < interval.high
+    assert 0.935 <= hits / 1000 <= 0.995
+
+
+def test_noise_is_not_counted_as_that_of_seeds_and_of_examples_both():
+    rng = np.random.default_rng(9)
+    intervals = [mean_interval(draw(rng, 5, 0, 0, rest=1)) for _ in range(DRAWS)]
+    deviation = 1 / np.sqrt(5 * EXAMPLES)
+    assert np.mean([x.high - x.low for x in intervals]) / 2 < 3 * deviation  # of one seed: 2
+
+
+def test_seeds_that_agree_by_luck_do_not_narrow_the_interval():
+    values = draw(np.random.default_rng(10), 2, 0, 0)
+    values -= values.mean(axis=1, keepdims=True)
+    of_examples = mean_interval(values.mean(axis=0, keepdims=True))
+    assert mean_interval(values) == pytest.approx(of_examples)
+
+
 def test_pairs_are_compared_more_closely_than_means():
     rng = np.random.default_rng(2)
     hard = rng.standard_normal(EXAMPLES)
