@@ -17,8 +17,8 @@ from rcgrpo_jax.cli import main as entry
 from rcgrpo_jax.cli.config_file import keep_compilations
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import load_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -280,7 +280,7 @@ def workdir(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("step", [None, 2])
 def test_export_writes_the_average_of_a_step(capsys, tmp_path, workdir, step):
     argv = [f"--workdir={workdir}", f"--out={tmp_path / 'lora'}", *([] if step is None else [f"--step={step}"])]
-    code, out, err = small_run.run_command(capsys, "export", *argv)
+    code, out, err = small_run.run_command(capsys, "export", "--dtype=float32", *argv)
     assert (code, err) == (0, "")
     assert out == f"LoRA: {tmp_path / 'lora' / 'pytorch_lora_weights.safetensors'}\n"
     trainer = small_run.make_trainer(optimizer__ema_decay=0.9)

@@ -11,8 +11,8 @@ from PIL import Image
 from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
-from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import save_lora
 from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -124,9 +124,9 @@ def test_edit_follows_its_arguments(capsys, edit_argv, caplog):
     np.testing.assert_array_equal(seeded, edit(capsys, edit_argv(noise="noise.npy")))
     params = abstract_params("transformer", ModelFolder(small_run.model_folder()).config("transformer"))
     adapter = init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0))
-    save_lora(Path("zero"), adapter, LoRAConfig(2, 4.0))
+    save_lora(Path("zero"), adapter, LoRAConfig(2, 4.0), params)
     np.testing.assert_array_equal(plain, edit(capsys, edit_argv(lora="zero")))
-    save_lora(Path("lora"), jax.tree.map(lambda x: x + 0.1, adapter), LoRAConfig(2, 4.0))
+    save_lora(Path("lora"), jax.tree.map(lambda x: x + 0.1, adapter), LoRAConfig(2, 4.0), params)
     assert not caplog.records
 
     for other in (

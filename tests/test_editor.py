@@ -15,8 +15,8 @@ from rcgrpo_jax.data.images import resize_image
 from rcgrpo_jax.editor import Editor, to_pixels, to_unit
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.weights.convert import convert
-from rcgrpo_jax.weights.export import load_lora, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import load_lora, save_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,7 +43,9 @@ def lora(tmp_path_factory, editor) -> Path:
     rng = np.random.default_rng(2)
     adapter = flatten_dict(init_adapter(jax.random.key(0), editor.transformer_params, LORA))
     adapter = {p: 0.1 * rng.standard_normal(x.shape, np.float32) if p[-1] == "B" else x for p, x in adapter.items()}
-    return save_lora(tmp_path_factory.mktemp("lora"), unflatten_dict(adapter), LORA)
+    return save_lora(
+        tmp_path_factory.mktemp("lora"), unflatten_dict(adapter), LORA, editor.transformer_params, dtype="float32"
+    )
 
 
 def sources(height: int, width: int) -> np.ndarray:

@@ -23,8 +23,8 @@ from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, sown_masses
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import save_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -292,7 +292,7 @@ def evaluate_command(out, *argv: str) -> None:
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0))
+    lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().transformer_params)
     out = tmp_path / "out"
     evaluate_command(out, f"--lora={lora}")
     printed = capsys.readouterr().out

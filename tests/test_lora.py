@@ -1,29 +1,16 @@
 """Adapters: where they sit, what they compute, and that diffusers reads ours and we read diffusers'."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from flax.traverse_util import flatten_dict, unflatten_dict
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-from torch_parity import relative_error
 
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import TARGETS, LoRAConfig, init_adapter, scale_adapter, target_kernels
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
 from rcgrpo_jax.weights import random_folder
-from rcgrpo_jax.weights.export import LORA_FILE, load_lora, save_lora
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
 TINY = MMDiTConfig(
@@ -205,164 +192,3 @@ def test_the_first_gradient_moves_b_and_not_a():
     for path, leaf in flatten_dict(gradient).items():
         layers = leaf.reshape(leaf.shape[0], -1)
         assert np.all(np.any(layers, axis=1)) if path[-1] == "B" else not np.any(layers), path
-
-
-@pytest.fixture(scope="module")
-def params(folder) -> dict:
-    return ModelFolder(folder).load("transformer")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder) -> FluxKontextPipeline:
-    return FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32)
-
-
-def torch_velocity(pipeline: FluxKontextPipeline, lora: Path) -> torch.Tensor:
-    """The velocity of diffusers' transformer under a LoRA file, which is unloaded again."""
-    x, sigma, condition = jax.tree.map(torch.from_numpy, inputs(SMALL))
-    target_ids = pipeline._prepare_latent_image_ids(1, *GRID, "cpu", torch.float32)
-    pipeline.load_lora_weights(lora)
-    try:
-        with torch.no_grad():
-            out = pipeline.transformer(
-                hidden_states=torch.cat([x, condition.reference], dim=1),
-                encoder_hidden_states=condition.text,
-                pooled_projections=condition.pooled,
-                timestep=sigma,
-                img_ids=torch.cat([target_ids, target_ids + torch.tensor([1, 0, 0])]),
-                txt_ids=torch.zeros(N_TXT, 3),
-                guidance=condition.guidance,
-            ).sample
-    finally:
-        pipeline.unload_lora_weights()
-    return out[:, : x.shape[1]]
-
-
-@pytest.mark.parametrize("targets", SETS)
-def test_diffusers_computes_the_same_with_an_exported_adapter(tmp_path, params, pipeline, targets):
-    config = LoRAConfig(rank=4, alpha=10.0, targets=targets)
-    adapter = random_adapter(params, config)
-    theirs = torch_velocity(pipeline, save_lora(tmp_path, adapter, config).parent)
-    assert relative_error(small_velocity(params, scale_adapter(adapter, config.scale)), theirs) < 1e-4
-    assert relative_error(small_velocity(params, {}), theirs) > 0.01
-
-
-@pytest.mark.parametrize("targets", SETS)
-def test_an_exported_adapter_comes_back_exactly(tmp_path, params, targets):
-    adapter = random_adapter(params, LoRAConfig(4, 10.0, targets))
-    loaded, config = load_lora(save_lora(tmp_path, adapter, LoRAConfig(4, 10.0, targets)), params)
-    assert shapes(loaded) == shapes(adapter)
-    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
-    assert (config.rank, config.alpha) == (4, 10.0)
-    assert target_kernels(params, config.targets).keys() == target_kernels(params, targets).keys()
-
-
-def test_without_metadata_alpha_is_the_rank_for_diffusers_and_for_us(tmp_path, params, pipeline):
-    adapter = random_adapter(params, RANK4)
-    file = save_lora(tmp_path, adapter, RANK4)
-    save_file(load_file(file), file, metadata={"format": "pt"})
-    theirs = torch_velocity(pipeline, tmp_path)
-    assert relative_error(small_velocity(params, scale_adapter(adapter, RANK4.scale)), theirs) > 0.01
-    loaded, config = load_lora(tmp_path, params)
-    assert (config.rank, config.alpha, config.scale) == (4, 4.0, 1.0)
-    assert relative_error(small_velocity(params, scale_adapter(loaded, config.scale)), theirs) < 1e-4
-
-
-def test_a_file_that_diffusers_saved_is_read(tmp_path, params, pipeline):
-    adapter = random_adapter(params, RANK4)
-    pipeline.load_lora_weights(save_lora(tmp_path / "ours", adapter, RANK4).parent, adapter_name="default")
-    pipeline.save_lora_weights(
-        tmp_path / "theirs",
-        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default"),
-        **_collate_lora_metadata({"transformer": pipeline.transformer}),
-    )
-    pipeline.unload_lora_weights()
-    loaded, config = load_lora(tmp_path / "theirs", params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
-    assert (config.rank, config.alpha) == (4, 10.0)
-
-
-Tensors = dict[str, np.ndarray]
-Q0 = "transformer.transformer_blocks.0.attn.to_q"
-
-
-def without(*keys: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {key: value for key, value in tensors.items() if key not in keys}
-
-
-def replaced(**tensors: np.ndarray) -> Callable[[Tensors], Tensors]:
-    return lambda others: others | {f"{Q0}.lora_{factor}.weight": value for factor, value in tensors.items()}
-
-
-def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
-    return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
-
-
-ONES = np.ones((4, 128), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (renamed("lora_A", "lora_down"), "lora_down.weight', which is no low-rank factor"),
-        (renamed("transformer.", ""), "which is no low-rank factor"),
-        (renamed("transformer_blocks.1.", "transformer_blocks.7."), "which is no low-rank factor"),
-        (renamed(".attn.to_q", ".attn.norm_q"), "norm_q.lora_A.weight', which is no low-rank factor"),
-        (
-            without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"),
-            "adapts 1 of the 2 layers of transformer_blocks/attn/to_q",
-        ),
-        (without(f"{Q0}.lora_B.weight"), "transformer_blocks/attn/to_q, or misses A or B"),
-        (replaced(A=ONES[:, 1:]), r"to_q.A in .* has shape \[127, 4\]; \[128, 4\] was wanted"),
-        (replaced(A=ONES[0]), r"has ranks \[4, 128\]|to_q.A in .* has shape \[128\]"),
-        (replaced(A=ONES[:3], B=ONES[:3].T), r"has ranks \[3, 4\]; one rank is supported"),
-        (replaced(B=ONES[:3].T), r"to_q.B in .* has shape \[3, 128\]; \[4, 128\] was wanted"),
-        (replaced(A=ONES * np.nan), "to_q.A in .* holds NaN or inf"),
-        (lambda tensors: {}, r"has ranks \[\]"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused(tmp_path, params, spoil, message):
-    file = save_lora(tmp_path, random_adapter(params, LoRAConfig(rank=4)), LoRAConfig(rank=4))
-    tensors = {key: np.ascontiguousarray(value) for key, value in spoil(load_file(file)).items()}
-    save_file(tensors, file)
-    with pytest.raises(UserError, match=message):
-        load_lora(file, params)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ("{", "the metadata of .* is damaged"),
-        ("[]", "the metadata of .* is damaged"),
-        (json.dumps({"transformer.alpha_pattern": {"attn.to_q": 3}}), "one scale alpha / r is supported"),
-        (json.dumps({"transformer.use_rslora": True}), "one scale alpha / r is supported"),
-    ],
-)
-def test_metadata_that_we_would_misread_is_refused(tmp_path, params, metadata, message):
-    file = save_lora(tmp_path, random_adapter(params, RANK4), RANK4)
-    save_file(load_file(file), file, metadata={"lora_adapter_metadata": metadata})
-    with pytest.raises(UserError, match=message):
-        load_lora(file, params)
-
-
-def test_the_file_says_what_it_holds(tmp_path, params):
-    file = save_lora(tmp_path, random_adapter(params, RANK4), RANK4)
-    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
-    with safe_open(file, framework="np") as handle:
-        metadata = json.loads(handle.metadata()["lora_adapter_metadata"])
-        modules = {key.removeprefix("transformer.").rsplit(".lora_", 1)[0] for key in handle.keys()}  # noqa: SIM118
-    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (4, 10.0)
-    assert set(metadata["transformer.target_modules"]) == modules
-
-
-def test_a_file_that_is_not_there_or_not_whole_is_refused(tmp_path, params):
-    with pytest.raises(UserError, match=f"{LORA_FILE} does not exist"):
-        load_lora(tmp_path, params)
-    file = save_lora(tmp_path, random_adapter(params, LoRAConfig(rank=4)), LoRAConfig(rank=4))
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cut short"):
-        load_lora(file, params)
-    pickle = tmp_path / "pytorch_lora_weights.bin"
-    pickle.write_bytes(b"")
-    with pytest.raises(UserError, match="pickle"):
-        load_lora(pickle, params)

@@ -36,6 +36,7 @@ from rcgrpo_jax.training.run import StepFunction
 from rcgrpo_jax.training.stages import FlowStage
 from rcgrpo_jax.weights import export, random_folder
 from rcgrpo_jax.weights.load import MANIFEST, ModelFolder
+from rcgrpo_jax.weights.lora import LORA_FILE
 from rcgrpo_jax.weights.networks import NETWORKS
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
@@ -139,7 +140,7 @@ def test_the_autoencoder_is_all_that_its_stage_changes():
 
 
 def test_an_adapter_is_all_that_its_stage_leaves():
-    assert sorted(files(trained("lora"))) == [export.LORA_FILE]
+    assert sorted(files(trained("lora"))) == [LORA_FILE]
     assert all(np.any(x) for x in small_run.tensors(trained("lora")).values())  # B too
 
 
@@ -185,7 +186,7 @@ def resume(stage: str, folder: Path, devices: int, **changes) -> Path:
         patch.setattr(FlowStage, "picture", lambda self, trained, frozen, example: to_unit(example.source))
         result = pretrain(make_config(stage, **changes), workdir, jax.devices()[:devices])
     assert taken == list(range(BEFORE + 1, STEPS + 1))
-    assert result in (workdir / "model", workdir / "lora" / export.LORA_FILE)
+    assert result in (workdir / "model", workdir / "lora" / LORA_FILE)
     return workdir / trained(stage).name
 
 
@@ -321,7 +322,7 @@ def test_the_command_says_where_the_result_is(tmp_path, capsys, caplog):
     assert code == 0, err
     assert f"nothing to do: train.num_steps is {STEPS}" in caplog.text
     assert out.splitlines() == [
-        f"LoRA         {workdir / 'lora' / export.LORA_FILE}",
+        f"LoRA         {workdir / 'lora' / LORA_FILE}",
         f"checkpoints  {workdir / 'checkpoints'}",
         f"metrics      {workdir / 'metrics.jsonl'}",
         f"tensorboard  {workdir / 'tensorboard'}",

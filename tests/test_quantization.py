@@ -23,8 +23,8 @@ from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.loop import Trainer, load_editor, make_rewards, train
 from rcgrpo_jax.weights import load
 from rcgrpo_jax.weights.convert import convert
-from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
+from rcgrpo_jax.weights.lora import load_lora
 from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -239,7 +239,7 @@ def test_a_run_on_int8_leaves_a_lora_of_the_same_form(tmp_path, capsys):
     state = train(config, tmp_path / "run", jax.devices()[:1])
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     code, _, error = small_run.run_command(
-        capsys, "export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'lora'}"
+        capsys, "export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'lora'}", "--dtype=float32"
     )
     assert code == 0, error
     folder = ModelFolder(small_run.model_folder())

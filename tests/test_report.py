@@ -34,8 +34,8 @@ from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.metrics import MetricsWriter
-from rcgrpo_jax.weights.export import adapter_fingerprint, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import adapter_fingerprint, save_lora
 
 HOSTILE = """<script>alert("1")</script><img src='http://x.test/a.png'> & " ' {{ 7 * 7 }} $\\x$"""
 METRICS = [
@@ -404,7 +404,7 @@ def test_attention_maps_of_base_and_lora(tmp_path, edits):
     """Those of the adapter that was evaluated; another is refused."""
     config = LoRAConfig(rank=2, alpha=4.0)
     adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(0), edits.editor.transformer_params, config))
-    save_lora(tmp_path / "lora", adapter, config)
+    save_lora(tmp_path / "lora", adapter, config, edits.editor.transformer_params, dtype="float32")
     lora = scale_adapter(adapter, config.scale)
     write_run(tmp_path / "run", small_run.make_config().to_dict())
     write_evaluation(tmp_path / "evaluation", lora=lora)
@@ -420,7 +420,7 @@ def test_attention_maps_of_base_and_lora(tmp_path, edits):
         shown = [float(x) for x in re.findall(rf"{name}, ACD ([\d.]+)", text)]
         np.testing.assert_allclose(shown, expected.acd, atol=0.006)
     assert np.abs(maps_of(edits, lora).acd - maps_of(edits).acd).max() > 0.02  # the two could be told apart
-    save_lora(tmp_path / "lora", jax.tree.map(lambda x: x + 0.1, adapter), config)
+    save_lora(tmp_path / "lora", jax.tree.map(lambda x: x + 0.1, adapter), config, edits.editor.transformer_params)
     with pytest.raises(UserError, match=r"--lora: .* is not what --evaluation is of"):
         page_of(*arguments)
 

@@ -19,8 +19,8 @@ from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
 from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer, first_state
-from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import save_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -400,7 +400,7 @@ def assert_same_step(trainer: Trainer, tolerance: float, folder: Path):
     changes = [optax.tree.sub(*jax.device_get((x.after.params, x.before.params))) for x in (found, wanted)]
     assert relative_error(*changes) < 1e-4  # Adam divides by gradients that may be near zero
     files = [
-        save_lora(folder / str(i), x.after.params, LoRAConfig(**trainer.config.lora))
+        save_lora(folder / str(i), x.after.params, LoRAConfig(**trainer.config.lora), trainer.params, dtype="float32")
         for i, x in enumerate((found, wanted))
     ]
     # A is random and large, and would hide an update of B that got lost

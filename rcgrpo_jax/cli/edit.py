@@ -12,25 +12,23 @@ from absl import flags
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli.arguments import check_writable, dtype_of, parse, parse_size
+from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.attention import AUTO, choose
-from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.weights.export import load_lora
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 ABOUT = "Edits one image by an instruction. Target and reference share one size, so nothing is shifted or cropped."
 
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
-    flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
+    define_lora(values)
     flags.DEFINE_string("image", None, "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
     flags.DEFINE_string("out", None, "file to write, PNG", values)
@@ -105,10 +103,7 @@ def run(argv: list[str]) -> None:
             f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
             f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
         )
-    lora = None
-    if values.lora:
-        adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
-        lora = scale_adapter(adapter, config.scale)
+    lora = read_lora(values, folder)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1})
     editor = open_editor(values, folder, mesh, keep_text_encoders=False)

@@ -12,20 +12,19 @@ from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse, parse_size, write_text
 from rcgrpo_jax.cli.edit import check_output, open_editor
+from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
-from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.metrics import Progress
-from rcgrpo_jax.weights.export import adapter_fingerprint, load_lora
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
+from rcgrpo_jax.weights.lora import adapter_fingerprint
 
 ABOUT = """Edits examples that have targets, and measures the edits: success inside the region, background outside.
 
@@ -35,7 +34,7 @@ PICTURED = 8  # examples in the grid
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
-    flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
+    define_lora(values)
     flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("out", None, "directory to write", values)
@@ -63,10 +62,8 @@ def run(argv: list[str]) -> None:
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
     check_output(str(out / "grid.png"))
     folder = ModelFolder(values.model)
-    adapters = {"base": None}
-    if values.lora:
-        adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
-        adapters["lora"] = scale_adapter(adapter, config.scale)
+    lora = read_lora(values, folder)
+    adapters = {"base": None} | ({"lora": lora} if lora else {})
     source = open_source(values.data, values.polarity)
     mesh = make_mesh({"fsdp": -1})
     editor = open_editor(values, folder, mesh, values.acd_layers)

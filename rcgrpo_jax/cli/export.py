@@ -1,4 +1,4 @@
-"""`rcgrpo export --workdir W [--step N] --out DIR`."""
+"""`rcgrpo export --workdir W [--step N | --all] [--format F] --out DIR`."""
 
 from __future__ import annotations
 
@@ -10,34 +10,68 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.cli.run_record import default_of
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.state import init_state
-from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import FORMS, save_lora
 from rcgrpo_jax.weights.networks import abstract_params
 
-ABOUT = "Writes a trained LoRA as diffusers loads it (pytorch_lora_weights.safetensors); the average, if one was kept."
+ABOUT = """Writes a trained LoRA as other programs load it; the average, if one was kept.
+
+diffusers: as pipe.load_lora_weights reads it. kohya: lora_unet_* with .alpha, for Forge and most others. comfyui: \
+diffusion_model.*. Every form has the same strength in every program: alpha is folded in."""
 
 
 def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "directory of the run", values)
-    flags.DEFINE_string("out", None, "folder to write", values)
+    flags.DEFINE_string("out", None, "folder or .safetensors file to write", values)
     flags.DEFINE_string("model", None, "the base, if it has moved since; only its config.json is read", values)
     flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", flag_values=values)
+    flags.DEFINE_bool("all", False, "every checkpoint, each to OUT/step_N", values)
+    flags.DEFINE_enum("format", "diffusers", list(FORMS), "form of the file", values)
+    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the file", values)
 
 
-def export(workdir: str | Path, out: str | Path, step: int | None = None, model: str | None = None) -> Path:
-    """Writes the LoRA of a run's checkpoint and returns the file; `model` says where the base is if it has moved."""
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    model: str | None = None,
+    form: str = "diffusers",
+    dtype: str = "bfloat16",
+) -> Path:
+    """Writes the LoRA of a run's checkpoint.
+
+    Args:
+        workdir: Of `rcgrpo train`, or of `rcgrpo pretrain` with stage lora.
+        out: Folder or `.safetensors` file.
+        step: Of the checkpoint; the latest by default.
+        model: Where the base is, if it has moved.
+        form: A name of `FORMS`.
+        dtype: bfloat16 or float32.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: If there is no such checkpoint, its run trained no LoRA, or the file cannot be written.
+    """
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
-    config = default_config()
-    config.update(ConfigDict(checkpointer.saved_config(step)))
+    saved = checkpointer.saved_config(step)
+    if saved.get("stage", "lora") != "lora":
+        raise UserError(
+            f"--workdir: {workdir} is a run of stage {saved['stage']}, which trains no LoRA.",
+            f"Its result is {Path(workdir) / 'model'}.",
+        )
+    _, config = default_of(saved)
+    config.update(ConfigDict({name: value for name, value in saved.items() if name in config}))
     params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
     try:
-        return save_lora(Path(out), state.averaged, LoRAConfig(**config.lora))
+        return save_lora(Path(out), state.averaged, LoRAConfig(**config.lora), params, form, dtype)
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
         raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None
 
@@ -45,4 +79,17 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None, model:
 def run(argv: list[str]) -> None:
     values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
     leave_devices_alone()
-    print(f"LoRA: {export(values.workdir, values.out, values.step, values.model)}")
+    options = {"model": values.model, "form": values.format, "dtype": values.dtype}
+    if not values.all:
+        print(f"LoRA: {export(values.workdir, values.out, values.step, **options)}")
+        return
+    if values.step is not None or Path(values.out).suffix == ".safetensors":
+        raise UsageError(
+            "--all: together with --step, or with a file for --out; every checkpoint and a folder were wanted.",
+            "Leave --step out, and name a folder.",
+        )
+    steps = Checkpointer(Path(values.workdir) / "checkpoints", save_every=1, keep=1).steps()
+    if not steps:
+        raise UserError(f"--workdir: {values.workdir} has no checkpoint.", "Name that of a run that has saved.")
+    for step in steps:
+        print(f"LoRA of step {step}: {export(values.workdir, Path(values.out) / f'step_{step:06d}', step, **options)}")

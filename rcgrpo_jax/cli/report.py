@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from rcgrpo_jax import __version__
 from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
+from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.run_record import SCRIPT, commands, config_script, facts, read_run
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_mask
@@ -25,13 +26,11 @@ from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
 from rcgrpo_jax.evaluation.heatmaps import attention_maps, overlay
 from rcgrpo_jax.evaluation.report import Report, Row, write_report
 from rcgrpo_jax.evaluation.tables import COLUMNS, differences, make_tables
-from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
-from rcgrpo_jax.weights.export import adapter_fingerprint, load_lora
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
+from rcgrpo_jax.weights.lora import adapter_fingerprint
 
 ABOUT = """Writes a run as one HTML page that needs no network: settings, curves and the last pictures, and with
 --evaluation the results of `rcgrpo evaluate`. The run may still go on."""
@@ -45,7 +44,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", None, "the examples of that evaluation, to show its edits beside their sources", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_integer("attention", 0, "examples to draw attention maps of; loads the model", 0, flag_values=values)
-    flags.DEFINE_string("lora", None, "the LoRA of that evaluation, for its attention maps", values)
+    define_lora(values)
     flags.DEFINE_string("out", None, "file to write; WORKDIR/report.html by default", values)
 
 
@@ -83,8 +82,10 @@ def run(argv: list[str]) -> None:
             found["Pictures"] = f"the first {len(examples)} of {values.data}"
             sections["examples"] = [example_row(i, example, evaluations) for i, example in enumerate(examples)]
             if values.attention:
-                lora = read_lora(workdir, config, values.lora, evaluations)
-                rows, top = attention_rows(*lora, examples[: values.attention], settings)
+                folder = trained_model(workdir, config)
+                lora = read_lora(values, folder)
+                check_evaluated(folder, values.lora, lora, evaluations)
+                rows, top = attention_rows(folder, lora, examples[: values.attention], settings)
                 sections |= {"attention": rows, "attention_top": top}
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
@@ -143,30 +144,35 @@ def example_row(index: int, example: EditExample, evaluations: Mapping[str, Eval
     return Row(example.instruction, pictures)
 
 
-def read_lora(
-    workdir: Path, config: Mapping[str, Any], lora: str, evaluations: Mapping[str, Evaluation]
-) -> tuple[ModelFolder, dict]:
-    """The run's model, and the adapter with its scale folded in.
+def trained_model(workdir: Path, config: Mapping[str, Any]) -> ModelFolder:
+    """The model that a run post-trains.
 
     Raises:
-        UserError: The run has no checkpoint of a post-training, or the evaluation is of another model or adapter.
+        UserError: The run has no checkpoint of a post-training.
     """
     if not config or "stage" in config:
         raise UserError(
             f"--attention: {workdir} has no checkpoint of `rcgrpo train`; one was wanted.", "Leave --attention out."
         )
-    folder = ModelFolder(config["model"]["path"])
-    adapter, found = load_lora(lora, abstract_params("transformer", folder.config("transformer")))
-    adapter = scale_adapter(adapter, found.scale)
+    return ModelFolder(config["model"]["path"])
+
+
+def check_evaluated(
+    folder: ModelFolder, paths: Sequence[str], adapter: dict, evaluations: Mapping[str, Evaluation]
+) -> None:
+    """Refuses a model or LoRAs that are not those of the evaluation.
+
+    Raises:
+        UserError: Naming the flag.
+    """
     for flag, path, here, measured in (
         ("workdir", folder.path, folder.whole_fingerprint(), {x.settings["model"] for x in evaluations.values()}),
-        ("lora", lora, adapter_fingerprint(adapter), {x.origin.get("lora") for x in evaluations.values()}),
+        ("lora", ", ".join(paths), adapter_fingerprint(adapter), {x.origin.get("lora") for x in evaluations.values()}),
     ):
         if here not in measured:
             raise UserError(
                 f"--{flag}: {path} is not what --evaluation is of.", f"Name the --{flag} whose edits were evaluated."
             )
-    return folder, adapter
 
 
 def attention_rows(

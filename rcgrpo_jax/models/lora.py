@@ -71,6 +71,7 @@ class LoRAConfig:
     rank: int = 64  # r, columns of A
     alpha: float = 128.0  # the update is alpha / r times A B
     targets: str = "attention"  # a name of `TARGETS`, or a regular expression over kernel paths such as ".*/attn/to_q"
+    init: str = ""  # a LoRA file that training starts from; empty: A random, B = 0
 
     @property
     def scale(self) -> float:
@@ -125,6 +126,43 @@ def init_adapter(key: Array, params: Mapping, config: LoRAConfig) -> dict:
         )
         adapter[(*path, "B")] = jnp.zeros((*stack, config.rank, fan_out), jnp.float32)
     return unflatten_dict(adapter)
+
+
+def start_from(fresh: Mapping, given: Mapping, config: LoRAConfig) -> dict:
+    """A fresh adapter made to compute what another does: (alpha / r) A B is the other's update.
+
+    The other's factors come first; what it leaves free, a smaller rank, a layer or a kernel, keeps its fresh A and
+    B = 0, so that it can learn.
+
+    Args:
+        fresh: From `init_adapter`.
+        given: Adapter of the same transformer with its scale folded in, of any ranks.
+        config: Of the fresh one.
+
+    Raises:
+        UsageError: If the other adapts kernels outside `config.targets`, or has a higher rank.
+    """
+    flat, others = flatten_dict(fresh), flatten_dict(given)
+    if outside := sorted({"/".join(path[:-1]) for path in others if path not in flat}):
+        raise UsageError(
+            f"lora.init: {config.init} adapts {len(outside)} kernels outside lora.targets = {config.targets!r}: "
+            f"{', '.join(outside[:4])}{', ...' if len(outside) > 4 else ''}.",
+            "Choose targets that hold them all, such as all-linear.",
+        )
+    rank = max(x.shape[-1] for path, x in others.items() if path[-1] == "A")
+    if rank > config.rank:
+        raise UsageError(
+            f"lora.init: {config.init} has rank {rank}; lora.rank is {config.rank}.",
+            f"Set lora.rank to {rank} or more.",
+        )
+    started = {path: np.array(x) for path, x in flat.items()}
+    for path in {path[:-1] for path in others}:
+        a, b = others[(*path, "A")], others[(*path, "B")]
+        used = np.any(a != 0, axis=-2, keepdims=True) | np.any(b != 0, axis=-1)[..., None, :]
+        first = started[(*path, "A")][..., : a.shape[-1]]
+        started[(*path, "A")][..., : a.shape[-1]] = np.where(used, a, first)
+        started[(*path, "B")][..., : a.shape[-1], :] = b / np.float32(config.scale)
+    return unflatten_dict(started)
 
 
 def scale_adapter(adapter: Mapping, scale: float) -> dict:

@@ -55,6 +55,7 @@ def default_config() -> ConfigDict:
             rank=64,  # r
             alpha=128.0,  # the update is alpha / r times A B
             targets="attention",  # attention (the paper's), attention+mlp, all-linear, or a regular expression
+            init="",  # LoRA file to start from, in any form that `edit` reads; empty: none. Read before step 1 alone
         ),
         explore=group(
             kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6; mixed: half and half (ours)

@@ -33,7 +33,7 @@ from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
-from rcgrpo_jax.training.state import TrainState, init_state
+from rcgrpo_jax.training.state import TrainState, init_state, start_lora
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.training.step_metrics import drift_metrics, reward_metrics
 from rcgrpo_jax.weights.load import ModelFolder
@@ -69,11 +69,14 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     check_model_fits(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
-        if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
+        state = first_state(config, folder, mesh)
+        if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
+            state = start_lora(state, config, abstract_params("transformer", folder.config("transformer")), mesh)
+        else:
             check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, *PATHS, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
-        state = restore(checkpointer, first_state(config, folder, mesh), described, (*MAY_DIFFER, *PATHS))
+        state = restore(checkpointer, state, described, (*MAY_DIFFER, *PATHS))
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)

@@ -30,7 +30,7 @@ from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, validate
 from rcgrpo_jax.training.run import StepFunction, finished, open_run, restore, run_steps
 from rcgrpo_jax.training.stages import STAGES, Stage
-from rcgrpo_jax.training.state import TrainState, apply_gradients, new_state
+from rcgrpo_jax.training.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -68,10 +68,12 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         check_parts(mesh, folder.config("transformer").num_attention_heads)
         choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
         stage = STAGES[config.stage](config, folder, mesh, workdir)
-        batches = stage.batches()
-        described |= stage.identity(batches)
         key_params, key = jax.random.split(jax.random.key(config.seed))
         state = new_state(config.optimizer, stage.initial(key_params), key)
+        if checkpointer.latest_step() is None and config.stage == "lora":
+            state = start_lora(state, config, stage.editor.transformer_params, mesh)
+        batches = stage.batches()
+        described |= stage.identity(batches)
         shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
         state = restore(checkpointer, jax.device_put(state, shardings), described, MAY_DIFFER)
         if not finished(state, config):

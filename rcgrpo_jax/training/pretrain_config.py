@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
     shared = rl.default_config()
     return group(
         stage="lora",  # vae: the autoencoder; flow: transformer and text encoders; lora: an adapter alone
-        save_dtype="float32",  # of the folder that vae and flow end with: float32, float16 or bfloat16
+        save_dtype="float32",  # of the files that a run ends with: float32, float16 or bfloat16
         seed=0,  # of new parameters, the order of the data, times and noise
         model=shared.model,  # path may be empty for vae: a new small editor is drawn from the seed
         data=shared.data,
@@ -78,6 +78,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         problems.append("data.path: empty; a path was wanted")
     if not config.model.path and config.stage != "vae":
         problems.append(f"model.path: empty; stage {config.stage} starts from a model folder")
+    if config.lora.init and config.stage != "lora":
+        problems.append(f"lora.init: {config.lora.init!r} found; stage {config.stage} trains no LoRA")
     if config.model.quantization != NONE and config.stage != "lora":
         problems.append(
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"

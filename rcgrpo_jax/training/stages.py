@@ -31,8 +31,9 @@ from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.loop import load_editor
-from rcgrpo_jax.weights.export import save_folder, save_lora
+from rcgrpo_jax.weights.export import save_folder
 from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import save_lora
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.tokenizers import load_tokenizers
 
@@ -247,7 +248,8 @@ class LoRAStage(FlowStage):
         return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):
-        return save_lora(self.workdir / "lora", trained, LoRAConfig(**self.config.lora))
+        config, params = LoRAConfig(**self.config.lora), self.editor.transformer_params
+        return save_lora(self.workdir / "lora", trained, config, params, dtype=self.config.save_dtype)
 
 
 STAGES = {"vae": VAEStage, "flow": FlowStage, "lora": LoRAStage}

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
+from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
+from rcgrpo_jax.parallel.distributed import fetch, from_main, put, together
+from rcgrpo_jax.weights.lora import load_loras
 
 
 @struct.dataclass
@@ -66,6 +69,27 @@ def init_state(config: ConfigDict, params: dict) -> TrainState:
     """
     key_lora, key = jax.random.split(jax.random.key(config.seed))
     return new_state(config.optimizer, init_adapter(key_lora, params, LoRAConfig(**config.lora)), key)
+
+
+def start_lora(state: TrainState, config: ConfigDict, params: dict, mesh: Mesh) -> TrainState:
+    """The state before the first step with the LoRA of `lora.init`, if there is one, in place of the fresh adapter.
+
+    Args:
+        state: From `new_state`.
+        config: The run's configuration.
+        params: Base parameters of the transformer, arrays or shapes.
+        mesh: The mesh.
+
+    Raises:
+        UserError: If it cannot be read, or does not fit into `lora.targets` and `lora.rank`.
+    """
+    if not config.lora.init:
+        return state
+    with together():
+        given = load_loras([config.lora.init], [1.0], params)
+        started = start_from(fetch(state.params), given, LoRAConfig(**config.lora))
+    started = put(from_main(started), mesh)
+    return state.replace(params=started, ema=None if state.ema is None else jax.tree.map(jnp.copy, started))
 
 
 def apply_gradients(state: TrainState, grads: dict, config: ConfigDict) -> TrainState:

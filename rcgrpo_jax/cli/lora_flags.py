@@ -1,0 +1,39 @@
+"""The flags of the commands that edit with LoRAs: `--lora FILE`, as often as wanted, and their strengths."""
+
+from __future__ import annotations
+
+import math
+
+from absl import flags
+
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import load_loras
+from rcgrpo_jax.weights.networks import abstract_params
+
+
+def define_lora(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "lora", None, "LoRA of FLUX, its file or folder, in any form of README's table; given again, both apply", values
+    )
+    flags.DEFINE_multi_float("lora_scale", None, "strength of each --lora, in their order; 1 by default", values)
+
+
+def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
+    """The adapter of all `--lora`, with every scale folded in; None without any.
+
+    Raises:
+        UsageError: If there are not as many strengths as LoRAs, or one is not finite.
+        UserError: As `load_lora`.
+    """
+    paths = values.lora or []
+    strengths = values.lora_scale or [1.0] * len(paths)
+    if len(strengths) != len(paths) or not all(map(math.isfinite, strengths)):
+        raise UsageError(
+            f"--lora_scale: {', '.join(map(str, strengths))} found; a finite number for each of {len(paths)} LoRAs was "
+            "wanted.",
+            "Give it once for each --lora, in the same order.",
+        )
+    if not paths:
+        return None
+    return load_loras(paths, strengths, abstract_params("transformer", folder.config("transformer")))
