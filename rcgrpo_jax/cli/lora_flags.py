@@ -16,7 +16,8 @@ def define_lora(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "lora", None, "LoRA of FLUX, its file or folder, in any form of README's table; given again, both apply", values
     )
-    flags.DEFINE_multi_float("lora_scale", None, "strength of each --lora, in their order; 1 by default", values)
+    strength = "strength of each --lora, in their order; 1 by default"
+    flags.DEFINE_multi_float("lora_scale", None, strength, flag_values=values)
 
 
 def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
