@@ -83,6 +83,21 @@ def test_a_quantised_base_is_not_kept_dequantised():
     assert problem.startswith("model.remat: none with model.quantization=nf4")
 
 
+@pytest.mark.parametrize(("kind", "perturbed"), [("region", 11), ("mixed", 11), ("global", 12)])
+def test_any_candidate_with_a_perturbed_noise_can_be_an_anchor(kind, perturbed):
+    assert problems(make(explore__kind=kind, surrogate__anchors=perturbed)) == []
+    assert problems(make(explore__kind=kind, surrogate__anchors=perturbed + 1)) == [
+        f"surrogate.anchors: {perturbed + 1} of {perturbed} perturbed candidates; rollout.group_size is 12, "
+        f"explore.kind {kind}"
+    ]
+
+
+def test_the_source_counts_in_the_entropy_that_a_policy_can_have():
+    fields = {"surrogate__weighting": "policy", "surrogate__target_entropy": 2.5}  # log 12 = 2.485, log 13 = 2.565
+    assert problems(make(**fields, objective__source_advantage=1.0)) == []
+    assert problems(make(**fields)) == ["surrogate.target_entropy: 2.5 nats; 12 candidates allow 0 to 2.485"]
+
+
 def test_updates_after_the_end_of_the_decay_are_refused():
     """They would be taken at a learning rate of 0."""
     fields = {"optimizer__warmup_steps": 4, "optimizer__decay_steps": 16, "objective__updates": 2}
@@ -170,7 +185,7 @@ def test_choices(field, choices):
         ("rollout.decode_micro_batch", [0, 12], [-1]),
         ("surrogate.tau_edit", [0.1], [0.0]),
         ("surrogate.tau_base", [0.1], [0.0]),
-        ("surrogate.anchors", [1, 11], [0, 12]),
+        ("surrogate.anchors", [1, 11], [0]),
         ("surrogate.num_random_steps", [1], [0]),
         ("surrogate.micro_batch", [0, 16], [-1]),
         ("objective.clip", [1e-4], [0.0]),
