@@ -45,7 +45,7 @@ class Prompts(NamedTuple):
 class Exploration(NamedTuple):
     """The random choices of one step."""
 
-    noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the unperturbed reference under RDP
+    noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the reference itself, not if kind=global
     anchors: Int[Array, "P B"]  # candidates that serve as anchors
     steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
 
