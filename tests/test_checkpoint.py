@@ -363,6 +363,15 @@ def test_the_configuration_is_saved_with_the_state(checkpointer):
     check_same_config(checkpointer.saved_config(), CONFIG)
 
 
+@pytest.mark.parametrize("wrap", [lambda config: config, lambda config: {"run": config}], ids=["run", "evaluation"])
+def test_a_configuration_of_before_a_field_has_what_runs_did_then(wrap):
+    before, now = wrap({"optimizer": {"b1": 0.9}}), wrap({"optimizer": {"b1": 0.9, "eps": 1e-8}})
+    check_same_config(before, now)
+    other = wrap({"optimizer": {"b1": 0.9, "eps": 1e-6}})
+    (line,) = config_differences(before, other)
+    assert line.endswith("optimizer.eps: checkpoint 1e-08, config 1e-06")
+
+
 def test_every_differing_field_is_named():
     saved = {"explore": {"alpha_edit": 0.3, "kind": "region"}, "train": {"num_steps": 4}, "trainer": 1, "old": None}
     current = {"explore": {"alpha_edit": 0.5, "kind": "region"}, "train": {"num_steps": 8}, "trainer": 2, "new": True}

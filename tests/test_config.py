@@ -83,6 +83,21 @@ def test_a_quantised_base_is_not_kept_dequantised():
     assert problem.startswith("model.remat: none with model.quantization=nf4")
 
 
+@pytest.mark.parametrize(("kind", "perturbed"), [("region", 11), ("mixed", 11), ("global", 12)])
+def test_any_candidate_with_a_perturbed_noise_can_be_an_anchor(kind, perturbed):
+    assert problems(make(explore__kind=kind, surrogate__anchors=perturbed)) == []
+    assert problems(make(explore__kind=kind, surrogate__anchors=perturbed + 1)) == [
+        f"surrogate.anchors: {perturbed + 1} of {perturbed} perturbed candidates; rollout.group_size is 12, "
+        f"explore.kind {kind}"
+    ]
+
+
+def test_the_source_counts_in_the_entropy_that_a_policy_can_have():
+    fields = {"surrogate__weighting": "policy", "surrogate__target_entropy": 2.5}  # log 12 = 2.485, log 13 = 2.565
+    assert problems(make(**fields, objective__source_advantage=1.0)) == []
+    assert problems(make(**fields)) == ["surrogate.target_entropy: 2.5 nats; 12 candidates allow 0 to 2.485"]
+
+
 def test_updates_after_the_end_of_the_decay_are_refused():
     """They would be taken at a learning rate of 0."""
     fields = {"optimizer__warmup_steps": 4, "optimizer__decay_steps": 16, "objective__updates": 2}
@@ -185,6 +200,7 @@ def test_choices(field, choices):
         ("optimizer.weight_decay", [0.0], [-0.1]),
         ("optimizer.b1", [0.0, 0.9], [-0.1, 1.0]),
         ("optimizer.b2", [0.0, 0.999], [-0.1, 1.0]),
+        ("optimizer.eps", [1e-15, 1e-8], [0.0, -1e-8, float("inf")]),
         ("optimizer.max_grad_norm", [1.0], [0.0]),
         ("optimizer.ema_decay", [0.0, 0.99], [-0.1, 1.1]),
         ("train.num_steps", [1], [0]),

@@ -68,3 +68,15 @@ def test_anchors_and_steps_are_drawn_from_what_may_be_trained():
     assert {tuple(sorted(a.tolist())) for d in drawn for a in d.anchors} == {(1, 2, 3)}
     steps = {tuple(d.steps.tolist()) for d in drawn}
     assert steps == {(a, b) for a in range(1, 5) for b in range(a + 1, 5)}
+
+
+@pytest.mark.parametrize(("kind", "perturbed"), [("region", [1, 2, 3]), ("mixed", [1, 2, 3]), ("global", [0, 1, 2, 3])])
+def test_anchors_are_the_candidates_that_are_not_the_reference(kind, perturbed):
+    trainer = small_run.make_trainer(explore__kind=kind, surrogate__anchors=len(perturbed))
+    programs = trainer.programs
+    with jax.set_mesh(programs.mesh):
+        exploration = programs.explore(jax.random.key(0), programs.prompts(small_run.make_batch(trainer)))
+    references = jax.random.normal(jax.random.split(jax.random.key(0), 4)[0], exploration.noise[:, 0].shape)
+    differ = (exploration.noise != references[:, None]).any((2, 3))
+    for anchors, differs in zip(np.sort(exploration.anchors), differ, strict=True):
+        assert anchors.tolist() == np.flatnonzero(differs).tolist() == perturbed

@@ -107,11 +107,20 @@ def test_anchors_are_distinct_perturbed_and_uniform():
     np.testing.assert_allclose(counts / 9_000, 1 / 30, atol=0.01)
 
 
-def test_all_perturbed_candidates_can_be_anchors_and_no_more():
-    np.testing.assert_array_equal(np.sort(sample_anchors(jax.random.key(0), 5, 4)), [1, 2, 3, 4])
-    for too_many_or_few in (5, 0):
-        with pytest.raises(ValueError, match=f"{too_many_or_few} anchors of a group of 5"):
-            sample_anchors(jax.random.key(0), 5, too_many_or_few)
+@pytest.mark.parametrize("first", [0, 1])
+def test_all_perturbed_candidates_can_be_anchors_and_no_more(first):
+    perturbed = [0, 1, 2, 3, 4][first:]
+    np.testing.assert_array_equal(np.sort(sample_anchors(jax.random.key(0), 5, len(perturbed), first)), perturbed)
+    for count in (len(perturbed) + 1, 0):
+        with pytest.raises(ValueError, match=f"{count} anchors of a group of 5: from 1 to {len(perturbed)} can"):
+            sample_anchors(jax.random.key(0), 5, count, first)
+
+
+def test_where_all_are_perturbed_any_is_an_anchor_as_often():
+    keys = jax.random.split(jax.random.key(9), 9_000)
+    anchors = np.asarray(jax.jit(jax.vmap(lambda key: sample_anchors(key, 4, 2, first=0)))(keys))
+    assert (anchors[:, 0] != anchors[:, 1]).all()
+    np.testing.assert_allclose(np.bincount(anchors.ravel(), minlength=4) / anchors.size, 1 / 4, atol=0.01)
 
 
 @pytest.mark.parametrize("explore", [region, neighbour])

@@ -15,6 +15,7 @@ import pytest
 import small_run
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.loop import Trainer, train
 from rcgrpo_jax.training.metrics import MetricsWriter
 from rcgrpo_jax.training.state import TrainState
@@ -88,6 +89,21 @@ def test_a_finished_run_has_nothing_to_do(straight, tmp_path, taken):
     assert_bit_equal(train(small_run.make_config(**SETTINGS), copy), wanted)
     assert not taken
     assert small_run.metrics_without_times(copy) == small_run.metrics_without_times(workdir)
+
+
+def test_a_checkpoint_of_before_a_field_is_resumed(straight, tmp_path, monkeypatch):
+    saved_config = Checkpointer.saved_config
+
+    def of_before(self, *args):
+        config = saved_config(self, *args)
+        del config["optimizer"]["eps"]
+        return config
+
+    monkeypatch.setattr(Checkpointer, "saved_config", of_before)
+    copy = shutil.copytree(straight[1], tmp_path / "run")
+    assert_bit_equal(train(small_run.make_config(**SETTINGS), copy), straight[0])
+    with pytest.raises(UserError, match=r"optimizer\.eps: checkpoint 1e-08, config 1e-06"):
+        train(small_run.make_config(**SETTINGS, optimizer__eps=1e-6), copy)
 
 
 def test_one_device_goes_on_where_eight_stopped(straight, interrupted, taken):

@@ -209,11 +209,14 @@ def test_the_first_gradient_is_the_closed_form(combination):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def distance_to_the_source(editor, replay, sigmas, params, lora, prompts, states, anchors):
-    """The mean over anchors and the first two steps of |x - y|^2 outside the mask; y is on the line to the source."""
+def policy_of_the_source(editor, replay, sigmas, params, lora, prompts, states, anchors):
+    """Means over anchors and the first two steps: y's log-probability among the candidates, and |x - y|^2.
+
+    y is on the line to the source outside the mask, and x inside.
+    """
 
     def of_anchor(prompt, states, anchor):
-        x, distances = states[anchor, 0], []
+        x, squares = states[anchor, 0], []
         for k in (0, 1):
             x = jax.lax.stop_gradient(states[anchor, k]) if replay else x
             before, share = jax.lax.stop_gradient(x), sigmas[k + 1] / sigmas[k]
@@ -221,10 +224,11 @@ def distance_to_the_source(editor, replay, sigmas, params, lora, prompts, states
             x = x + (sigmas[k + 1] - sigmas[k]) * v
             straight = share * before + (1 - share) * prompt.condition.reference
             y = jax.lax.stop_gradient(x + (1 - prompt.region)[:, None] * (straight - x))  # the mask may be soft
-            distances.append(jnp.square(x - y).sum())
-        return jnp.stack(distances)
+            squares.append(jnp.square(x[None] - jnp.concatenate([states[:, k + 1], y[None]])).sum((1, 2)))
+        return jnp.stack(squares)
 
-    return jax.vmap(jax.vmap(of_anchor, in_axes=(None, None, 0)))(prompts, states, anchors).mean()
+    squares = jax.vmap(jax.vmap(of_anchor, in_axes=(None, None, 0)))(prompts, states, anchors)
+    return jax.nn.log_softmax(-squares / 2)[..., -1].mean(), squares[..., -1].mean()
 
 
 @pytest.mark.parametrize("mode", ["replay", "integrate"])
@@ -235,18 +239,18 @@ def test_the_source_is_one_more_candidate_outside_the_mask(mode):
     trainer, lora = result.trainer, result.trainer.config.lora
     assert set(exploration.steps.tolist()) == {1, 2}
 
-    def distance(params):
-        return distance_to_the_source(
+    def policy(params):
+        return policy_of_the_source(
             trainer.programs.editor, mode == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
             scale_adapter(params, lora.alpha / lora.rank), prompts, rollout.states, exploration.anchors,
         )  # fmt: skip
 
     with jax.set_mesh(trainer.programs.mesh):
-        wanted, pull = jax.value_and_grad(distance)(result.before.params)
-    assert result.metrics["source_distance"] == pytest.approx(float(wanted), rel=1e-4)
+        pull, distance = jax.grad(policy, has_aux=True)(result.before.params)
+    assert result.metrics["source_distance"] == pytest.approx(float(distance), rel=1e-4)
     assert "source_distance" not in plain.metrics
     added = optax.tree.sub(gradient(result), gradient(plain))
-    assert relative_error(added, optax.tree.scale(3.0 / (2 * advantages.shape[1]), pull)) <= 1e-4
+    assert relative_error(added, optax.tree.scale(-3.0 / advantages.shape[1], pull)) <= 1e-4
     assert result.metrics["ratio_deviation"] == 0.0
 
 

@@ -194,25 +194,6 @@ def test_jit_and_vmap_agree_with_one_group_at_a_time(name):
     np.testing.assert_allclose(mapped[1], log_pi(anchors[1], candidates[1], masks[1]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_one_more_candidate_pulls_as_if_it_were_in_the_group(name, temperature):
-    """At an anchor that is a candidate itself, far from the others: the policy is sharp there, as after a rollout."""
-    group, advantage = 100 * states(2, G, N, C), 1.7
-    anchor, extra = jnp.asarray(group[3]), jnp.asarray(100 * states(3, N, C))
-    distance = surrogate.distance_function(name, MASK, *TAUS)
-
-    def own_term(x):
-        members = jnp.concatenate([group, extra[None]])
-        return advantage * surrogate.anchor_log_policy(x, members, distance, temperature)[-1] / G
-
-    def gain(x):
-        return surrogate.candidate_gain(distance(x, extra), advantage, G, temperature)
-
-    np.testing.assert_allclose(jax.grad(gain)(anchor), jax.grad(own_term)(anchor), rtol=1e-4)
-    assert float(gain(anchor)) < float(gain(anchor + 0.1 * (extra - anchor)))
-
-
 def test_the_source_is_a_candidate_on_the_straight_line_outside_the_mask():
     before, anchor, source = states(4, 2, N, C), states(5, 2, N, C), states(6, N, C)
     shrink = jnp.array([0.8, 0.0])  # the last step ends at the source itself

@@ -109,20 +109,23 @@ def mixed_noise(
     return _around(key, reference, group_size, alpha[..., None])
 
 
-def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int) -> Int[Array, " B"]:
-    """Draws B anchors uniformly without replacement from the perturbed candidates 1..G-1 (Section 4.1).
+def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int, first: int = 1) -> Int[Array, " B"]:
+    """Draws B anchors uniformly without replacement from the perturbed candidates (Section 4.1).
 
     Args:
         key: Typed key (`jax.random.key`).
         group_size: G.
-        num_anchors: B, from 1 to G - 1.
+        num_anchors: B, from 1 to G - `first`.
+        first: The first perturbed candidate: 1 where candidate 0 is the reference (`region_decoupled_noise`,
+            `mixed_noise`), 0 where all are perturbed (`neighbour_noise`).
 
     Returns:
-        [B] int32, distinct, in 1..G-1: never the reference candidate.
+        [B] int32, distinct, in `first`..G-1.
 
     Raises:
         ValueError: There are not that many perturbed candidates.
     """
-    if not 1 <= num_anchors <= group_size - 1:
-        raise ValueError(f"{num_anchors} anchors of a group of {group_size}: from 1 to {group_size - 1} can be drawn")
-    return jax.random.choice(key, jnp.arange(1, group_size, dtype=jnp.int32), (num_anchors,), replace=False)
+    perturbed = jnp.arange(first, group_size, dtype=jnp.int32)
+    if not 1 <= num_anchors <= len(perturbed):
+        raise ValueError(f"{num_anchors} anchors of a group of {group_size}: from 1 to {len(perturbed)} can be drawn")
+    return jax.random.choice(key, perturbed, (num_anchors,), replace=False)

@@ -104,11 +104,11 @@ def clipped_objective(
         log_ratio: log rho = log pi_theta - log pi_old (Eq. 15), [..., G]; groups, anchors and steps are in front.
         advantages: A, [..., G], or a shape of the same rank that broadcasts.
         clip: c, > 0.
-        weights: Weights of the candidates, summing to one over G (for example pi_old), in place of the uniform 1 / G
-            of Eq. 5; constants, [..., G] or a shape of the same rank that broadcasts.
+        weights: Weights of the candidates (for example pi_old) in place of the uniform 1 / G of Eq. 5; constants,
+            [..., G] or a shape of the same rank that broadcasts.
 
     Returns:
-        A scalar: the expectation over candidates, averaged over every other axis.
+        A scalar: the weighted sum over candidates, averaged over every other axis.
     """
     ratio = jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
     gain = jnp.minimum(advantages * ratio, advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip))

@@ -3,6 +3,7 @@
 All distances are sum_n W_n |x_n - y_n|^2 with a weight W_n for each token; they differ in how much a token of the edit
 region counts against one of the background. That is what matters: at the first update after a rollout the advantages,
 which sum to zero, cancel the softmax's normaliser, and the objective's gradient is that of <sum_i A_i W x_i, xbar> / G.
+(Not so with the source among them: its advantage comes on top, and the normaliser pushes away from the others.)
 """
 
 from __future__ import annotations
@@ -236,6 +237,7 @@ def source_candidate(
 ) -> Float[Array, "... N C"]:
     """A candidate that keeps the source, y = M xbar + (1 - M) (x_src + sigma' / sigma (x - x_src)) (ours).
 
+    It joins the policy and Eq. 5 as candidate G + 1, with its own advantage and a ratio clipped like all others.
     Outside the mask it is where the straight line from the anchor's last state x to the source is after the step;
     inside it is the anchor itself, so that no distance sees the region.
 
@@ -253,23 +255,3 @@ def source_candidate(
     straight = source + shrink[..., None, None] * (before - source)
     inside = jnp.broadcast_to(mask[:, None], before.shape)
     return jax.lax.stop_gradient(inside * anchor + (1.0 - inside) * straight)
-
-
-def candidate_gain(
-    distance: Float[Array, "..."], advantage: float, group_size: int, temperature: float | Float[Array, "..."] = 1.0
-) -> Float[Array, "..."]:
-    """What one more candidate adds to the objective, -A d^2 / (2 temperature G) (ours).
-
-    Its gradient is that of the candidate's own term in Eq. 5 at the first update, where the policy is sharp at the
-    anchor and the softmax's normaliser has none.
-
-    Args:
-        distance: d^2 of the candidate from the anchor, [...].
-        advantage: A of the candidate.
-        group_size: G.
-        temperature: As in `log_policy`.
-
-    Returns:
-        [...] float32.
-    """
-    return -advantage * distance / (2.0 * temperature * group_size)

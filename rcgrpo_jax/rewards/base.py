@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -110,6 +111,19 @@ def _fits(value: Any, default: Any) -> bool:
     if default is None or default is inspect.Parameter.empty or type(value) is type(default):
         return True
     return type(value) is int and type(default) is float
+
+
+def refuse_broken(
+    scores: Mapping[str, Float[np.ndarray, "P G"]], edited: Float[Array, "P G H W 3"]
+) -> dict[str, Float[np.ndarray, "P G"]]:
+    """The scores, NaN where the picture has a pixel that is not finite: a judge may round it to 8 bits and find black.
+
+    Args:
+        scores: Of `score_all`.
+        edited: The candidates that were scored.
+    """
+    sound = np.asarray(jnp.isfinite(edited).all((2, 3, 4)))
+    return {name: np.where(sound, score, np.float32("nan")) for name, score in scores.items()}
 
 
 def score_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> dict[str, Float[np.ndarray, "P G"]]:

@@ -76,7 +76,7 @@ def default_config() -> ConfigDict:
             distance="l2",  # l2 (Eq. 7), region (B.3, form ours), tau (ours), mean
             tau_edit=0.9,  # bandwidth inside the mask, of region and tau
             tau_base=1.1,  # bandwidth outside
-            anchors=4,  # B, anchors of a group, from the perturbed candidates
+            anchors=4,  # B, anchors of a group, from its perturbed candidates: G for kind=global, else G - 1
             anchor_mode="replay",  # replay: one step from the stored state; integrate: the whole path, Eq. 13
             steps="early",  # solver steps that carry the loss: early (the noisier half), all, random
             num_random_steps=4,  # how many for steps=random
@@ -89,7 +89,7 @@ def default_config() -> ConfigDict:
             advantage_clip=5.0,  # largest |A|
             quasi_norm=0.0,  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
             kl_weight=0.0,  # beta, of the KL to the policy of the rollout; the first update's has no gradient
-            source_advantage=0.0,  # A of one more candidate, which keeps the source outside the mask (ours); 0: none
+            source_advantage=0.0,  # A of candidate G + 1, which keeps the source outside the mask (ours); 0: none
             updates=1,  # optimizer updates on one rollout
         ),
         rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
@@ -119,6 +119,7 @@ def default_config() -> ConfigDict:
             weight_decay=1e-4,  # decoupled
             b1=0.9,  # decay of the first moment
             b2=0.999,  # decay of the second moment
+            eps=1e-8,  # in Adam's denominator; gradients of distance=mean at full size, by scaling, are 3e-8 to 1e-7
             max_grad_norm=1.0,  # global-norm clip
             ema_decay=0.0,  # of an average of the LoRA, exported if kept, warmed up; 0: none
         ),
@@ -167,6 +168,11 @@ def num_trained_steps(config: ConfigDict) -> int:
     return {"all": k, "early": math.ceil(k / 2), "random": config.surrogate.num_random_steps}[config.surrogate.steps]
 
 
+def first_perturbed(config: ConfigDict) -> int:
+    """The first candidate whose noise is perturbed: candidate 0 is the reference itself but in global exploration."""
+    return 0 if config.explore.kind == "global" else 1
+
+
 def validate(config: ConfigDict, num_devices: int) -> None:
     """Refuses a configuration that cannot run, before any weight is read.
 
@@ -191,8 +197,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     problems = []
     g, b, k = config.rollout.group_size, config.surrogate.anchors, config.rollout.num_steps
-    if b > g - 1:
-        problems.append(f"surrogate.anchors: {b} of {g - 1} perturbed candidates; rollout.group_size is {g}")
+    if b > (perturbed := g - first_perturbed(config)):
+        problems.append(
+            f"surrogate.anchors: {b} of {perturbed} perturbed candidates; rollout.group_size is {g}, explore.kind "
+            f"{config.explore.kind}"
+        )
     if config.objective.kl_weight and config.objective.updates == 1:
         problems.append(
             f"objective.kl_weight: {config.objective.kl_weight} with objective.updates = 1; the first update is at the "
@@ -200,10 +209,11 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
         )
     if config.surrogate.steps == "random" and config.surrogate.num_random_steps > k:
         problems.append(f"surrogate.num_random_steps: {config.surrogate.num_random_steps} of {k} steps")
-    if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(g):
+    members = g + bool(config.objective.source_advantage)  # candidates of the policy
+    if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(members):
         problems.append(
-            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
-            f"{math.log(g):.3f}"
+            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {members} candidates allow 0 to "
+            f"{math.log(members):.3f}"
         )
     problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
     problems += schedule_problems(config, config.train.num_steps * config.objective.updates)

@@ -29,7 +29,8 @@ SHARED_RANGES: Ranges = {
     "lora.rank": (1, math.inf), "lora.alpha": (1e-9, math.inf),
     "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": (0, math.inf),
     "optimizer.decay_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999), "optimizer.max_grad_norm": (1e-9, math.inf), "optimizer.ema_decay": (0, 0.99999),
+    "optimizer.b2": (0, 0.999999), "optimizer.eps": (1e-30, 1), "optimizer.max_grad_norm": (1e-9, math.inf),
+    "optimizer.ema_decay": (0, 0.99999),
     "train.num_steps": (1, math.inf), "train.save_every": (1, math.inf), "train.keep": (1, math.inf),
     "train.image_every": (1, math.inf), "train.profile_steps": (0, math.inf),
 }  # fmt: skip

@@ -347,7 +347,9 @@ class Trainer:
     ) -> dict[str, Float[np.ndarray, "p g"]]:
         """Every reward of this process' candidates; NaN where one could not be scored."""
         with jax.set_mesh(self.own_mesh):
-            return reward_registry.score_all(self.rewards, compared(edited=images))
+            return reward_registry.refuse_broken(
+                reward_registry.score_all(self.rewards, compared(edited=images)), images
+            )
 
 
 def join(*parts: Any) -> Any:
@@ -357,7 +359,7 @@ def join(*parts: Any) -> Any:
 
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
     """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
-    pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
+    pixels = np.asarray(jnp.round(jnp.nan_to_num(images[:4, :6]) * 255)).astype(np.uint8)  # what diverged is black
     first = own_rows(len(next(iter(scores.values())))).start
 
     def caption(p: int, i: int) -> str:

@@ -44,7 +44,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     rate = optax.join_schedules(parts, ends)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay),
+        optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay),
     )
 
 

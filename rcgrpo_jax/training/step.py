@@ -29,7 +29,7 @@ from rcgrpo_jax.parallel.distributed import put_rows
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
-from rcgrpo_jax.training.config import num_trained_steps
+from rcgrpo_jax.training.config import first_perturbed, num_trained_steps
 from rcgrpo_jax.training.state import TrainState, apply_gradients
 
 
@@ -45,7 +45,7 @@ class Prompts(NamedTuple):
 class Exploration(NamedTuple):
     """The random choices of one step."""
 
-    noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the unperturbed reference under RDP
+    noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the reference itself, not if kind=global
     anchors: Int[Array, "P B"]  # candidates that serve as anchors
     steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
 
@@ -112,9 +112,9 @@ class Programs:
             return explore.region_decoupled_noise(key, reference, mask, group, *alphas)
 
         noise = jax.vmap(perturb)(keys, references, prompts.explored)
-        anchors = jax.vmap(lambda k: explore.sample_anchors(k, group, self.config.surrogate.anchors))(
-            jax.random.split(key_anchors, num_prompts)
-        )
+        anchors = jax.vmap(
+            lambda key: explore.sample_anchors(key, group, self.config.surrogate.anchors, first_perturbed(self.config))
+        )(jax.random.split(key_anchors, num_prompts))
         return Exploration(noise, anchors, self._trained_steps(key_steps))
 
     def _trained_steps(self, key: Array) -> Int[Array, " T"]:
@@ -163,14 +163,14 @@ class Programs:
         return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
 
     def _decode(self, vae_params: dict, tokens: Float[Array, "P g N C"]) -> Float[Array, "Pg H W 3"]:
-        """Pictures of final states, in [0, 1], each on the device that rolled it out."""
+        """Pictures of final states, in [0, 1] or NaN, each on the device that rolled it out."""
         images = map_samples(
             lambda x: decode(self.editor.vae, vae_params, x, self.grid),
             (tokens.reshape(-1, *tokens.shape[2:]),),
             min(self.config.rollout.decode_micro_batch, math.prod(tokens.shape[:2])),
             self.mesh,
         )
-        return jnp.clip(images / 2 + 0.5, 0, 1)
+        return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
         """What the update differentiates, one a row: prompt, anchor and the solver steps that are compared.
@@ -185,44 +185,76 @@ class Programs:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def _anchor_states(
-        self, velocity: Velocity, states: Array, anchor: Array, steps: Int[Array, " T"]
-    ) -> tuple[Array, Array]:
+    def _anchor_states(self, velocity: Velocity, stored: Array, steps: Int[Array, " T"]) -> tuple[Array, Array]:
         """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps.
 
-        Both are `[T, N, C]`; `states` `[G, K+1, N, C]` are the old rollout's.
+        Both are `[T, N, C]`; `stored` `[K+1, N, C]` are the anchor's states in the old rollout.
         """
         sigmas = jnp.asarray(self.sigmas)
         if self.config.surrogate.anchor_mode == "integrate":
             if self.config.surrogate.steps == "early":
                 sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
-            path = flow_rollout.integrate(jax.checkpoint(velocity), states[anchor, 0], sigmas)
+            path = flow_rollout.integrate(jax.checkpoint(velocity), stored[0], sigmas)
             return path[steps - 1], path[steps]
         k = steps[0]
-        before = states[anchor, k - 1]
+        before = stored[k - 1]
         return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
+
+    def _members(self, prompt: Prompts, group: Array, before: Array, after: Array, steps: Array) -> Array:
+        """What the policy is over: the group after the given steps, and the source if it has an advantage (ours).
+
+        Args:
+            prompt: One row.
+            group: `[T, G, N, C]`.
+            before, after: The anchor's states around each step, `[T, N, C]`.
+            steps: `[T]`.
+
+        Returns:
+            `[T, G, N, C]`, or `[T, G + 1, N, C]` with the source last.
+        """
+        if not self.config.objective.source_advantage:
+            return group
+        sigmas = jnp.asarray(self.sigmas)
+        shrink = sigmas[steps] / sigmas[steps - 1]
+        source = surrogate.source_candidate(before, after, shrink, prompt.condition.reference, prompt.region)
+        return jnp.concatenate([group, source[:, None]], axis=1)
 
     def _unit_loss(
         self, lora: dict, params: dict, prompts: Prompts, states: Array, advantages: Array, unit: tuple, first: Array
     ) -> tuple[Array, tuple[Array, dict]]:
-        """`-J` of one unit (Eq. 5, 14, 15), and what is added to it, with its log-policy and metrics."""
+        """`-J` of one unit (Eq. 5, 14, 15), 0 if its group teaches nothing, with its log-policy and metrics."""
         index, anchor_index, steps, log_old = unit
         options, objective = self.config.surrogate, self.config.objective
-        prompt = _row(prompts, index)
+        advantage = advantages[index]
+        taught = jnp.any(advantage != 0)  # dropped groups and those of equal rewards do not
+
+        def finite(x: Array) -> Array:
+            # Before the loss, not only around it: the gradient of what has diverged is zero times NaN, which is NaN.
+            return jnp.where(taught, x, 0)
+
+        prompt = jax.tree.map(finite, _row(prompts, index))
+        stored = finite(states[index, anchor_index])  # [K+1, N, C]
+        group = finite(states[index, :, steps])  # [T, G, N, C]
         velocity = self._velocity(params, scale_adapter(lora, self.lora_scale), prompt.condition)
-        before, anchor = self._anchor_states(velocity, states[index], anchor_index, steps)
-        candidates = states[index, :, steps]  # [T, G, N, C]
+        before, anchor = self._anchor_states(velocity, stored, steps)
+        members = self._members(prompt, group, before, anchor, steps)
         distance = surrogate.distance_function(options.distance, prompt.region, options.tau_edit, options.tau_base)
         temperature = 1.0
         if options.weighting == "policy":
-            stored = states[index, anchor_index, steps][:, None]
-            temperature = surrogate.calibrated_temperature(distance(candidates, stored), options.target_entropy)
-        log_pi = surrogate.anchor_log_policy(anchor, candidates, distance, temperature)
+            old = self._members(prompt, group, stored[steps - 1], stored[steps], steps)
+            distances = distance(old, stored[steps][:, None])
+            temperature = surrogate.calibrated_temperature(distances, options.target_entropy)
+        log_pi = surrogate.anchor_log_policy(anchor, members, distance, temperature)
         # The first update compares the policy with itself.
         log_ratio = jnp.where(first, surrogate.log_ratio_to_itself(log_pi), log_pi - log_old)
         log_old = jnp.where(first, jax.lax.stop_gradient(log_pi), log_old)
-        weights = jnp.exp(log_old) if options.weighting == "policy" else None
-        gain = grpo.clipped_objective(log_ratio, advantages[index][None], objective.clip, weights)
+        weights = None  # 1 / G each
+        if objective.source_advantage:
+            advantage = jnp.append(advantage, objective.source_advantage)
+            weights = jnp.full_like(log_pi, 1 / group.shape[1])  # 1 / G still: the source takes nothing from the others
+        if options.weighting == "policy":
+            weights = jnp.exp(log_old)
+        gain = grpo.clipped_objective(log_ratio, advantage[None], objective.clip, weights)
         kl = grpo.categorical_kl(log_old, log_pi).mean()
         metrics = {
             "ratio_mean": jnp.exp(jnp.minimum(log_ratio, grpo.MAX_LOG_RATIO)).mean(),
@@ -232,14 +264,7 @@ class Programs:
             "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
         }
         if objective.source_advantage:
-            sigmas = jnp.asarray(self.sigmas)
-            shrink = sigmas[steps] / sigmas[steps - 1]
-            source = surrogate.source_candidate(before, anchor, shrink, prompt.condition.reference, prompt.region)
-            metrics["source_distance"] = distance(anchor, source)
-            gain += surrogate.candidate_gain(
-                metrics["source_distance"], objective.source_advantage, candidates.shape[1], temperature
-            ).mean()
-        taught = jnp.any(advantages[index] != 0)  # dropped groups and those of equal rewards do not
+            metrics["source_distance"] = distance(anchor, members[:, -1]).mean()
         return jnp.where(taught, objective.kl_weight * kl - gain, 0.0), (log_pi, metrics)
 
     def _update(
@@ -278,18 +303,20 @@ class Programs:
         units = (*self.units(exploration), log_old)
         grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.config.surrogate.micro_batch, self.mesh)
         updated = apply_gradients(state, grads, self.config.optimizer)
-        learned = jnp.any(advantages != 0)  # else momentum and weight decay would move the adapter all the same
+        taught = jnp.any(advantages != 0, axis=-1)[units[0]]  # [U]
+        learned = taught.any()  # else momentum and weight decay would move the adapter all the same
         state = jax.tree.map(partial(jnp.where, learned), updated, state)
-        scalars = {name: x.max() if name == "ratio_deviation" else x.mean() for name, x in metrics.items()}
+        scalars = {name: jnp.mean(x, where=taught) for name, x in metrics.items()}  # NaN if nothing teaches
+        scalars["ratio_deviation"] = jnp.max(metrics["ratio_deviation"], where=taught, initial=0.0)
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         return state, log_pi, scalars
 
     def log_policy_shape(self) -> tuple[int, int, int]:
-        """(units, steps of a unit, G), the shape of `log_old`."""
+        """(units, steps of a unit, G or with the source G + 1), the shape of `log_old`."""
         anchors = self.config.rollout.prompts * self.config.surrogate.anchors
-        trained, group = num_trained_steps(self.config), self.config.rollout.group_size
-        replay = self.config.surrogate.anchor_mode == "replay"
-        return (anchors * trained, 1, group) if replay else (anchors, trained, group)
+        members = self.config.rollout.group_size + bool(self.config.objective.source_advantage)
+        trained, replay = num_trained_steps(self.config), self.config.surrogate.anchor_mode == "replay"
+        return (anchors * trained, 1, members) if replay else (anchors, trained, members)
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

@@ -12,17 +12,27 @@ from rcgrpo_jax.parallel.distributed import gather
 from rcgrpo_jax.rewards.base import RewardInputs
 
 
+def _whole(x: np.ndarray) -> np.ndarray:
+    """The rows, one a group, that are finite throughout: one candidate that diverged must not hide the others."""
+    return x[np.isfinite(x).reshape(len(x), -1).all(axis=-1)]
+
+
+def _mean(x: np.ndarray) -> float:
+    """The mean; NaN, without NumPy's warning, of nothing."""
+    return float(x.mean()) if x.size else float("nan")
+
+
 def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
     """Mean and mean within-group std of each reward as it came, and the groups that teach nothing."""
     metrics = {}
     for name, score in scores.items():
-        kept = score[np.isfinite(score).all(axis=-1)]
-        metrics[f"reward/{name}"] = float(kept.mean()) if kept.size else float("nan")
-        metrics[f"reward_std/{name}"] = float(kept.std(axis=-1).mean()) if kept.size else float("nan")
-    finite = np.isfinite(np.asarray(total)).all(axis=-1)
-    metrics["reward_std/total"] = float(np.asarray(total)[finite].std(axis=-1).mean()) if finite.any() else float("nan")
+        kept = _whole(score)
+        metrics[f"reward/{name}"] = _mean(kept)
+        metrics[f"reward_std/{name}"] = _mean(kept.std(axis=-1))
+    kept = _whole(np.asarray(total))
+    metrics["reward_std/total"] = _mean(kept.std(axis=-1))
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
-    metrics["groups/dropped"] = float((~finite).sum())
+    metrics["groups/dropped"] = float(len(total) - len(kept))
     return metrics
 
 
@@ -43,9 +53,9 @@ def background_drift(edits: RewardInputs) -> Float[Array, " P"]:
 
 
 def drift_metrics(edits: RewardInputs) -> dict[str, float]:
-    """How far the background moves: from candidate to candidate, and from the source."""
+    """How far the background moves: from candidate to candidate, and from the source; of groups without a NaN."""
     error = _outside(edits.edited, edits.source[:, None], edits.mask)
     return {
-        "background/drift": float(gather(background_drift(edits)).mean()),
-        "background/error": float(gather(error).mean()),
+        "background/drift": _mean(_whole(gather(background_drift(edits)))),
+        "background/error": _mean(_whole(gather(error))),
     }
