@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, check_example
-from rcgrpo_jax.data.images import Polarity, check_polarity
+from rcgrpo_jax.data.masks import Polarity, check_marking
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TfdsSource:
     ):
         import tensorflow_datasets as tfds  # imported here: two seconds that a folder of images need not wait
 
-        check_polarity(polarity)
+        check_marking(polarity, "")
         self._where, self._polarity = f"tfds:{name}@{split}", polarity
         self._fields = image_field, mask_field, instruction_field
         builder = _open(name, data_dir)
