@@ -38,6 +38,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("lora", None, "LoRA in diffusers format: its folder or file", values)
     flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
+    flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     flags.DEFINE_string("out", None, "directory to write", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
@@ -67,7 +68,7 @@ def run(argv: list[str]) -> None:
     if values.lora:
         adapter, config = load_lora(values.lora, abstract_params("transformer", folder.config("transformer")))
         adapters["lora"] = scale_adapter(adapter, config.scale)
-    source = open_source(values.data, values.polarity)
+    source = open_source(values.data, values.polarity, mask_value=values.mask_value)
     mesh = make_mesh({"fsdp": -1})
     editor = open_editor(values, folder, mesh, values.acd_layers)
     evaluations = {}
