@@ -200,7 +200,11 @@ def test_records_that_cannot_be_used_are_named(tmp_path):
     path = write_by_hand(tmp_path, features, *(row | change for change in (damaged, labels, blank)))
     source = TfdsSource(str(path))
     for index, problem in enumerate(
-        ("example 0, image: the file is not an image", "example 1, mask: the mask has the levels of", "00002: the instr")
+        (
+            "example 0, image: the file is not an image",
+            "example 1, mask: the mask has the levels of",
+            "00002: the instr",
+        )
     ):
         with pytest.raises(UserError, match=problem):
             source[index]
