@@ -19,6 +19,7 @@ MaskValue = int | tuple[int, int, int]  # a number as it is stored, or a colour
 
 _LARGEST = 2**16 - 1  # number that a file can store
 _WHITE = 0.94  # of the range: what lossy files and cameras leave of white
+_DARK = 0.6  # of the range: what no soft mask with sharp edges is throughout
 _FEW, _EXACT = 64, 16  # distinct levels: more are a label map's seldom; at most these hold no noise
 _REACH = 3  # pixels: a grey of a soft edge has a darker and a brighter one that near
 _STRAY = 0.02  # of the pixels that are not background: single dots of grey do not make a label map
@@ -136,7 +137,8 @@ def _is_label_map(levels: Integer[np.ndarray, "H W"], top: int) -> bool:
     """Whether greys, the edit region bright, are the numbers of classes rather than a soft mask.
 
     Greys of a soft mask are steps between dark and bright: nearly all lie within a few pixels of both. A class fills
-    an area with one level. Many levels are a soft mask where some are white, or where none of their edges is sharp.
+    an area with one level, or is dark throughout and yet has sharp edges. Many levels are a soft mask where some are
+    white, or where no edge is sharp.
 
     Args:
         levels: In `0 .. top`.
@@ -147,7 +149,10 @@ def _is_label_map(levels: Integer[np.ndarray, "H W"], top: int) -> bool:
         return bool(0 < values[0] < white)
     if values[0] >= white:  # nothing is outside: numbers near 0, read with black as the region
         return len(values) <= _EXACT
-    if len(values) > _FEW and (values[-1] >= white or not _is_sharp(levels)):
+    if values[-1] < white and _is_sharp(levels):
+        if values[-1] < _DARK * top:
+            return True
+    elif len(values) > _FEW:
         return False
     noise = top - white if len(values) > _EXACT and values[-1] >= white else 0
     between = (levels > values[0] + noise) & (levels < white)
