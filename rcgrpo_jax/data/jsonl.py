@@ -70,20 +70,24 @@ REMEDY = (
 
 
 def check_kind(path: Path) -> None:
-    """Raises a UserError if a file that should hold text is known to be of another kind."""
+    """Raises a UserError if a file that should hold text is of another kind."""
     kind = filetypes.describe(path)
     if kind == filetypes.LFS_POINTER:
         raise UserError(f"{path}: this is {kind}; the file itself was wanted.", filetypes.LFS_REMEDY)
-    if kind and kind != "an empty file":
-        raise UserError(f"{path}: this is {kind}; {WANTED}.", REMEDY)
     if path.suffix.lower() in (".csv", ".tsv"):
-        raise UserError(f"{path}: this is a table of separated values; {WANTED}.", REMEDY)
+        kind = kind or "a table of separated values"
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):  # unless it is UTF-16
+        kind = kind or "binary data"
+    if kind and head:
+        raise UserError(f"{path}: this is {kind}; {WANTED}.", REMEDY)
 
 
 def read_text(path: Path) -> str:
     """The content of a text file; errors as for `read_rows`."""
-    check_kind(path)
     try:
+        check_kind(path)
         with path.open("rb") as file:
             text = file.read(MAX_LINE + 1)
     except OSError as error:
@@ -98,8 +102,6 @@ def _decode(text: bytes, where: str) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        if b"\0" in text and not text.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{where}: binary data found; {WANTED}.", "Correct the path.") from None
         raise UserError(f"{where}: the text is not UTF-8 ({error}).", "Save it again as UTF-8.") from None
 
 

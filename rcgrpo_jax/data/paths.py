@@ -17,8 +17,8 @@ def composed(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """The name with `\\xff` in place of bytes that are not UTF-8, which Python keeps as half surrogates."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """The name as text that can be written anywhere: `\\udcff` stands for a byte ff that is not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class Finder:
