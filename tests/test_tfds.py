@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grain
+import icc
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,6 +146,30 @@ def test_datasets_of_other_forms(tmp_path):
     assert len(TfdsSource("other:2.1.0", split="train[1:]", data_dir=tmp_path)) == 2
 
 
+def test_pictures_are_treated_as_files_are(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features, row = by_hand()
+    features["mask"] = tfds.features.Image(shape=(None, None, 1))
+    labels = Image.fromarray(row["mask"] // 51)  # class 5
+    labels.putpalette([*[0] * 15, 128, 0, 0, *[0] * 750])
+    tagged = Image.new("RGB", (30, 20), (200, 100, 50))
+    encoded = {}
+    for field, picture, profile in (
+        ("mask", labels, None),
+        ("image", tagged, icc.rgb_profile(icc.ADOBE_RGB, np.square)),
+    ):
+        picture.save(file := io.BytesIO(), "PNG", icc_profile=profile)
+        encoded[field] = file.getvalue()
+    path = write_by_hand(tmp_path, features, row | encoded)
+    with pytest.raises(UserError, match=r"example 0, mask: the mask has colours, .* 5 \(#800000\)"):
+        TfdsSource(str(path))[0]
+    example = open_source(f"tfds:{path}", mask_value="5")[0]
+    assert example.mask[0].tolist() == [1.0] * 4 + [0.0] * 26
+    wanted = icc.in_srgb(np.array([200, 100, 50]), icc.ADOBE_RGB, np.square)
+    np.testing.assert_allclose(example.image[0, 0], wanted, atol=2)
+
+
 def test_masks_are_the_whole_pictures_where_none_is_needed(tmp_path):
     features, row = by_hand()
     path = write_by_hand(tmp_path, *({key: x[key] for key in x if key != "mask"} for x in (features, row)))
@@ -162,6 +187,8 @@ def test_fields_of_other_names(tmp_path):
     names = {f"{field}_field": name for field, name in other.items()}
     assert TfdsSource(str(path), **names)[0].instruction == "go"
     with pytest.raises(UserError, match=r"the feature 'image' is missing; found 'mask_img', 'source_img', 'text'"):
+        TfdsSource(str(path))
+    with pytest.raises(UserError, match="Did you mean 'source_img'"):
         TfdsSource(str(path))
     with pytest.raises(UserError, match="Did you mean 'mask_img'"):
         TfdsSource(str(path), **names | {"mask_field": "mask_image"})

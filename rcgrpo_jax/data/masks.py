@@ -19,9 +19,9 @@ MaskValue = int | tuple[int, int, int]  # a number as it is stored, or a colour
 
 _LARGEST = 2**16 - 1  # number that a file can store
 _WHITE = 0.94  # of the range: what lossy files and cameras leave of white
-_DARK = 0.6  # of the range: what no soft mask with sharp edges is throughout
+_FAINT = 0.45  # of the range: below it no region is meant as a whole; from it on a flat grey is a strength
 _FEW, _EXACT = 64, 16  # distinct levels: more are a label map's seldom; at most these hold no noise
-_REACH = 3  # pixels: a grey of a soft edge has a darker and a brighter one that near
+_REACH = 5  # pixels: a grey of a soft edge has a darker and a brighter one that near
 _STRAY = 0.02  # of the pixels that are not background: single dots of grey do not make a label map
 _CHROMA = 32  # of 255: largest minus least of a pixel's RGB, above what lossy files make of grey
 _LISTED = 6  # values in a message
@@ -136,30 +136,26 @@ def edit_region(image: Image.Image, where: str, polarity: Polarity, mask_value: 
 def _is_label_map(levels: Integer[np.ndarray, "H W"], top: int) -> bool:
     """Whether greys, the edit region bright, are the numbers of classes rather than a soft mask.
 
-    Greys of a soft mask are steps between dark and bright: nearly all lie within a few pixels of both. A class fills
-    an area with one level, or is dark throughout and yet has sharp edges. Many levels are a soft mask where some are
-    white, or where no edge is sharp.
+    The faint greys of a soft mask are steps between dark and bright: nearly all lie within a few pixels of both. A
+    class fills an area with one level, or its map is faint throughout and yet has sharp edges.
 
     Args:
         levels: In `0 .. top`.
         top: What is white.
     """
-    values, white = np.flatnonzero(np.bincount(levels.ravel())), _WHITE * top
+    values = np.flatnonzero(np.bincount(levels.ravel()))
+    faint, white = _FAINT * top, _WHITE * top
     if len(values) == 1:
-        return bool(0 < values[0] < white)
+        return bool(0 < values[0] < faint)
     if values[0] >= white:  # nothing is outside: numbers near 0, read with black as the region
         return len(values) <= _EXACT
-    if values[-1] < white and _is_sharp(levels):
-        if values[-1] < _DARK * top:
-            return True
-    elif len(values) > _FEW:
-        return False
+    if values[-1] < faint and _is_sharp(levels):
+        return True
     noise = top - white if len(values) > _EXACT and values[-1] >= white else 0
-    between = (levels > values[0] + noise) & (levels < white)
-    if not between.any():
+    between = (levels > values[0] + noise) & (levels < faint)
+    if len(values) > _FEW or not between.any():
         return False
-    scaled = (levels if len(values) <= _FEW else levels * 255 // top).astype(np.int64)
-    rank = np.cumsum(np.bincount(scaled.ravel()) > 0)[scaled].astype(np.uint8)
+    rank = np.searchsorted(values, levels).astype(np.uint8)
     picture, window = Image.fromarray(rank), 2 * _REACH + 1
     darker = np.asarray(picture.filter(ImageFilter.MinFilter(window))) < rank
     brighter = np.asarray(picture.filter(ImageFilter.MaxFilter(window))) > rank
