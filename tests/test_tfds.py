@@ -22,6 +22,7 @@ from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
 from rcgrpo_jax.errors import UsageError, UserError
 
 UNICODE = "  把杯子涂成红色 🎨\u2028« noch röter »"
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 23802\n"
 SIZES = [(20, 30), (33, 17), (16, 16), (40, 24), (18, 50)]
 
 
@@ -219,6 +220,20 @@ def test_other_file_formats_are_refused(tmp_path):
     (path / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match="the files are in the tfrecord format; array_record was wanted"):
         TfdsSource(str(path))
+
+
+@pytest.mark.parametrize(("file", "content", "problem"), [
+    ("dataset_info.json", LFS, "dataset_info.json is a Git LFS pointer"),
+    ("other-train.array_record-00000", LFS, "other-train.array_record-00000 is a Git LFS pointer"),
+    ("dataset_info.json", "[1]", r"the description of the dataset cannot be read \("),
+    ("features.json", '{"features": 3}', r"the description of the dataset cannot be read \("),
+])  # fmt: skip
+def test_pointers_and_damage_are_named(tmp_path, file, content, problem):
+    path = write_by_hand(tmp_path, *by_hand())
+    (path / file).write_text(content)
+    with pytest.raises(UserError, match=rf"tfds:{path}: {problem}") as caught:
+        TfdsSource(str(path))
+    assert ("git lfs pull" in caught.value.remedy) == (content == LFS)
 
 
 def test_records_that_cannot_be_used_are_named(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import as_rgb, open_image
 from rcgrpo_jax.data.jsonl import likely
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rcgrpo_jax.data.pipeline import Source
 
 VERSION = "1.0.0"  # of every dataset written here
+_LOOKED_AT = 16  # files of a dataset that are looked at for pointers: of Git LFS's, none or most are
 _SHARD = 256  # examples in a file: at about half a megabyte each, the 100 to 200 MB that TFDS recommends
 
 
@@ -207,9 +209,9 @@ def _open(name: str, data_dir: str | Path | None):
     import tensorflow_datasets as tfds
 
     folder, cause = tfds.core.Path(name).expanduser(), None
+    if (folder / "dataset_info.json").exists():
+        return _open_folder(folder)
     try:
-        if (folder / "dataset_info.json").exists():
-            return tfds.builder_from_directory(folder)
         builder = tfds.builder(name, data_dir=data_dir)
         if builder.is_prepared():
             return builder
@@ -220,6 +222,26 @@ def _open(name: str, data_dir: str | Path | None):
         "dataset_info.json.",
         "Name a prepared dataset, set TFDS_DATA_DIR, or give the folder of a version, such as edits/1.0.0.",
     ) from cause
+
+
+def _open_folder(folder: Path):
+    """The `tfds.core.DatasetBuilder` of the folder of a version."""
+    import tensorflow_datasets as tfds
+
+    for file in sorted(folder.iterdir())[:_LOOKED_AT]:
+        if filetypes.describe(file) == filetypes.LFS_POINTER:
+            raise UserError(
+                f"tfds:{folder}: {file.name} is {filetypes.LFS_POINTER}; the file itself was wanted.",
+                filetypes.LFS_REMEDY,
+            )
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # protobuf's own and others, by what is damaged
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"tfds:{folder}: the description of the dataset cannot be read ({reason}).",
+            "Copy or write the dataset again.",
+        ) from error
 
 
 def _kind(feature) -> str | None:
