@@ -5,7 +5,7 @@ import io
 import icc
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from rcgrpo_jax.data import images, masks
 
@@ -109,3 +109,11 @@ def test_pictures_from_memory_have_their_profiles_too(colours):
     Image.fromarray(colours).save(file, "PNG", icc_profile=icc.rgb_profile(*SPACES["Adobe RGB"]))
     found = images.as_rgb(images.open_image(file, "a"), "a")
     np.testing.assert_allclose(found, icc.in_srgb(colours, *SPACES["Adobe RGB"]), atol=2)
+
+
+def test_adobe_rgb_that_only_the_camera_tells_of_is_a_warning(tmp_path, colours, caplog):
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.IFD.Interop: {1: "R03"}}
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), colours)
+    assert "a.png: the camera says Adobe RGB" in caplog.text

@@ -125,6 +125,7 @@ def test_pointers_of_git_lfs_are_called_by_their_name(folder, name):
     ({**LINE, "mask": "A" * 5000}, "which is no file's name", "Save what stands there"),
     ({**LINE, "caption": ["x" * 5000]}, "caption is ['xxx", "quotes"),
     ({**LINE, "mask_value": 1.5}, "mask_value is 1.5; a number or a text", "15"),
+    ({**LINE, "mask_polarty": "black"}, "'mask_polarty' is no field of a line; 'mask_polarity' was probably", "Rename"),
     ({**LINE, "mask_value": -1}, "line 1: mask_value: '-1' found; numbers from 0", "15"),
     ({**LINE, "mask_value": 0, "mask_polarity": "black"}, "both mask_polarity and mask_value", "Leave mask_polarity"),
 ])  # fmt: skip
@@ -141,7 +142,7 @@ def test_a_line_may_name_the_value_of_its_own_region(folder):
     labels.paste(3, (0, 0, 8, 32))
     labels.paste(7, (8, 0, 24, 32))
     labels.save(folder / "m.png")
-    lines = [LINE, {**LINE, "mask_value": 3}, {**LINE, "mask_value": "3,7"}]
+    lines = [{**LINE, "mask_value": None}, {**LINE, "mask_value": 3}, {**LINE, "mask_value": "3,7"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = EditFolder(folder, mask_value="7")
     assert [source[i].mask.sum() for i in range(3)] == [16 * 32, 8 * 32, 24 * 32]

@@ -15,7 +15,7 @@ from PIL import Image
 from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import read_image
-from rcgrpo_jax.data.jsonl import REMEDY, check_row, read_rows, read_text
+from rcgrpo_jax.data.jsonl import REMEDY, check_row, mask_value_of, read_rows, read_text
 from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
 from rcgrpo_jax.data.paths import Finder, composed, printable
 from rcgrpo_jax.errors import UserError
@@ -156,7 +156,7 @@ def _from_jsonl(
 
 def _marking(row: Mapping[str, Any], where: str, default: Marking) -> Marking:
     """How a row's mask marks its region: as the row says, or else as the whole folder's do."""
-    polarity, value = row.get("mask_polarity"), str(row.get("mask_value", ""))
+    polarity, value = row.get("mask_polarity"), str(mask_value_of(row))
     found = (polarity or "white", value) if polarity or value else default
     check_marking(*found, (f"{where}: mask_polarity", f"{where}: mask_value"))
     return found

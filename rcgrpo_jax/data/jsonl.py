@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from rcgrpo_jax import filetypes
 from rcgrpo_jax.errors import UserError, nearest
 
+WANTED = "a folder, a .jsonl file (JSON Lines), tfds:DATASET or scenes:SPLIT was wanted"
+REMEDY = (
+    "Such files are not read: save each picture and mask as a PNG, and a metadata.jsonl beside them with a line an "
+    'example, {"image": "a.png", "mask": "a_mask.png", "instruction": "Make the mug red."}.'
+)
 MAX_LINE = 2**24  # bytes: a line holds paths and sentences
 _COCO = "a JSON document of COCO annotations"
 _OPTIONAL = ("caption", "target", "flawed", "mask_polarity", "mask_value")
@@ -60,13 +66,6 @@ def read_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             text = _decode(line, where).removeprefix("\ufeff" if number == 1 else "").rstrip("\r\n")
             if text.strip():
                 yield number, _object(text, where, table)
-
-
-WANTED = "a folder, a .jsonl file (JSON Lines), tfds:DATASET or scenes:SPLIT was wanted"
-REMEDY = (
-    "Such files are not read: save each picture and mask as a PNG, and a metadata.jsonl beside them with a line an "
-    'example, {"image": "a.png", "mask": "a_mask.png", "instruction": "Make the mug red."}.'
-)
 
 
 def check_kind(path: Path) -> None:
@@ -133,7 +132,10 @@ def _object(text: str, where: str, table: Path) -> dict[str, Any]:
 def _document(table: Path, line: str) -> str | None:
     """What a file is whose `line` is no JSON: one document over many lines, or columns; None for any other file."""
     names = {name.strip(" \"'").lower() for name in re.split("[,;\t]", line[:1000])}
-    if len(names & {name for field, others in _KNOWN_AS.items() for name in (field, *others)}) > 1:
+    if (
+        not line.startswith("{")
+        and len(names & {name for field, others in _KNOWN_AS.items() for name in (field, *others)}) > 1
+    ):
         return "a table of separated values"
     if table.stat().st_size > MAX_LINE:
         return "one JSON document" if table.suffix == ".json" else None
@@ -163,25 +165,33 @@ def check_row(row: Mapping[str, Any], where: str, fields: Sequence[str], needed:
     if missing := [field for field in needed if field not in row]:
         raise _missing(row, where, missing, fields)
     for field in (*fields, "caption", "target", "mask_polarity"):
-        value = row.get(field)
+        value, is_file = row.get(field), field in (*fields[:2], "target")
         if value is None and field not in needed:
             continue
         if not isinstance(value, str):
-            raise _no_text(field, value, where, is_file=field in (*fields[:2], "target"))
-        if field in (*needed, "target") and field != fields[2]:
+            raise _no_text(field, value, where, is_file)
+        if is_file and (value or field in needed):
             _check_file_name(field, value, where)
     if not isinstance(flawed := row.get("flawed", False), bool):
         raise UserError(f"{where}: flawed is {short(flawed)}; true or false was wanted.", "Write it without quotes.")
-    value = row.get("mask_value", "")
+    value = mask_value_of(row)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise UserError(
             f"{where}: mask_value is {short(value)}; a number or a text was wanted.", 'Write 15, "2,5" or "#800000".'
         )
+    for field in ("flawed", "mask_polarity", "mask_value"):  # misspelt, they would be passed over
+        if field not in row and (near := get_close_matches(field, row, n=1, cutoff=0.9)):
+            raise UserError(f"{where}: {near[0]!r} is no field of a line; {field!r} was probably meant.", "Rename it.")
     if value != "" and row.get("mask_polarity"):
         raise UserError(
             f"{where}: both mask_polarity and mask_value found; one of them was wanted.",
             "Leave mask_polarity out: mask_value alone says what the edit region is.",
         )
+
+
+def mask_value_of(row: Mapping[str, Any]) -> Any:
+    """The `mask_value` of a row, empty where there is none; 0 is one."""
+    return "" if (value := row.get("mask_value")) is None else value
 
 
 def _missing(row: Mapping[str, Any], where: str, missing: Sequence[str], fields: Sequence[str]) -> UserError:

@@ -7,7 +7,7 @@ import logging
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ def to_srgb(image: Image.Image, where: str) -> Image.Image:
     is not defined for the matrix profiles of cameras and displays. Pictures without a profile are taken as sRGB; those
     with a profile of sRGB come back bit for bit.
 
-    A profile that is damaged or of another kind of picture is left out, with a warning.
+    A profile that is damaged or of another kind of picture is left out, with a warning. Another warning tells of
+    cameras' pictures in Adobe RGB that only their EXIF data call so.
 
     Args:
         image: Of 8 bits a sample, with the profile in its `info`; transparency is dropped.
@@ -35,6 +36,8 @@ def to_srgb(image: Image.Image, where: str) -> Image.Image:
     rgb = without_alpha(image)
     profile = image.info.get("icc_profile")
     if not profile:
+        if _says_adobe_rgb(image):
+            logger.warning("%s: the camera says Adobe RGB, without a profile; samples are taken as sRGB", where)
         return rgb
     try:
         mode, transform = _transform(profile)
@@ -62,6 +65,14 @@ def to_srgb(image: Image.Image, where: str) -> Image.Image:
 def without_alpha(image: Image.Image) -> Image.Image:
     """The RGB of an image, its transparency dropped; Pillow wants that of a palette kept until there are colours."""
     return image.convert("RGBA").convert("RGB") if image.has_transparency_data else image.convert("RGB")
+
+
+def _says_adobe_rgb(image: Image.Image) -> bool:
+    """Whether EXIF names the colour space of DCF's optional files, which is Adobe RGB: interoperability index R03."""
+    try:
+        return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+    except Exception:  # Pillow raises many types on damaged EXIF
+        return False
 
 
 @lru_cache(maxsize=16)
