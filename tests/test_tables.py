@@ -84,7 +84,11 @@ def test_a_folder_of_shards_says_what_there_is(tmp_path, where):
     for i in range(3):
         FILES["a Parquet file"](tmp_path / where / f"train-0000{i}-of-00003.parquet")
     write_tar(tmp_path / where / "000000.tar")
-    found = "found a tar archive, 000000.tar; a Parquet file, train-00000-of-00003.parquet, and 2 more such"
+    (tmp_path / where / "metadata.csv").write_text("file_name,text\n")
+    found = (
+        "found a tar archive, 000000.tar; a table of separated values, metadata.csv; "
+        "a Parquet file, train-00000-of-00003.parquet, and 2 more such"
+    )
     assert found in refusal(tmp_path).problem
 
 

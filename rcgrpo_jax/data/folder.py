@@ -15,12 +15,13 @@ from PIL import Image
 from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import read_image
-from rcgrpo_jax.data.jsonl import REMEDY, check_row, mask_value_of, read_rows, read_text
+from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text, short
 from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
 from rcgrpo_jax.data.paths import Finder, composed, printable
 from rcgrpo_jax.errors import UserError
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
+_BY_SUFFIX = {".csv": SEPARATED, ".tsv": SEPARATED, ".json": "a JSON document"}
 _LOOKED_AT = 1000  # files of a folder without examples, to say what there is
 
 Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
@@ -86,8 +87,9 @@ class EditFolder:
         try:
             self._entries = _find_entries(path, (polarity, mask_value), fields, needs_mask)
         except OSError as error:
+            which = short(str(error.filename))
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}: {error.filename}).", "Check the path and its permissions."
+                f"{path}: cannot be read ({error.strerror}: {which}).", "Check the path and its permissions."
             ) from None
 
     def __len__(self) -> int:
@@ -210,9 +212,10 @@ def _nothing(path: Path) -> UserError:
         )
     kinds = defaultdict(list)
     for file in islice(chain(sorted(path.glob("[!.]*")), sorted(path.glob("[!.]*/[!.]*"))), _LOOKED_AT):
-        if kind := filetypes.describe(file):
-            kinds[kind].append(file)
-    found = [f"{kind}, {files[0].name}, and {len(files) - 1} more such" for kind, files in kinds.items()]
+        kind = filetypes.describe(file) or _BY_SUFFIX.get(file.suffix.lower())
+        if kind and not kind.endswith(("picture", "empty file")):
+            kinds[kind].append(file.name)
+    found = [f"{kind}, {names[0]}, and {len(names) - 1} more such" for kind, names in kinds.items()]
     found = [words.removesuffix(", and 0 more such") for words in found]
     if not found:
         return UserError(f"{path}: no examples found; {layouts}.", "Lay the folder out in one of the two ways.")

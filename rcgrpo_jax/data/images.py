@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         UserError: The file is missing, not an image, damaged, unreasonably large, or of a sample type not listed above.
     """
-    path = Path(path)
-    return as_rgb(open_image(path if path.exists() else Finder()(path)), str(path))
+    found = path if os.path.exists(path) else Finder()(Path(path))
+    return as_rgb(open_image(found), str(path))
 
 
 def as_rgb(image: Image.Image, where: str) -> UInt8[np.ndarray, "H W 3"]:

@@ -18,6 +18,7 @@ REMEDY = (
     'example, {"image": "a.png", "mask": "a_mask.png", "instruction": "Make the mug red."}.'
 )
 MAX_LINE = 2**24  # bytes: a line holds paths and sentences
+SEPARATED = "a table of separated values"
 _COCO = "a JSON document of COCO annotations"
 _OPTIONAL = ("caption", "target", "flawed", "mask_polarity", "mask_value")
 _SHOWN = 80  # characters of a value in a message
@@ -74,7 +75,7 @@ def check_kind(path: Path) -> None:
     if kind == filetypes.LFS_POINTER:
         raise UserError(f"{path}: this is {kind}; the file itself was wanted.", filetypes.LFS_REMEDY)
     if path.suffix.lower() in (".csv", ".tsv"):
-        kind = kind or "a table of separated values"
+        kind = kind or SEPARATED
     with path.open("rb") as file:
         head = file.read(4096)
     if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):  # unless it is UTF-16
@@ -136,7 +137,7 @@ def _document(table: Path, line: str) -> str | None:
         not line.startswith("{")
         and len(names & {name for field, others in _KNOWN_AS.items() for name in (field, *others)}) > 1
     ):
-        return "a table of separated values"
+        return SEPARATED
     if table.stat().st_size > MAX_LINE:
         return "one JSON document" if table.suffix == ".json" else None
     try:

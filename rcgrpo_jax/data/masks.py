@@ -58,7 +58,7 @@ def check_marking(polarity: str, mask_value: str, fields: tuple[str, str] = ("ma
     """Raises a UsageError that names the field unless polarity and mask value say together which region is meant."""
     if polarity not in get_args(Polarity):
         raise UsageError(
-            f"{fields[0]}: {polarity!r} found; 'white' or 'black' was wanted.",
+            f"{fields[0]}: {polarity[:80]!r} found; 'white' or 'black' was wanted.",
             "Name the colour that marks the edit region in the mask.",
         )
     if parse_mask_value(mask_value, fields[1]) and polarity != "white":
