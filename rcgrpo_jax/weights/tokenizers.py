@@ -144,7 +144,7 @@ def _warn(tokenizers: Tokenizers, text: str, ids: Sequence[int], max_text_tokens
     if unknown and text not in tokenizers.unspelt:
         tokenizers.unspelt.add(text)
         logger.warning(
-            "T5 cannot spell an instruction: %d of its %d tokens (%.0f %%) are unknown, and say nothing to it: %r",
+            "T5 cannot spell an instruction; unknown to it, and read as nothing, are %d of %d tokens (%.0f %%): %r",
             unknown, len(ids) - 1, 100 * unknown / (len(ids) - 1), shown,
         )  # fmt: skip
     if len(ids) > max_text_tokens:
