@@ -17,6 +17,8 @@ class UserError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, remedy: str):
+        # Names of files need not be text, and a message must be fit for any place.
+        problem, remedy = (text.encode("utf-8", "backslashreplace").decode() for text in (problem, remedy))
         super().__init__(problem)
         self.problem = problem
         self.remedy = remedy

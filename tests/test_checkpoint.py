@@ -387,3 +387,11 @@ def test_every_differing_field_is_named():
     assert all(line in error.value.problem for line in lines)
     assert "--workdir" in error.value.remedy
     check_same_config(saved, current, ignore={"train", "trainer", "explore.alpha_edit", "old", "new"})
+
+
+def test_a_field_that_came_later_counts_as_what_runs_did_before():
+    saved = {"data": {"polarity": "white"}}
+    new, other = ({"data": {"polarity": "white", "mask_value": value}} for value in ("", "15"))
+    check_same_config(saved, new)
+    assert config_differences(saved, other) == ['data.mask_value: checkpoint "", config "15"']
+    assert config_differences({"run": saved}, {"run": new}) == []

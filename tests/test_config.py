@@ -142,6 +142,16 @@ def test_every_problem_of_sizes_is_listed_at_once():
     assert [line.split(":")[0] for line in found] == list(fields)
 
 
+@pytest.mark.parametrize(("polarity", "value", "problem"), [
+    ("white", "red", "data.mask_value: 'red' found; numbers from 0 to 65535 or colours such as #800000"),
+    ("black", "15", "data.polarity: black found beside data.mask_value = 15; one of them was wanted"),
+])  # fmt: skip
+def test_what_marks_the_region_is_checked(polarity, value, problem):
+    (found,) = problems(make(data__polarity=polarity, data__mask_value=value))
+    assert found.startswith(problem)
+    assert not problems(make(data__mask_value="2, #800000"))
+
+
 @pytest.mark.parametrize(
     ("field", "choices"),
     [

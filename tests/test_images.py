@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcgrpo_jax.data import images
+from rcgrpo_jax.data import images, masks
 from rcgrpo_jax.errors import UsageError, UserError
 
 
@@ -73,7 +73,8 @@ def test_exif_rotation_is_applied(tmp_path, picture, orientation):
     stored.save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(images.read_image(tmp_path / "a.png"), picture)
     luminance = np.asarray(upright.convert("L"), np.float32) / 255
-    np.testing.assert_array_equal(images.read_mask(tmp_path / "a.png"), luminance)
+    stored.convert("L").save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(masks.read_mask(tmp_path / "a.png"), luminance)
 
 
 def test_alpha_is_flattened_over_white(tmp_path, picture):
@@ -104,7 +105,7 @@ def test_transparency_of_16_bit_grey_is_kept(tmp_path):
     found = images.read_image(tmp_path / "a.png")
     assert (found[:10] == 127).all()
     assert (found[10:] == 255).all()
-    assert "transparent" in refusal(tmp_path / "a.png", images.read_mask).problem
+    assert "transparent" in refusal(tmp_path / "a.png", masks.read_mask).problem
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -115,7 +116,7 @@ def test_16_bit_grey_spans_the_whole_8_bit_range(tmp_path, suffix):
     found = images.read_image(path)
     assert found.shape == (20, 30, 3)
     np.testing.assert_array_equal(found[..., 0], np.round(grey / 257.0))
-    np.testing.assert_allclose(images.read_mask(path), grey / 65535.0, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(masks.read_mask(path), grey / 65535.0, atol=0.5 / 255 + 1e-6)
 
 
 def test_16_bit_colour_keeps_its_high_byte(tmp_path, picture):
@@ -156,13 +157,13 @@ def test_one_pixel_can_be_read(tmp_path):
     assert images.read_image(tmp_path / "a.png").tolist() == [[[1, 2, 3]]]
 
 
-@pytest.mark.parametrize("read", [images.read_image, images.read_mask])
+@pytest.mark.parametrize("read", [images.read_image, masks.read_mask])
 def test_unreadable_files_are_refused_with_the_reason(tmp_path, picture, read):
     assert "no such file" in refusal(tmp_path / "none.png", read).problem
     (tmp_path / "text.png").write_text("not an image")
     assert "not an image" in refusal(tmp_path / "text.png", read).problem
     (tmp_path / "empty.png").touch()
-    assert "not an image" in refusal(tmp_path / "empty.png", read).problem
+    assert "this is an empty file; a whole PNG" in refusal(tmp_path / "empty.png", read).problem
     assert "cannot be read" in refusal(tmp_path, read).problem
 
 
@@ -204,21 +205,21 @@ def test_mask_polarity_says_which_colour_is_the_region(tmp_path):
     left[:, :10] = 255
     left[0, 29] = 51
     Image.fromarray(left).save(tmp_path / "a.png")
-    white, black = images.read_mask(tmp_path / "a.png"), images.read_mask(tmp_path / "a.png", "black")
+    white, black = masks.read_mask(tmp_path / "a.png"), masks.read_mask(tmp_path / "a.png", "black")
     assert white.dtype == black.dtype == np.float32
     assert (white[:, :10] == 1).all()
     assert (white[1:, 10:] == 0).all()
     assert white[0, 29] == np.float32(0.2)
     np.testing.assert_array_equal(black, 1 - white)
     with pytest.raises(UsageError, match="'grey' found; 'white' or 'black'"):
-        images.read_mask(tmp_path / "a.png", "grey")
+        masks.read_mask(tmp_path / "a.png", "grey")
 
 
 def test_mask_may_have_an_alpha_channel_only_if_it_is_opaque(tmp_path):
     Image.new("RGBA", (30, 20), (255, 255, 255, 255)).save(tmp_path / "a.png")
-    assert (images.read_mask(tmp_path / "a.png") == 1).all()
+    assert (masks.read_mask(tmp_path / "a.png") == 1).all()
     Image.new("RGBA", (30, 20), (255, 255, 255, 0)).save(tmp_path / "a.png")
-    assert "transparent" in refusal(tmp_path / "a.png", images.read_mask).problem
+    assert "transparent" in refusal(tmp_path / "a.png", masks.read_mask).problem
 
 
 def test_resizing_keeps_constants_and_mask_values(picture):

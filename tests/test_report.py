@@ -374,6 +374,9 @@ def test_the_commands_evaluate_what_a_stage_of_supervised_training_leaves(tmp_pa
     train, evaluate = run_record.commands(config.to_dict(), "DATA", settings, "black")
     assert train.startswith("rcgrpo pretrain ")
     assert evaluate.split()[-1] == "--polarity=black"
+    assert run_record.commands(config.to_dict(), "DATA", settings, "white", "15")[-1].endswith(" --mask_value=15")
+    config.data.mask_value = "2,5"
+    assert run_record.commands(config.to_dict(), "", settings)[-1].endswith(" --mask_value=2,5")
     assert [word for word in evaluate.split() if word.startswith(("--model=", "--lora="))] == result
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grain
+import icc
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
 from rcgrpo_jax.errors import UsageError, UserError
 
 UNICODE = "  把杯子涂成红色 🎨\u2028« noch röter »"
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 23802\n"
 SIZES = [(20, 30), (33, 17), (16, 16), (40, 24), (18, 50)]
 
 
@@ -145,6 +147,30 @@ def test_datasets_of_other_forms(tmp_path):
     assert len(TfdsSource("other:2.1.0", split="train[1:]", data_dir=tmp_path)) == 2
 
 
+def test_pictures_are_treated_as_files_are(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features, row = by_hand()
+    features["mask"] = tfds.features.Image(shape=(None, None, 1))
+    labels = Image.fromarray(row["mask"] // 51)  # class 5
+    labels.putpalette([*[0] * 15, 128, 0, 0, *[0] * 750])
+    tagged = Image.new("RGB", (30, 20), (200, 100, 50))
+    encoded = {}
+    for field, picture, profile in (
+        ("mask", labels, None),
+        ("image", tagged, icc.rgb_profile(icc.ADOBE_RGB, np.square)),
+    ):
+        picture.save(file := io.BytesIO(), "PNG", icc_profile=profile)
+        encoded[field] = file.getvalue()
+    path = write_by_hand(tmp_path, features, row | encoded)
+    with pytest.raises(UserError, match=r"example 0, mask: the mask has colours, .* 5 \(#800000\)"):
+        TfdsSource(str(path))[0]
+    example = open_source(f"tfds:{path}", mask_value="5")[0]
+    assert example.mask[0].tolist() == [1.0] * 4 + [0.0] * 26
+    wanted = icc.in_srgb(np.array([200, 100, 50]), icc.ADOBE_RGB, np.square)
+    np.testing.assert_allclose(example.image[0, 0], wanted, atol=2)
+
+
 def test_masks_are_the_whole_pictures_where_none_is_needed(tmp_path):
     features, row = by_hand()
     path = write_by_hand(tmp_path, *({key: x[key] for key in x if key != "mask"} for x in (features, row)))
@@ -162,6 +188,8 @@ def test_fields_of_other_names(tmp_path):
     names = {f"{field}_field": name for field, name in other.items()}
     assert TfdsSource(str(path), **names)[0].instruction == "go"
     with pytest.raises(UserError, match=r"the feature 'image' is missing; found 'mask_img', 'source_img', 'text'"):
+        TfdsSource(str(path))
+    with pytest.raises(UserError, match="Did you mean 'source_img'"):
         TfdsSource(str(path))
     with pytest.raises(UserError, match="Did you mean 'mask_img'"):
         TfdsSource(str(path), **names | {"mask_field": "mask_image"})
@@ -194,13 +222,31 @@ def test_other_file_formats_are_refused(tmp_path):
         TfdsSource(str(path))
 
 
+@pytest.mark.parametrize(("file", "content", "problem"), [
+    ("dataset_info.json", LFS, "dataset_info.json is a Git LFS pointer"),
+    ("other-train.array_record-00000", LFS, "other-train.array_record-00000 is a Git LFS pointer"),
+    ("dataset_info.json", "[1]", r"the description of the dataset cannot be read \("),
+    ("features.json", '{"features": 3}', r"the description of the dataset cannot be read \("),
+])  # fmt: skip
+def test_pointers_and_damage_are_named(tmp_path, file, content, problem):
+    path = write_by_hand(tmp_path, *by_hand())
+    (path / file).write_text(content)
+    with pytest.raises(UserError, match=rf"tfds:{path}: {problem}") as caught:
+        TfdsSource(str(path))
+    assert ("git lfs pull" in caught.value.remedy) == (content == LFS)
+
+
 def test_records_that_cannot_be_used_are_named(tmp_path):
     features, row = by_hand()
     damaged, labels, blank = {"image": b"\x89PNG"}, {"mask": row["mask"] // 255}, {"instruction": " "}
     path = write_by_hand(tmp_path, features, *(row | change for change in (damaged, labels, blank)))
     source = TfdsSource(str(path))
     for index, problem in enumerate(
-        ("example 0 cannot be read", "00001: the mask.s levels are 0 to 1 of 255", "00002: the instruction is blank")
+        (
+            "example 0, image: the file is not an image",
+            "example 1, mask: the mask has the levels of",
+            "00002: the instr",
+        )
     ):
         with pytest.raises(UserError, match=problem):
             source[index]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,18 @@ def test_t5_keeps_european_text(small):
 def test_other_scripts_are_unk_to_t5_in_flux_and_here(which, foreign, request):
     t5 = request.getfixturevalue(which).t5
     assert t5.unk_token_id in t5(foreign).input_ids
+
+
+@pytest.mark.parametrize(("text", "share"), [
+    ("把杯子涂成红色", r"1 of 2 tokens \(50 %\)"),
+    ("make it 红", r"1 of 4 tokens \(25 %\)"),
+])  # fmt: skip
+def test_text_that_t5_cannot_spell_is_named_once_with_its_share(small, caplog, text, share):
+    tokenize(small, [text, "make it red"], 32)
+    tokenize(small, [text, text], 32)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(f"cannot spell .* {share}: '{text}'", record.getMessage())
 
 
 def test_a_long_instruction_is_cut_with_one_warning(small, caplog):

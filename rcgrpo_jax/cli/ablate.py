@@ -98,7 +98,7 @@ def run(argv: list[str]) -> None:
             )
     if not values.seeds and not values.batches:
         raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
-    open_source(values.data, config.data.polarity)
+    open_source(values.data, config.data.polarity, mask_value=config.data.mask_value)
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
 

@@ -37,6 +37,7 @@ def _flags(values: flags.FlagValues) -> None:
     define_lora(values)
     flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
+    flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     flags.DEFINE_string("out", None, "directory to write", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> None:
     folder = ModelFolder(values.model)
     lora = read_lora(values, folder)
     adapters = {"base": None} | ({"lora": lora} if lora else {})
-    source = open_source(values.data, values.polarity)
+    source = open_source(values.data, values.polarity, mask_value=values.mask_value)
     mesh = make_mesh({"fsdp": -1})
     editor = open_editor(values, folder, mesh, values.acd_layers)
     evaluations = {}

@@ -43,6 +43,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("evaluation", None, "directory that `rcgrpo evaluate` wrote", values)
     flags.DEFINE_string("data", None, "the examples of that evaluation, to show its edits beside their sources", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
+    flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     flags.DEFINE_integer("attention", 0, "examples to draw attention maps of; loads the model", 0, flag_values=values)
     define_lora(values)
     flags.DEFINE_string("out", None, "file to write; WORKDIR/report.html by default", values)
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> None:
                     f"--data: the evaluations of {values.evaluation} have no pictures, as `rcgrpo ablate` keeps none.",
                     "Leave --data out, or name the --out of `rcgrpo evaluate`.",
                 )
-            source = open_source(values.data, values.polarity)
+            source = open_source(values.data, values.polarity, mask_value=values.mask_value)
             examples = read_examples(source, first)
             found["Pictures"] = f"the first {len(examples)} of {values.data}"
             sections["examples"] = [example_row(i, example, evaluations) for i, example in enumerate(examples)]
@@ -90,7 +91,7 @@ def run(argv: list[str]) -> None:
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
         recipe = {"settings": described, "script": (SCRIPT, config_script(config))}
-        sections |= {**recipe, "commands": commands(config, values.data, settings, values.polarity)}
+        sections |= {**recipe, "commands": commands(config, values.data, settings, values.polarity, values.mask_value)}
     grids = dict([record.picture]) if record.picture else {}
     title = f"{found.get('Method', 'Training')}: {workdir.absolute().name}"
     write_report(out, Report(title, found, metrics=record.metrics, grids=grids, **sections))

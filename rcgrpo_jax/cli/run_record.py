@@ -134,11 +134,15 @@ def _changes(config: Mapping[str, Any], default: Mapping[str, Any], name: str) -
 
 
 def commands(
-    config: Mapping[str, Any], data: str = "", settings: Mapping[str, Any] | None = None, polarity: str = "white"
+    config: Mapping[str, Any],
+    data: str = "",
+    settings: Mapping[str, Any] | None = None,
+    polarity: str = "white",
+    mask_value: str = "",
 ) -> list[str]:
     """The commands that train with that file, export, and, with the `settings` of an evaluation, evaluate on `data`.
 
-    `polarity` is that of the masks of `data`; without `data`, the run's own stands there.
+    `polarity` and `mask_value` are those of the masks of `data`; without `data`, the run's own stand there.
     """
     train, workdir = "pretrain" if "stage" in config else "train", "again"
     lines = [["rcgrpo", train, f"--config={SCRIPT}", f"--workdir={workdir}"]]
@@ -157,5 +161,7 @@ def commands(
             "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",
             "quantization": settings["quantization"], "polarity": polarity if data else config["data"]["polarity"],
         }  # fmt: skip
+        if value := mask_value if data else config["data"].get("mask_value"):
+            options["mask_value"] = value
         lines.append(["rcgrpo", "evaluate", *(f"--{name}={value}" for name, value in options.items())])
     return [shlex.join(line) for line in lines]

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 
 from rcgrpo_jax.errors import UserError
 
+MAX_CHARACTERS = 100_000  # of an instruction: FLUX's text encoders read about 2,000
 MIN_SIDE = 16  # pixels of one image token: 8 of the VAE x 2 of packing
 
 
@@ -31,7 +32,7 @@ def check_example(example: EditExample) -> EditExample:
 
     Raises:
         UserError: The image is smaller than a token (16 x 16 pixels), the mask or target is of another size, the mask
-            is empty, not finite or outside [0, 1], or the instruction is blank or not Unicode.
+            is empty, not finite or outside [0, 1], or the instruction is blank, endless or not Unicode.
     """
     name, mask = example.name, example.mask
     height, width = example.image.shape[:2]
@@ -65,6 +66,11 @@ def check_example(example: EditExample) -> EditExample:
         )
     if not example.instruction.strip():
         raise UserError(f"{name}: the instruction is blank; a sentence was wanted.", "Say what to change.")
+    if (count := len(example.instruction)) > MAX_CHARACTERS:
+        raise UserError(
+            f"{name}: the instruction has {count:,} characters; at most {MAX_CHARACTERS:,} were wanted.",
+            "Write what to change in a sentence.",
+        )
     if re.search(r"[\ud800-\udfff]", example.instruction):  # half of a surrogate pair
         raise UserError(
             f"{name}: the instruction {example.instruction!a} is not whole Unicode text, which was wanted.",

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.example import EditExample, check_example
-from rcgrpo_jax.data.images import Polarity, check_polarity, read_image, read_mask
-from rcgrpo_jax.errors import UserError, nearest
+from rcgrpo_jax.data.images import read_image
+from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text, short
+from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
+from rcgrpo_jax.data.paths import Finder, composed, printable
+from rcgrpo_jax.errors import UserError
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
+_BY_SUFFIX = {".csv": SEPARATED, ".tsv": SEPARATED, ".json": "a JSON document"}
+_LOOKED_AT = 1000  # files of a folder without examples, to say what there is
+
+Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class _Entry:
     image: Path
     mask: Path | None  # None: the whole picture
     instruction: str | Path  # a path: a text file still to be read
-    polarity: Polarity
+    marking: Marking
     caption: str | None = None
     target: Path | None = None
     flawed: bool = False
@@ -40,14 +50,16 @@ class EditFolder:
 
     Two layouts are known:
       - `metadata.jsonl` in the folder, or any `.jsonl` file: a JSON object a line with the paths `image` and `mask`
-        (relative to the file), the text `instruction`, and optionally `caption`, `target` (a path), `mask_polarity` and
-        `flawed` (true where the target is wrong on purpose). Examples are called `NUMBER-STEM` after the line number
-        and the image, since images may repeat.
+        (relative to the file), the text `instruction`, and optionally `caption`, `target` (a path), `mask_polarity`,
+        `mask_value` and `flawed` (true where the target is wrong on purpose). Examples are called `NUMBER-STEM` after
+        the line number and the image, since images may repeat.
       - otherwise `images/NAME.*`, `masks/NAME.*` and `instructions/NAME.txt` (UTF-8), sorted by name.
 
     Args:
         path: The folder or the `.jsonl` file.
         polarity: The colour of the edit region in the masks, `"white"` or `"black"`; a line's `mask_polarity` wins.
+        mask_value: What masks hold where the edit belongs, as for `masks.parse_mask_value`; empty: a colour, by
+            `polarity`. A line's `mask_value` wins.
         image_field: The key of the image in `metadata.jsonl`.
         mask_field: The key of the mask.
         instruction_field: The key of the instruction.
@@ -56,7 +68,7 @@ class EditFolder:
     Raises:
         UserError: There is no such folder, nothing in it, a bad line, or files that do not exist: all are looked for
             now, so that a long run does not find the gap.
-        UsageError: The polarity is neither of the two.
+        UsageError: The polarity is neither of the two, or the mask value is malformed.
     """
 
     def __init__(
@@ -64,33 +76,21 @@ class EditFolder:
         path: str | Path,
         *,
         polarity: Polarity = "white",
+        mask_value: str = "",
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
         needs_mask: bool = True,
     ):
-        path = Path(path)
-        check_polarity(polarity)
-        if not path.exists():
-            raise UserError(f"{path}: there is no such folder or file.", "Correct the path to the examples.")
-        table = path if path.is_file() else path / "metadata.jsonl"
-        if table.is_file():
-            self._entries = _from_jsonl(table, polarity, (image_field, mask_field, instruction_field), needs_mask)
-        else:
-            self._entries = _from_folders(path, polarity)
-        if not self._entries:
+        check_marking(polarity, mask_value)
+        fields = (image_field, mask_field, instruction_field)
+        try:
+            self._entries = _find_entries(path, (polarity, mask_value), fields, needs_mask)
+        except OSError as error:
+            which = short(str(error.filename))
             raise UserError(
-                f"{path}: no examples found; metadata.jsonl, or images/, masks/ and instructions/, was wanted.",
-                "Lay the folder out in one of the two ways.",
-            )
-        missing = [file for entry in self._entries for file in entry.files if not file.is_file()]
-        if missing:
-            listed = ", ".join(str(file) for file in missing[:_SHOWN])
-            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-            raise UserError(
-                f"{path}: {len(missing)} of the files that its examples need do not exist: {listed}{more}.",
-                "Add the files, or remove their examples.",
-            )
+                f"{path}: cannot be read ({error.strerror}: {which}).", "Check the path and its permissions."
+            ) from None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -99,13 +99,13 @@ class EditFolder:
         """Reads and checks one example; see `check_example` for what is refused."""
         entry = self._entries[index]
         text, image = entry.instruction, read_image(entry.image)
-        mask = np.ones(image.shape[:2], np.float32) if entry.mask is None else read_mask(entry.mask, entry.polarity)
+        mask = np.ones(image.shape[:2], np.float32) if entry.mask is None else read_mask(entry.mask, *entry.marking)
         return check_example(
             EditExample(
                 name=entry.name,
                 image=image,
                 mask=mask,
-                instruction=_read_text(text).strip() if isinstance(text, Path) else text,
+                instruction=read_text(text).strip() if isinstance(text, Path) else text,
                 caption=entry.caption,
                 target=None if entry.target is None else read_image(entry.target),
                 flawed=entry.flawed,
@@ -113,94 +113,111 @@ class EditFolder:
         )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the text is not UTF-8 ({error}).", "Save it again as UTF-8.") from None
-
-
-def _from_jsonl(table: Path, polarity: Polarity, fields: tuple[str, str, str], needs_mask: bool) -> list[_Entry]:
-    # Split at "\n" only: U+2028 and its like are legal inside JSON strings, but `splitlines` breaks there.
-    lines = enumerate(_read_text(table).split("\n"), start=1)
-    return [_from_line(table, number, line, polarity, fields, needs_mask) for number, line in lines if line.strip()]
-
-
-def _from_line(
-    table: Path, number: int, line: str, polarity: Polarity, fields: tuple[str, str, str], needs_mask: bool
-) -> _Entry:
-    where = f"{table}, line {number}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, str], needs_mask: bool) -> list[_Entry]:
+    find = Finder()
+    path = find(Path(path))
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder or file.", "Correct the path to the examples.")
+    table = path if path.is_file() else path / "metadata.jsonl"
+    if table.is_file():
+        entries = list(_from_jsonl(table, marking, fields, needs_mask, find))
+    else:
+        entries = list(_from_folders(path, marking))
+    if not entries:
+        raise _nothing(path)
+    if missing := [file for entry in entries for file in entry.files if not file.is_file()]:
+        listed = ", ".join(str(file) for file in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise UserError(
-            f"{where}: {error.msg} at column {error.colno}; a JSON object was wanted.",
-            "Write one example a line, in braces and double quotes.",
-        ) from None
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{where}: a JSON {type(row).__name__} found; an object was wanted.", "Write {...} on each line."
+            f"{path}: {len(missing)} of the files that its examples need do not exist: {listed}{more}.",
+            "Add the files, or remove their examples.",
+        )
+    return entries
+
+
+def _from_jsonl(
+    table: Path, marking: Marking, fields: tuple[str, str, str], needs_mask: bool, find: Finder
+) -> Iterator[_Entry]:
+    needed = [field for field in fields if needs_mask or field != fields[1]]
+    for number, row in read_rows(table):
+        where = f"{table}, line {number}"
+        check_row(row, where, fields, needed)
+        image, mask, instruction = (row.get(field) for field in fields)
+        target = row.get("target")
+        yield _Entry(
+            name=printable(f"{number:05d}-{Path(image).stem}"),
+            image=find(table.parent / image),
+            mask=find(table.parent / mask) if mask else None,
+            instruction=instruction,
+            marking=_marking(row, where, marking),
+            caption=row.get("caption"),
+            target=find(table.parent / target) if target else None,
+            flawed=row.get("flawed", False),
         )
 
-    needed = [field for field in fields if needs_mask or field != fields[1]]
-    for field in needed:
-        if field not in row:
-            near = nearest(field, row)
-            raise UserError(
-                f"{where}: the field {field!r} is missing; found {', '.join(map(repr, row)) or 'none'}.",
-                f"Did you mean {near!r}? Rename it." if near else f"Add {field!r} to the line.",
-            )
-    for field in (*fields, "caption", "target", "mask_polarity"):
-        value = row.get(field)
-        if not isinstance(value, str) and not (value is None and field not in needed):
-            raise UserError(f"{where}: {field} is {value!r}; a string was wanted.", f"Write {field} in double quotes.")
-        if field in needed[:-1] and not value.strip():
-            raise UserError(f"{where}: {field} is empty; a path was wanted.", "Name the file, or leave the line out.")
-    if not isinstance(flawed := row.get("flawed", False), bool):
-        raise UserError(f"{where}: flawed is {flawed!r}; true or false was wanted.", "Write it without quotes.")
 
-    image, mask, instruction = (row.get(field) for field in fields)
-    override, target = row.get("mask_polarity") or polarity, row.get("target")
-    check_polarity(override, f"{where}: mask_polarity")
-    return _Entry(
-        name=f"{number:05d}-{Path(image).stem}",
-        image=table.parent / image,
-        mask=table.parent / mask if mask else None,
-        instruction=instruction,
-        polarity=override,
-        caption=row.get("caption"),
-        target=table.parent / target if target else None,
-        flawed=flawed,
-    )
+def _marking(row: Mapping[str, Any], where: str, default: Marking) -> Marking:
+    """How a row's mask marks its region: as the row says, or else as the whole folder's do."""
+    polarity, value = row.get("mask_polarity"), str(mask_value_of(row))
+    found = (polarity or "white", value) if polarity or value else default
+    check_marking(*found, (f"{where}: mask_polarity", f"{where}: mask_value"))
+    return found
 
 
-def _from_folders(root: Path, polarity: Polarity) -> list[_Entry]:
+def _from_folders(root: Path, marking: Marking) -> Iterator[_Entry]:
     suffixes = Image.registered_extensions()
     images = _by_stem(root / "images", suffixes)
     masks = _by_stem(root / "masks", suffixes)
     texts = _by_stem(root / "instructions", (".txt",))
-    return [
-        _Entry(
-            name=name,
+    for name in sorted(images.keys() | masks.keys() | texts.keys()):
+        yield _Entry(
+            name=printable(name),
             image=images.get(name, root / "images" / f"{name}.*"),  # a name that exists nowhere: reported as missing
             mask=masks.get(name, root / "masks" / f"{name}.*"),
             instruction=texts.get(name, root / "instructions" / f"{name}.txt"),
-            polarity=polarity,
+            marking=marking,
         )
-        for name in sorted(images.keys() | masks.keys() | texts.keys())
-    ]
 
 
 def _by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
-    """Maps the names of a folder's visible files to their paths; files of other suffixes are passed over."""
+    """Maps names of a folder's visible files, in Unicode's form C, to their paths; other suffixes are passed over."""
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("[!.]*")):
         if file.suffix.lower() not in suffixes:
             continue
-        if file.stem in files:
+        stem = composed(file.stem)
+        if stem in files:
+            names = [files[stem].name, file.name]
+            if composed(names[0]) == composed(names[1]):
+                names = [f"{name!a}" for name in names]
             raise UserError(
-                f"{folder}: both {files[file.stem].name} and {file.name} found; one file a name was wanted.",
+                f"{folder}: both {names[0]} and {names[1]} found; one file a name was wanted.",
                 "Remove or rename one of them.",
             )
-        files[file.stem] = file
+        files[stem] = file
     return files
+
+
+def _nothing(path: Path) -> UserError:
+    """The error for a folder without examples, which says what there is in it instead."""
+    layouts = "metadata.jsonl, or images/, masks/ and instructions/, was wanted"
+    if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
+        return UserError(
+            f"{path}: this is a TFDS dataset; {layouts}.", f"Write tfds:{path}, or tfds:{path}@SPLIT, for the path."
+        )
+    if tables := [file.name for file in sorted(path.glob("*.jsonl")) if file.name != "metadata.jsonl"]:
+        return UserError(
+            f"{path}: no examples found; {layouts}; found {', '.join(tables[:_SHOWN])}.",
+            f"Name the table itself: {path / tables[0]}.",
+        )
+    kinds = defaultdict(list)
+    for file in islice(chain(sorted(path.glob("[!.]*")), sorted(path.glob("[!.]*/[!.]*"))), _LOOKED_AT):
+        kind = filetypes.describe(file) or _BY_SUFFIX.get(file.suffix.lower())
+        if kind and not kind.endswith(("picture", "empty file")):
+            kinds[kind].append(file.name)
+    found = [f"{kind}, {names[0]}, and {len(names) - 1} more such" for kind, names in kinds.items()]
+    found = [words.removesuffix(", and 0 more such") for words in found]
+    if not found:
+        return UserError(f"{path}: no examples found; {layouts}.", "Lay the folder out in one of the two ways.")
+    remedy = filetypes.LFS_REMEDY if filetypes.LFS_POINTER in kinds else REMEDY
+    return UserError(f"{path}: no examples found; {layouts}; found {'; '.join(found[:_SHOWN])}.", remedy)

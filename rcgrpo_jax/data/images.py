@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from rcgrpo_jax.errors import UsageError, UserError
-
-Polarity = Literal["white", "black"]
+from rcgrpo_jax import filetypes
+from rcgrpo_jax.data.paths import Finder
+from rcgrpo_jax.data.profiles import to_srgb
+from rcgrpo_jax.errors import UserError
 
 # The 17 (width, height) pairs that FLUX.1-Kontext was trained at: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers.
 _PORTRAIT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -25,9 +27,9 @@ _OUTLINE, _RED = 2, (230, 30, 30)  # of a region: pixels, colour
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     """Reads a picture as 8-bit RGB, upright.
 
-    The EXIF rotation is applied; transparency is flattened over white; 16-bit samples are scaled by 255 / 65535 and
-    rounded (16-bit colour PNGs keep their high byte, as Pillow decodes them); palette, grey and CMYK become RGB; an
-    animation gives its first frame. Colour profiles are ignored: samples are taken as sRGB.
+    The EXIF rotation is applied; samples of another colour profile become sRGB's (`profiles.to_srgb`); transparency is
+    flattened over white; 16-bit samples are scaled by 255 / 65535 and rounded (16-bit colour PNGs keep their high byte,
+    as Pillow decodes them); palette, grey and CMYK become RGB; an animation gives its first frame.
 
     Args:
         path: A file in any format that Pillow reads.
@@ -38,93 +40,80 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         UserError: The file is missing, not an image, damaged, unreasonably large, or of a sample type not listed above.
     """
-    image = _open(Path(path))
+    found = path if os.path.exists(path) else Finder()(Path(path))
+    return as_rgb(open_image(found), str(path))
+
+
+def as_rgb(image: Image.Image, where: str) -> UInt8[np.ndarray, "H W 3"]:
+    """The 8-bit RGB of an image that `open_image` returned; arguments, result and errors as there."""
+    if image.mode.startswith("I"):
+        image = to_8_bits(image, where)
+    colours = to_srgb(image, where)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+        colours.putalpha(image.convert("RGBA").getchannel("A"))
+        colours = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
+    return np.array(colours)
 
 
-def read_mask(path: str | Path, polarity: Polarity = "white") -> Float[np.ndarray, "H W"]:
-    """Reads an edit region from a picture's luminance (ITU-R 601: 0.299 R + 0.587 G + 0.114 B).
-
-    Greys make a soft mask and are not binarised. The file is treated as by `read_image`, but for one thing: tools
-    disagree on whether the transparent part of a mask is the region or its outside, so transparency is refused.
+def open_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
+    """Decodes an image, upright, of 8 bits a sample or 16 bits of grey, in whatever colour mode it came.
 
     Args:
-        path: A file in any format that Pillow reads, opaque.
-        polarity: The colour of the edit region, `"white"` or `"black"`.
-
-    Returns:
-        `[H, W]` float32 in [0, 1], 1 inside the edit region.
+        source: A file, or its content.
+        where: Names it in messages; the path by default.
 
     Raises:
-        UserError: As `read_image`, or the mask has transparent pixels.
-        UsageError: The polarity is neither of the two.
+        UserError: As `read_image`.
     """
-    check_polarity(polarity)
-    image = _open(Path(path))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise UserError(
-                f"{path}: the mask has transparent pixels; an opaque black and white image was wanted.",
-                "Flatten the mask, with the edit region in one of black and white and everything else in the other.",
-            )
-    white = np.asarray(image.convert("RGB").convert("L"), np.float32) / np.float32(255)
-    return white if polarity == "white" else 1 - white
-
-
-def check_polarity(polarity: str, field: str = "mask polarity") -> None:
-    """Raises a UsageError that names the field unless the polarity is 'white' or 'black'."""
-    if polarity not in get_args(Polarity):
-        raise UsageError(
-            f"{field}: {polarity!r} found; 'white' or 'black' was wanted.",
-            "Name the colour that marks the edit region in the mask.",
-        )
-
-
-def _open(path: Path) -> Image.Image:
-    """Decodes a file into an upright image of 8 bits a sample, in whatever colour mode it came."""
+    where = where or str(source)
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
+            file.load()
             image = ImageOps.exif_transpose(file)
+            image.format = file.format
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; an image was wanted.", "Correct the path.") from None
+        raise UserError(f"{where}: there is no such file; an image was wanted.", "Correct the path.") from None
     except Image.UnidentifiedImageError:
-        raise UserError(
-            f"{path}: the file is not an image that Pillow can read; PNG, JPEG, WebP or TIFF was wanted.",
-            "Save it as a PNG, or correct the path.",
-        ) from None
+        raise _no_image(source, where) from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path}: the header claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; a smaller image was wanted.",
+            f"{where}: the header claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; a smaller image was wanted.",
             "Scale the image down before use; editors work at about one million pixels.",
         ) from None
     except Exception as error:  # Pillow's decoders raise many types on damaged bytes, and no list of them is complete
         raise UserError(
-            f"{path}: the file cannot be read to its end ({error}); a whole image was wanted.",
+            f"{where}: the file cannot be read to its end ({error}); a whole image was wanted.",
             "Check the permissions, and copy or download the file again.",
         ) from error
-    if image.mode.startswith("I"):
-        return _to_8_bits(path, image)
     if image.mode in ("F", "LAB"):
         raise UserError(
-            f"{path}: samples of Pillow mode {image.mode!r}; 8 or 16 bits of grey, RGB or CMYK were wanted.",
+            f"{where}: samples of Pillow mode {image.mode!r}; 8 or 16 bits of grey, RGB or CMYK were wanted.",
             "Save the image as an 8-bit PNG.",
         )
     return image
 
 
-def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
-    """Scales the integer modes, in which Pillow keeps 16-bit grey, to 8 bits with rounding."""
+def _no_image(source: str | Path | io.BytesIO, where: str) -> UserError:
+    """The error for a file of which Pillow knows no decoder."""
+    kind = None if isinstance(source, io.BytesIO) else filetypes.describe(source)
+    if kind == filetypes.LFS_POINTER:
+        return UserError(f"{where}: this is {kind}; an image was wanted.", filetypes.LFS_REMEDY)
+    found = f"this is {kind}" if kind else "the file is not an image that Pillow can read"
+    return UserError(
+        f"{where}: {found}; a whole PNG, JPEG, WebP or TIFF was wanted.", "Save it as a PNG, or correct the path."
+    )
+
+
+def to_8_bits(image: Image.Image, where: str) -> Image.Image:
+    """Scales the integer modes, in which Pillow keeps 16-bit grey, to 8 bits with rounding; `where` as `open_image`."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 65535:
         raise UserError(
-            f"{path}: grey values from {grey.min()} to {grey.max()}; 16 bits (0 to 65535) were wanted.",
+            f"{where}: grey values from {grey.min()} to {grey.max()}; 16 bits (0 to 65535) were wanted.",
             "Save the image as an 8-bit PNG.",
         )
     scaled = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    scaled.info |= {key: image.info[key] for key in ("icc_profile",) if key in image.info}
     if (key := image.info.get("transparency")) is not None:
         scaled.putalpha(Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8)))
     return scaled

@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 from rcgrpo_jax.data.folder import EditFolder
-from rcgrpo_jax.data.images import Polarity
+from rcgrpo_jax.data.masks import Polarity
 from rcgrpo_jax.data.scenes import Scenes, parse_scenes
 from rcgrpo_jax.data.tfds import TfdsSource
 from rcgrpo_jax.errors import UsageError
 
 
-def open_source(path: str, polarity: Polarity = "white", needs_mask: bool = True) -> EditFolder | Scenes | TfdsSource:
+def open_source(
+    path: str, polarity: Polarity = "white", needs_mask: bool = True, mask_value: str = ""
+) -> EditFolder | Scenes | TfdsSource:
     """Opens a folder of examples, a TFDS dataset (`tfds:DATASET[@SPLIT]`) or scenes (`scenes:` and `parse_scenes`).
 
     `DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
@@ -22,21 +24,22 @@ def open_source(path: str, polarity: Polarity = "white", needs_mask: bool = True
         path: The value of `data.path`.
         polarity: The colour of the edit region in the masks.
         needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
+        mask_value: What masks hold where the edit belongs (`masks.parse_mask_value`); empty: a colour, by `polarity`.
 
     Raises:
         UserError: As `EditFolder` and `TfdsSource`.
-        UsageError: No dataset or split is named, or the polarity is unknown.
+        UsageError: No dataset or split is named, or polarity or mask value are malformed.
     """
     if path.startswith("scenes:"):
         return parse_scenes(path.removeprefix("scenes:"))
     if not path.startswith("tfds:"):
-        return EditFolder(path, polarity=polarity, needs_mask=needs_mask)
+        return EditFolder(path, polarity=polarity, mask_value=mask_value, needs_mask=needs_mask)
     dataset, at, split = path.removeprefix("tfds:").rpartition("@")
     if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
         dataset, split = path.removeprefix("tfds:"), "train"
     if not dataset or not split:
         raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
-    return TfdsSource(dataset, split=split, polarity=polarity, needs_mask=needs_mask)
+    return TfdsSource(dataset, split=split, polarity=polarity, mask_value=mask_value, needs_mask=needs_mask)
 
 
 def same_examples(path: str, other: str) -> bool:

@@ -13,14 +13,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.example import EditExample, check_example
-from rcgrpo_jax.data.images import Polarity, check_polarity
-from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.data.images import as_rgb, open_image
+from rcgrpo_jax.data.jsonl import likely
+from rcgrpo_jax.data.masks import Polarity, check_marking, edit_region
+from rcgrpo_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from rcgrpo_jax.data.pipeline import Source
 
 VERSION = "1.0.0"  # of every dataset written here
+_LOOKED_AT = 16  # files of a dataset that are looked at for pointers: of Git LFS's, none or most are
 _SHARD = 256  # examples in a file: at about half a megabyte each, the 100 to 200 MB that TFDS recommends
 
 
@@ -30,6 +34,7 @@ class TfdsSource:
     The image is a feature of uint8 `[H, W, 3]`, the mask one of uint8 `[H, W, 1]` or `[H, W]` from 0 to 255, the
     instruction a text. Where the dataset has them, `name` and `caption` (texts), `target` (uint8 `[H, W, 3]`) and
     `flawed` (bool) are read too; an empty caption is none, and without names examples are called by their index.
+    Encoded pictures are treated as files are (`images.read_image`, `masks.read_mask`).
 
     Args:
         name: A dataset that TFDS finds in the data directory (`edits`, `edits/config`, `edits:1.0.0`), or the folder of
@@ -37,6 +42,7 @@ class TfdsSource:
         split: A split, or a slice of it such as `train[:90%]`.
         data_dir: Where TFDS keeps its datasets; by default TFDS_DATA_DIR, or else `~/tensorflow_datasets`.
         polarity: The value of the edit region in the masks, `"white"` (255) or `"black"` (0).
+        mask_value: What masks hold where the edit belongs, as for `masks.parse_mask_value`; empty: by `polarity`.
         image_field: The feature with the image.
         mask_field: The feature with the mask.
         instruction_field: The feature with the instruction.
@@ -45,7 +51,7 @@ class TfdsSource:
     Raises:
         UserError: There is no such dataset or split, it is empty or not in ArrayRecord, or a feature is missing or of
             another type.
-        UsageError: The polarity is neither of the two.
+        UsageError: The polarity is neither of the two, or the mask value is malformed.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class TfdsSource:
         split: str = "train",
         data_dir: str | Path | None = None,
         polarity: Polarity = "white",
+        mask_value: str = "",
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
@@ -62,8 +69,8 @@ class TfdsSource:
     ):
         import tensorflow_datasets as tfds  # imported here: two seconds that a folder of images need not wait
 
-        check_polarity(polarity)
-        self._where, self._polarity = f"tfds:{name}@{split}", polarity
+        check_marking(polarity, mask_value)
+        self._where, self._marking = f"tfds:{name}@{split}", (polarity, mask_value)
         self._fields = image_field, mask_field, instruction_field
         builder = _open(name, data_dir)
         features = builder.info.features
@@ -102,7 +109,12 @@ class TfdsSource:
         index = range(len(self))[index]  # as a sequence: negative ones count from the end, others raise IndexError
         try:
             record = self._records[index]
-            row = {field: _decode(record[field], kind) for field, kind in self._kinds.items()}
+            row = {
+                field: _decode(record[field], kind, f"{self._where}, example {index}, {field}")
+                for field, kind in self._kinds.items()
+            }
+        except UserError:
+            raise
         except Exception as error:  # of the record reader, zlib or Pillow: damage shows in many ways
             raise UserError(
                 f"{self._where}: example {index} cannot be read ({error}).", "Copy or write the dataset again."
@@ -111,8 +123,7 @@ class TfdsSource:
         if mask is None:
             region = np.ones(image.shape[:2], np.float32)
         else:
-            white = mask.astype(np.float32) / np.float32(255)
-            region = white if self._polarity == "white" else 1 - white
+            region = edit_region(mask, f"{self._where}, example {index}, {self._fields[1]}", *self._marking)
         return check_example(
             EditExample(
                 name=row.get("name") or f"{index:05d}",
@@ -198,9 +209,9 @@ def _open(name: str, data_dir: str | Path | None):
     import tensorflow_datasets as tfds
 
     folder, cause = tfds.core.Path(name).expanduser(), None
+    if (folder / "dataset_info.json").exists():
+        return _open_folder(folder)
     try:
-        if (folder / "dataset_info.json").exists():
-            return tfds.builder_from_directory(folder)
         builder = tfds.builder(name, data_dir=data_dir)
         if builder.is_prepared():
             return builder
@@ -211,6 +222,26 @@ def _open(name: str, data_dir: str | Path | None):
         "dataset_info.json.",
         "Name a prepared dataset, set TFDS_DATA_DIR, or give the folder of a version, such as edits/1.0.0.",
     ) from cause
+
+
+def _open_folder(folder: Path):
+    """The `tfds.core.DatasetBuilder` of the folder of a version."""
+    import tensorflow_datasets as tfds
+
+    for file in sorted(folder.iterdir())[:_LOOKED_AT]:
+        if filetypes.describe(file) == filetypes.LFS_POINTER:
+            raise UserError(
+                f"tfds:{folder}: {file.name} is {filetypes.LFS_POINTER}; the file itself was wanted.",
+                filetypes.LFS_REMEDY,
+            )
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # protobuf's own and others, by what is damaged
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"tfds:{folder}: the description of the dataset cannot be read ({reason}).",
+            "Copy or write the dataset again.",
+        ) from error
 
 
 def _kind(feature) -> str | None:
@@ -230,7 +261,7 @@ def _kind(feature) -> str | None:
 def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None:
     """Raises a UserError unless the dataset has the feature and it holds what it should."""
     if field not in features:
-        near = nearest(field, features)
+        near = likely(field, features)
         raise UserError(
             f"{where}: the feature {field!r} is missing; found {', '.join(map(repr, sorted(features)))}.",
             f"Did you mean {near!r}? Rename it." if near else f"Write the dataset with {field!r}.",
@@ -243,15 +274,18 @@ def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None
         )
 
 
-def _decode(value: bytes | np.ndarray | None, kind: str) -> str | bool | UInt8[np.ndarray, "H W ..."]:
+def _decode(
+    value: bytes | np.ndarray | None, kind: str, where: str
+) -> str | bool | UInt8[np.ndarray, "H W 3"] | Image.Image:
+    """A feature as an example has it; masks ("L") as images, whose values are still to be read."""
     if kind == "bool":
         return bool(value)
     if kind == "text":
         return (value or b"").decode()
     if isinstance(value, bytes):
-        with Image.open(io.BytesIO(value)) as picture:
-            return np.array(picture.convert(kind))
-    return value.reshape(value.shape[:2]) if kind == "L" else value
+        picture = open_image(io.BytesIO(value), where)
+        return picture if kind == "L" else as_rgb(picture, where)
+    return Image.fromarray(value.reshape(value.shape[:2])) if kind == "L" else value
 
 
 def _record(example: EditExample, has_target: bool) -> dict[str, Any]:

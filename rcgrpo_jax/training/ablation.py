@@ -158,7 +158,7 @@ def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = Non
     evaluated = {
         "protocol": protocol._asdict(),
         "model": model | {name: common["model"][name] for name in ("dtype", "quantization", "guidance")},
-        "data": {name: common["data"][name] for name in ("size", "polarity")},
+        "data": {name: common["data"][name] for name in ("size", "polarity", "mask_value")},
         "acd": {name: common["acd"][name] for name in ("layers", "reference_keys")},
     }
     return {"evaluation": evaluated, "run": run.to_dict() if run else {}}
@@ -178,7 +178,8 @@ def _load(file: Path, origin: Mapping[str, Any]) -> Evaluation:
 def _evaluate(
     config: ConfigDict, protocol: Protocol, file: Path, name: str, origin: Mapping[str, Any], lora: dict | None = None
 ) -> Evaluation:
-    mesh, source = make_mesh({}, jax.devices()[:1]), open_source(protocol.data, config.data.polarity)
+    mesh = make_mesh({}, jax.devices()[:1])
+    source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
     with Progress(len(source), description=f"evaluate {name}", lines=5) as progress:
         evaluation = evaluate(
             load_editor(config, ModelFolder(config.model.path), mesh),

@@ -15,6 +15,7 @@ from rcgrpo_jax.training.fields import (
     cache_problems,
     check_fields,
     get_field,
+    mask_problems,
     quantization_problems,
     refusal,
     schedule_problems,
@@ -48,6 +49,7 @@ def default_config() -> ConfigDict:
         data=group(
             path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[/KINDS][:COUNT[:FLAWS]]
             polarity="white",  # colour of the edit region in the masks: white or black
+            mask_value="",  # what masks hold there instead: class numbers or colours, such as 15, or 2,5, or #800000
             size=(512, 512),  # (height, width) in pixels, multiples of 16; resized to it, whatever the aspect ratio
             cache="",  # folder of encoder results; empty: WORKDIR/cache
         ),
@@ -215,7 +217,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {members} candidates allow 0 to "
             f"{math.log(members):.3f}"
         )
-    problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
+    problems += cache_problems(config) + size_problems(config) + mask_problems(config) + quantization_problems(config)
     problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")

@@ -40,7 +40,7 @@ def encode(
         check: Raises if an example cannot be used.
         needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
     """
-    source = open_source(config.data.path, config.data.polarity, needs_mask)
+    source = open_source(config.data.path, config.data.polarity, needs_mask, config.data.mask_value)
     mesh = mesh.local_mesh  # each process encodes its own share of the examples
     with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(

@@ -9,6 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data.masks import check_marking
 from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
@@ -89,6 +90,15 @@ def size_problems(config: ConfigDict) -> list[str]:
     if len(sides) == 2 and all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
         return []
     return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted"]
+
+
+def mask_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with `data.polarity` and `data.mask_value` together."""
+    try:
+        check_marking(config.data.polarity, config.data.mask_value, ("data.polarity", "data.mask_value"))
+    except UsageError as error:
+        return [error.problem.removesuffix(".")]
+    return []
 
 
 def cache_problems(config: ConfigDict) -> list[str]:

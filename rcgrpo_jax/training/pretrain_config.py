@@ -15,6 +15,7 @@ from rcgrpo_jax.training.fields import (
     SHARED_RANGES,
     cache_problems,
     check_fields,
+    mask_problems,
     quantization_problems,
     refusal,
     schedule_problems,
@@ -85,7 +86,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
         )
     if not problems:
-        problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
+        problems += cache_problems(config) + size_problems(config) + mask_problems(config)
+        problems += quantization_problems(config)
         problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(
             size

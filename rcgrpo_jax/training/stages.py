@@ -57,7 +57,7 @@ class Stage:
         """Step -> batch on the host, with `instructions`."""
         config = self.config
         tokenizers = load_tokenizers(self.folder.path)
-        source = open_source(config.data.path, config.data.polarity, needs_mask=False)
+        source = open_source(config.data.path, config.data.polarity, False, config.data.mask_value)
         return TripleBatches(
             source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
         )

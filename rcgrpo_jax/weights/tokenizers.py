@@ -84,11 +84,13 @@ class Tokenizers:
         clip: CLIP's.
         t5: T5's.
         lock: Held while they are called: a call sets how the tokenizer pads and cuts, for all threads.
+        unspelt: Texts that T5 cannot spell, and that a warning has named.
     """
 
     clip: CLIPTokenizer
     t5: T5TokenizerFast
     lock: Lock = field(default_factory=Lock, repr=False)
+    unspelt: set[str] = field(default_factory=set, repr=False)
 
 
 class TextTokens(NamedTuple):
@@ -109,7 +111,9 @@ def tokenize(tokenizers: Tokenizers, instructions: Sequence[str], max_text_token
     """The ids that FLUX's two text encoders read, as diffusers' `FluxKontextPipeline` makes them.
 
     T5 reads the first `max_text_tokens - 1` tokens of an instruction and `</s>`; a warning tells of each instruction
-    that is longer. CLIP cuts at 77 without a word: FLUX takes from it only a summary of the instruction.
+    that is longer. Another tells, once, of each with characters that T5 has no tokens for, as those of most scripts:
+    what stands in their place is one and the same `<unk>`. CLIP spells any text in bytes, and cuts at 77
+    without a word: FLUX takes from it only a summary of the instruction.
 
     Args:
         tokenizers: Of the same folder as the text encoders.
@@ -124,19 +128,30 @@ def tokenize(tokenizers: Tokenizers, instructions: Sequence[str], max_text_token
         clip = tokenizers.clip(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True)
         t5 = tokenizers.t5(texts, padding="max_length", max_length=max_text_tokens, truncation=True)
         whole = tokenizers.t5(texts, verbose=False)  # transformers' own warning would name its limit, not ours
-    for text, ids in dict(zip(texts, whole["input_ids"], strict=True)).items():
-        if len(ids) > max_text_tokens:
-            logger.warning(
-                "An instruction of %d T5 tokens is cut to max_text_tokens = %d; the rest is ignored: %r",
-                len(ids),
-                max_text_tokens,
-                textwrap.shorten(text, 80, placeholder=" ..."),
-            )
+        for text, ids in dict(zip(texts, whole["input_ids"], strict=True)).items():
+            _warn(tokenizers, text, ids, max_text_tokens)
     return TextTokens(
         clip=np.asarray(clip["input_ids"], np.int32),
         t5=np.asarray(t5["input_ids"], np.int32),
         t5_lengths=np.sum(t5["attention_mask"], axis=-1, dtype=np.int32),
     )
+
+
+def _warn(tokenizers: Tokenizers, text: str, ids: Sequence[int], max_text_tokens: int) -> None:
+    """Warns of a text that T5 cannot spell, once, or does not read to its end."""
+    shown = textwrap.shorten(text, 80, placeholder=" ...")
+    unknown = ids.count(tokenizers.t5.unk_token_id)
+    if unknown and text not in tokenizers.unspelt:
+        tokenizers.unspelt.add(text)
+        logger.warning(
+            "T5 cannot spell an instruction; unknown to it, and read as nothing, are %d of %d tokens (%.0f %%): %r",
+            unknown, len(ids) - 1, 100 * unknown / (len(ids) - 1), shown,
+        )  # fmt: skip
+    if len(ids) > max_text_tokens:
+        logger.warning(
+            "An instruction of %d T5 tokens is cut to max_text_tokens = %d; the rest is ignored: %r",
+            len(ids), max_text_tokens, shown,
+        )  # fmt: skip
 
 
 def load_tokenizers(folder: Path) -> Tokenizers:
