@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 T = TypeVar("T")
 STRICT: Any = {"strict": True, "allow_inf_nan": False}  # pydantic's options for values that nobody may reinterpret
@@ -49,6 +50,8 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
 
 
 def _problem(found: Any) -> str:
+    if found["type"] == "json_invalid":  # what Python could nest, and pydantic cannot
+        return "nested too deeply"
     place = ".".join(map(str, found["loc"])) or "the whole"
     wanted = found["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
     return f"{place}: {shorten(found['input'])} found, {wanted} wanted"
@@ -73,8 +76,11 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         found = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.", remedy) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON ({error}).", remedy) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}).", remedy) from None
+    except ValueError as error:
+        kind = describe(path)
+        raise UserError(f"{path}: not JSON ({kind or error}).", LFS_REMEDY if kind == LFS_POINTER else remedy) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: {shorten(found)} found; a JSON object was wanted.", remedy)
     return found

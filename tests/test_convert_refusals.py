@@ -10,10 +10,8 @@ from pathlib import Path
 import bfl_layout
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save_file as save_torch_file
 
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UserError
@@ -112,17 +110,6 @@ def test_every_tensor_with_a_nan_or_an_infinity_is_named(damaged, refused):
         ModelFolder(damaged).load("transformer")
 
 
-def test_fp8_weights_are_refused_by_name(damaged, refused):
-    tensors = {key: torch.from_numpy(tensor) for key, tensor in load_file(damaged / TRANSFORMER).items()}
-    cast = ["x_embedder.weight", "single_transformer_blocks.0.proj_out.weight"]
-    for key in cast:
-        tensors[key] = tensors[key].to(torch.float8_e4m3fn)
-    save_torch_file(tensors, damaged / TRANSFORMER)
-    said = refused(damaged)
-    assert lines(said, "mis-typed") == sorted(cast)
-    assert "found F8_E4M3, wanted one of F64, F32, F16, BF16" in said
-
-
 def test_every_tensor_that_a_truncated_file_cuts_is_named(damaged, refused):
     file = damaged / VAE
     content = file.read_bytes()
@@ -138,8 +125,7 @@ def test_every_tensor_that_a_truncated_file_cuts_is_named(damaged, refused):
     assert lines(refused(damaged), "truncated") == [in_order[-1][1]]
 
 
-@pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:4], lambda c: c[:100], lambda c: b"<html>" + c,
-                                    lambda c: c[:8] + b"x" + c[9:]])  # fmt: skip
+@pytest.mark.parametrize("damage", [lambda c: c[:4], lambda c: c[:100], lambda c: c[:8] + b"x" + c[9:]])  # fmt: skip
 def test_a_damaged_header_is_said_to_be_one(damaged, refused, damage):
     file = damaged / VAE
     file.write_bytes(damage(file.read_bytes()))
@@ -225,7 +211,7 @@ def test_other_single_files_are_refused(folder, single_file, refused, tmp_path):
     said = refused(single_file)
     assert "head_dim is 32; rotary axes are known for 128 only" in said
     assert "--base" in said
-    assert "no FLUX transformer in BFL's layout (looked for 'img_in.weight')" in refused(folder / TRANSFORMER)
+    assert "no FLUX transformer (looked for img_in.weight of BFL's layout" in refused(folder / VAE)
     rewrite(single_file, lambda tensors: tensors.pop("double_blocks.1.img_attn.qkv.weight"))
     assert lines(refused(single_file, f"--base={folder}"), "missing") == ["double_blocks.1.img_attn.qkv.weight"]
 

@@ -14,7 +14,7 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 # What a layer may import besides itself and the ground. Names side by side do not use each other.
-GROUND = ("borders", "errors", "orbax")
+GROUND = ("borders", "errors", "filetypes", "orbax")
 LAYERS = [
     ("method",),
     ("flow", "models"),

@@ -200,6 +200,19 @@ def test_an_unreadable_file_is_an_error_of_two_lines(tmp_path, broken):
     assert len(str(error.value).splitlines()) == 2
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1042301\n"
+
+
+@pytest.mark.parametrize("file", ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model"])
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path, file):
+    write_clip_tokenizer(tmp_path / "tokenizer")
+    write_t5_tokenizer(tmp_path / "tokenizer_2")
+    (tmp_path / file).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{file}: a Git LFS pointer") as error:
+        load_tokenizers(tmp_path)
+    assert "git lfs pull" in error.value.remedy
+
+
 def test_a_folder_that_is_absent_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizers(tmp_path)

@@ -20,14 +20,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from rcgrpo_jax.borders import read_object
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.quantization import NONE, QuantizedKernel, is_quantized, quantize
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.files import TensorFiles, tensor_problems
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
+from rcgrpo_jax.weights.stored import StoredNetwork
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
 MANIFEST = "rcgrpo.json"  # marks a converted directory
+COPY_AGAIN = "The model folder is not complete or damaged; copy it again."
 SMALL_EDITOR = Path(__file__).parents[1] / "assets" / "small-editor"
 ShardingOf = Callable[[keymap.Path, tuple[int, ...]], Sharding | None]
 
@@ -71,7 +74,7 @@ class ModelFolder:
                 "For a single-file transformer, convert with --base FOLDER, which gives the other networks.",
             )
         file, network = self.path / name / "config.json", NETWORKS[name]
-        config = read_json(file)
+        config = read_object(file, COPY_AGAIN)
         if config.get("_class_name", network.library[1]) != network.library[1]:
             raise UserError(
                 f"{file}: of a {config['_class_name']}; only {network.library[1]} is implemented.",
@@ -83,11 +86,15 @@ class ModelFolder:
     def max_text_tokens(self) -> int:
         """The length of the T5 sequence that the model was trained with, by its tokenizer; at most FLUX's 512."""
         file = self.path / "tokenizer_2" / "tokenizer_config.json"
-        return min(read_json(file).get("model_max_length", T5_LENGTH), T5_LENGTH) if file.is_file() else T5_LENGTH
+        return (
+            min(read_object(file, COPY_AGAIN).get("model_max_length", T5_LENGTH), T5_LENGTH)
+            if file.is_file()
+            else T5_LENGTH
+        )
 
     def schedule_options(self) -> dict[str, float]:
         """The scheduler's shift, as `flow.schedule.sigmas` takes it."""
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        config = read_object(self.path / "scheduler" / "scheduler_config.json", COPY_AGAIN)
         if config.get("use_dynamic_shifting", True) is not True or config.get("shift_terminal"):
             raise UserError(
                 f"{self.path}/scheduler/scheduler_config.json: only FLUX's dynamic shifting is implemented.",
@@ -103,8 +110,8 @@ class ModelFolder:
             files = sorted(file for file in (self.path / name).iterdir() if file.is_file())
             return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
         if self.converted:
-            return read_json(self.path / MANIFEST)["fingerprints"][name]
-        return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
+            return read_object(self.path / MANIFEST, "Run `rcgrpo convert` again.")["fingerprints"][name]
+        return fingerprint(read_object(self.path / name / "config.json", COPY_AGAIN), TensorFiles(self.path / name))
 
     def whole_fingerprint(self) -> str:
         """A hash of all that an edit depends on: every network and tokenizer."""
@@ -135,7 +142,7 @@ class ModelFolder:
         params = abstract_params(name, self.config(name))
         if self.converted:
             return _load_converted(self.path / name / "params", params, dtype, sharding_of, quantization)
-        reader = LeafReader(TensorFiles(self.path / name), name, params)
+        reader = LeafReader(StoredNetwork(TensorFiles(self.path / name)), name, params)
         reader.check()
 
         def read(leaf: keymap.Leaf) -> jax.Array | QuantizedKernel:
@@ -153,41 +160,33 @@ def fingerprint(config: dict, files: TensorFiles) -> str:
     return hashlib.sha256((json.dumps(config, sort_keys=True) + files.sha256()).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} where an object was wanted")
-        return found
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.", "The model folder is not complete; copy it again.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON ({error}).", "The model folder is damaged; copy it again.") from None
-
-
 class LeafReader:
     """Reads the leaves of one network out of safetensors; each only when asked for.
 
     Args:
-        files: The opened files.
+        tensors: The network's in the opened files.
         name: A key of `NETWORKS`.
         params: The tree to fill (arrays or shapes).
         to_source: `keymap.Source` for diffusers' files, or a map to BFL's.
     """
 
     def __init__(
-        self, files: TensorFiles, name: str, params: dict, to_source: Callable[[str], keymap.Source] = keymap.Source
+        self,
+        tensors: StoredNetwork,
+        name: str,
+        params: dict,
+        to_source: Callable[[str], keymap.Source] = keymap.Source,
     ):
-        if name == "text_encoder" and not any(key.startswith("text_model.") for key in files.shapes):
+        if name == "text_encoder" and not any(key.startswith("text_model.") for key in tensors.shapes):
             to_source = _without_prefix  # transformers 5 saves CLIP without the prefix that released files carry
-        self.files, self.name = files, name
+        self.tensors, self.files, self.name = tensors, tensors.files, name
         self.leaves = keymap.leaves(params, to_source)
         self.not_finite: set[str] = set()
 
     def problems(self) -> list[str]:
         """A line for every tensor that is missing, unexpected, mis-shaped or not of a float dtype."""
         expected = keymap.expected_tensors(self.leaves)
-        return tensor_problems(expected, self.files.shapes, self.files.dtypes, NETWORKS[self.name].ignored)
+        return tensor_problems(expected, self.tensors.shapes, self.tensors.dtypes, NETWORKS[self.name].ignored)
 
     def check(self) -> None:
         if problems := self.problems():
@@ -200,13 +199,13 @@ class LeafReader:
     def read(self, leaf: keymap.Leaf, dtype: Any, sharding_of: ShardingOf) -> jax.Array:
         """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""
         sharding = _sharding(sharding_of, leaf.path, leaf.shape)
-        dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
+        dtype = jnp.dtype(dtype or self.tensors.dtype(leaf.sources[0].key))
         blocks: dict[str, tuple[tuple[slice, ...], np.ndarray]] = {}  # this process' distinct shards
         for index in sharding.addressable_devices_indices_map(leaf.shape).values():
             shape = tuple(len(range(size)[cut]) for cut, size in zip(index, leaf.shape, strict=True))
             blocks.setdefault(str(index), (index, np.empty(shape, dtype)))
         for layer, source in enumerate(leaf.sources):
-            tensor = self._tensor(leaf, source)  # read once, however many shards want a part of it
+            tensor = self._tensor(leaf, source, dtype)  # read once, however many shards want a part of it
             for index, block in blocks.values():
                 if not leaf.stacked:
                     block[...] = tensor[index]
@@ -214,8 +213,9 @@ class LeafReader:
                     block[layer - layers.start] = tensor[index[1:]]
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: blocks[str(index)][1])
 
-    def _tensor(self, leaf: keymap.Leaf, source: keymap.Source) -> np.ndarray:
-        part = source.cut(self.files.read(source.key))
+    def _tensor(self, leaf: keymap.Leaf, source: keymap.Source, dtype: np.dtype) -> np.ndarray:
+        with np.errstate(over="ignore"):  # an infinity is found next
+            part = source.cut(self.tensors.read(source.key)).astype(dtype, copy=False)
         if not np.isfinite(part).all():
             self.not_finite.add(source.key)
         return leaf.to_ours(part)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -170,6 +171,10 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: no tokenizer; found {found or 'nothing'}; wanted {wanted}.",
             f"Copy the {folder.name} folder of the model's release to {folder}.",
         )
+    for file in (file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")):
+        if kind := describe(file):  # none of a tokenizer's files is of a kind that is known by its first bytes
+            remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
+            raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
     try:
         # FLUX's CLIP folder asks for a clean-up of decoded text that transformers refuses, with a warning.
         return getattr(transformers, class_name).from_pretrained(
