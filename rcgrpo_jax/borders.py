@@ -10,6 +10,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 T = TypeVar("T")
+DEEPEST = 100  # levels that objects and lists may stand in each other; pydantic follows twice as many
 STRICT: Any = {"strict": True, "allow_inf_nan": False}  # pydantic's options for values that nobody may reinterpret
 
 
@@ -40,6 +41,9 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    parts = value.items() if isinstance(value, dict) else [("the whole", value)]
+    if deep := [name for name, part in parts if _is_deeper(part, DEEPEST)]:
+        raise UserError(f"{where}: {deep[0]}: lists or objects in more than {DEEPEST} others found.", remedy)
     adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
     try:
         return adapter.validate_json(json.dumps(value), strict=True)  # where a list is what JSON has for a tuple
@@ -49,9 +53,13 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
         raise UserError(f"{where}:{joined}.", remedy) from None
 
 
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other more than so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(part, levels - 1) for part in inner)
+
+
 def _problem(found: Any) -> str:
-    if found["type"] == "json_invalid":  # what Python could nest, and pydantic cannot
-        return "nested too deeply"
     place = ".".join(map(str, found["loc"])) or "the whole"
     wanted = found["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
     return f"{place}: {shorten(found['input'])} found, {wanted} wanted"

@@ -183,9 +183,9 @@ def set_config(folder: Path, **changes: object) -> None:
 
 def test_a_config_that_is_not_json_is_named(damaged, refused):
     file = damaged / "transformer" / "config.json"
-    for text in ("{", "[1, 2]", ""):
+    for text, said in (("{", "not JSON"), ("[1, 2]", "[1, 2] found"), ("", "not JSON (an empty file)")):
         file.write_text(text)
-        assert f"{file}: not JSON" in refused(damaged)
+        assert f"{file}: {said}" in refused(damaged)
 
 
 def test_a_config_of_another_network_is_refused(damaged, refused):

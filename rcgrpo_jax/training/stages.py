@@ -34,7 +34,6 @@ from rcgrpo_jax.training.loop import load_editor
 from rcgrpo_jax.weights.export import save_folder, save_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
-from rcgrpo_jax.weights.tokenizers import load_tokenizers
 
 
 class Stage:
@@ -55,7 +54,7 @@ class Stage:
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
         config = self.config
-        tokenizers = load_tokenizers(self.folder.path)
+        tokenizers = self.folder.tokenizers()
         source = open_source(config.data.path, config.data.polarity, needs_mask=False)
         return TripleBatches(
             source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens

@@ -20,16 +20,8 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.export import network_json
 from rcgrpo_jax.weights.files import TensorFiles
-from rcgrpo_jax.weights.load import (
-    COPY_AGAIN,
-    MANIFEST,
-    LeafReader,
-    ModelFolder,
-    ShardingOf,
-    fingerprint,
-    on_default_device,
-    problem_report,
-)
+from rcgrpo_jax.weights.leaf_reader import LeafReader, ShardingOf, on_default_device, problem_report
+from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, ModelFolder, fingerprint
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.single_file import open_single_file
 from rcgrpo_jax.weights.stored import StoredNetwork

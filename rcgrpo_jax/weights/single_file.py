@@ -11,7 +11,8 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.files import TensorFiles
-from rcgrpo_jax.weights.load import LeafReader, ModelFolder
+from rcgrpo_jax.weights.leaf_reader import LeafReader
+from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.stored import StoredNetwork
 

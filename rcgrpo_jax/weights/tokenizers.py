@@ -22,6 +22,7 @@ from jaxtyping import Int
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
+from rcgrpo_jax.weights.folder_json import COPY_SETTINGS, TokenizerSettings
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -175,9 +176,10 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
         if kind := describe(file):  # none of a tokenizer's files is of a kind that is known by its first bytes
             remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
             raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
+    TokenizerSettings.read(folder)
     try:
         # FLUX's CLIP folder asks for a clean-up of decoded text that transformers refuses, with a warning.
-        return getattr(transformers, class_name).from_pretrained(
+        found = getattr(transformers, class_name).from_pretrained(
             folder, local_files_only=True, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # `tokenizers` raises bare Exceptions
@@ -186,6 +188,10 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: not readable as a {class_name} ({reason}); wanted {wanted}.",
             "Download the folder's files again; a spiece.model alone also needs `pip install sentencepiece protobuf`.",
         ) from error
+    for token in ("pad_token", "eos_token"):
+        if getattr(found, token) is None:
+            raise UserError(f"{folder}: the tokenizer has no {token}.", COPY_SETTINGS)
+    return found
 
 
 def write_clip_tokenizer(folder: Path) -> int:
