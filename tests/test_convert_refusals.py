@@ -194,7 +194,7 @@ def test_a_config_of_another_network_is_refused(damaged, refused):
     set_config(damaged, patch_size=1, axes_dims_rope=[8, 8, 8])
     assert "axes_dims_rope (8, 8, 8)" in refused(damaged)
     set_config(damaged, _class_name="SD3Transformer2DModel")
-    assert "of a SD3Transformer2DModel; only FluxTransformer2DModel is implemented" in refused(damaged)
+    assert "_class_name is 'SD3Transformer2DModel'; only 'FluxTransformer2DModel' is implemented" in refused(damaged)
 
 
 def test_a_config_that_does_not_match_its_tensors_names_them(damaged, refused):

@@ -88,7 +88,10 @@ class MMDiTConfig(Config):
     def from_json(cls, config: Mapping[str, Any]) -> Self:
         found = super().from_json({"guidance_embeds": False, **config})  # diffusers' own default
         out_channels = config.get("out_channels") or found.in_channels  # null in released files
-        cls.require({**config, "out_channels": out_channels}, patch_size=1, out_channels=found.in_channels)
+        cls.require(
+            {**config, "out_channels": out_channels},
+            _class_name="FluxTransformer2DModel", patch_size=1, out_channels=found.in_channels,
+        )  # fmt: skip
         return found
 
 
@@ -122,12 +125,10 @@ class VAEConfig(Config):
         found = super().from_json(config)
         levels = len(found.block_out_channels)
         cls.require(
-            config, in_channels=3, out_channels=3, use_quant_conv=False, use_post_quant_conv=False, act_fn="silu",
+            config, _class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=False,
+            use_post_quant_conv=False, latents_mean=None, latents_std=None,
             down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
         )  # fmt: skip
-        for field in ("latents_mean", "latents_std"):
-            if config.get(field) is not None:
-                raise UserError(f"{cls.file}: {field} is set; only scaling_factor and shift_factor are.", cls.remedy)
         return found
 
 

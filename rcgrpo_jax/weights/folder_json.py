@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Ge, Le, MultipleOf
 
@@ -57,12 +57,12 @@ class TokenizerSettings:
 
     Attributes:
         model_max_length: Tokens that sequences are padded to; 1e30 or null where none is set.
-        extra_ids: T5's tokens of its own training; the class' default where none is set.
+        extra_ids: T5's tokens of its own training, which FLUX never uses.
     """
 
     __pydantic_config__ = STRICT
     model_max_length: Annotated[float, Ge(1), MultipleOf(1)] | None = None
-    extra_ids: Annotated[int, Ge(0), Le(1000)] | None = None
+    extra_ids: Annotated[int, Ge(0), Le(1000)] = 100
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -75,11 +75,12 @@ class TokenizerSettings:
         for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
             if file.is_file():
                 content = read_object(file, COPY_SETTINGS)
-                settings = conform({f.name: content.get(f.name) for f in fields(cls)}, cls, f"{file}", COPY_SETTINGS)
-                for token in SPECIAL_TOKENS:
-                    value = content.get(token)
-                    text = value.get("content", value) if isinstance(value, dict) else value
-                    if not (text is None or isinstance(text, str)):
+                known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+                settings = conform(known, cls, f"{file}", COPY_SETTINGS)
+                for token, value in ((token, content[token]) for token in SPECIAL_TOKENS if token in content):
+                    text = value.get("content") if isinstance(value, dict) else value
+                    absent = value is None and file.name == "tokenizer_config.json"  # there null is none
+                    if not (absent or isinstance(text, str)):
                         raise UserError(f"{file}: {token}: {shorten(value)} found, a text wanted.", COPY_SETTINGS)
         return settings
 
@@ -90,7 +91,7 @@ class Manifest(Config):
 
     file: ClassVar[str] = "rcgrpo.json"  # marks a converted directory
 
-    version: Literal[1] = 1
+    version: Annotated[int, Ge(1), Le(1)] = 1
     fingerprints: dict[str, str] = field(default_factory=dict)  # network -> hash
 
 

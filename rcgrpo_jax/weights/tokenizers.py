@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Int
 
+from rcgrpo_jax.borders import conform, read_object
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 from rcgrpo_jax.weights.folder_json import COPY_SETTINGS, TokenizerSettings
@@ -177,6 +179,10 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
             raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
     TokenizerSettings.read(folder)
+    if (vocabulary := folder / "vocab.json").is_file():  # tokens without a number would be left out in silence
+        conform(
+            read_object(vocabulary, COPY_SETTINGS), dict[str, Annotated[int, Ge(0)]], f"{vocabulary}", COPY_SETTINGS
+        )
     try:
         # FLUX's CLIP folder asks for a clean-up of decoded text that transformers refuses, with a warning.
         found = getattr(transformers, class_name).from_pretrained(
@@ -188,9 +194,8 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: not readable as a {class_name} ({reason}); wanted {wanted}.",
             "Download the folder's files again; a spiece.model alone also needs `pip install sentencepiece protobuf`.",
         ) from error
-    for token in ("pad_token", "eos_token"):
-        if getattr(found, token) is None:
-            raise UserError(f"{folder}: the tokenizer has no {token}.", COPY_SETTINGS)
+    if found.pad_token is None:
+        raise UserError(f"{folder}: the tokenizer has no pad_token.", COPY_SETTINGS)
     return found
 
 
