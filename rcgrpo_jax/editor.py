@@ -83,10 +83,11 @@ class Editor:
 
     @cached_property
     def _text(self) -> tuple:
+        tokenizers = self.folder.tokenizers()  # before gigabytes are read
         clip = CLIPTextEncoder(self.folder.config("text_encoder"), dtype=self.dtype)
         t5 = T5Encoder(self.folder.config("text_encoder_2"), dtype=self.dtype)
         params = {name: self._load(name) for name in ("text_encoder", "text_encoder_2")}
-        return self.folder.tokenizers(), params, jax.jit(clip.apply), jax.jit(t5.apply)
+        return tokenizers, params, jax.jit(clip.apply), jax.jit(t5.apply)
 
     def load_encoders(self) -> None:
         """Loads what `encode_text` and `encode_image` use; all processes read a converted folder at once or none."""

@@ -176,6 +176,19 @@ def test_every_missing_part_of_a_folder_is_named(damaged, refused):
     assert f"{damaged}/vae/config.json: no such file" in refused(damaged)
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("tokenizer/vocab.json", "a Git LFS pointer, not the file of a tokenizer"),
+        ("scheduler/scheduler_config.json", "not JSON (a Git LFS pointer)"),
+        ("vae/diffusion_pytorch_model.safetensors", "a Git LFS pointer, not the weights themselves"),
+    ],
+)
+def test_a_git_lfs_pointer_anywhere_is_called_by_its_name(damaged, refused, file, said):
+    (damaged / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1042301\n")
+    assert f"{damaged / file}: {said}" in refused(damaged)
+
+
 def set_config(folder: Path, **changes: object) -> None:
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

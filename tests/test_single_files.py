@@ -110,6 +110,7 @@ def test_a_tensor_of_no_known_network_is_refused(layouts, folder, tmp_path):
         (["vae.encoder.conv_in.weight"], "no FLUX transformer"),
         (["double_blocks.0.img_attn.qkv.lora_A.weight"], "a LoRA and no transformer"),
         (["img_in.weight"], "no whole FLUX transformer"),
+        (["img_in.weight._data"], "few bits of optimum-quanto"),
     ],
 )
 def test_other_files_are_called_what_they_are(tmp_path, keys, message):

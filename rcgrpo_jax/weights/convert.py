@@ -25,6 +25,7 @@ from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, ModelFolder, fingerpri
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.single_file import open_single_file
 from rcgrpo_jax.weights.stored import StoredNetwork
+from rcgrpo_jax.weights.tokenizers import check_files
 
 ASSETS = ("tokenizer", "tokenizer_2", "scheduler")
 SAVED_AT_ONCE = 2**28  # bytes of small leaves that are gathered into one write
@@ -52,6 +53,9 @@ def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], d
         raise UserError(f"{folder}: already converted.", "Use it as --model.")
     if missing := [part for part in (*NETWORKS, *ASSETS) if part not in readers and not (folder / part).is_dir()]:
         raise UserError(f"{folder}: holds no {', '.join(missing)}.", "The model folder is not complete; copy it again.")
+    for part in ("tokenizer", "tokenizer_2"):
+        check_files(folder / part)
+    model.schedule_options()  # refuses one that is not computed
     for name in NETWORKS:
         if name not in readers:
             configs[name] = read_object(folder / name / "config.json", COPY_AGAIN)

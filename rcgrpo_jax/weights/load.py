@@ -170,7 +170,7 @@ class ModelFolder:
         """
         params = abstract_params(name, self.config(name))
         check_memory(
-            f"{self.path}/{name}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
+            f"{self.path}/{name} with {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
             _least_bytes(params, dtype, quantization),
             "Correct config.json if it is of another model; else ask for --dtype bfloat16, quantise, or add memory.",
         )

@@ -61,6 +61,7 @@ def find_transformer(files: TensorFiles) -> tuple[str, ToSource]:
             raise UserError(
                 f"{files.path}: holds {len(found)} transformers, {', '.join(found)}.", "Give a file that holds one."
             )
+    StoredNetwork(files)  # refuses kinds of few bits that name a weight otherwise
     if any("lora" in key for key in files.shapes):
         raise UserError(f"{files.path}: a LoRA and no transformer.", "Give it as --lora, and a model as --model.")
     raise UserError(

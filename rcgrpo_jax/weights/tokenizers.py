@@ -162,6 +162,23 @@ def load_t5_tokenizer(folder: Path) -> T5TokenizerFast:
     return _load("T5TokenizerFast", folder, [("tokenizer.json",), ("spiece.model",)])
 
 
+def check_files(folder: Path) -> None:
+    """Refuses a tokenizer's files that are of another kind, and settings and numbers that are out of range.
+
+    Raises:
+        UserError: With the file's name and kind, or the field's.
+    """
+    for file in (file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")):
+        if kind := describe(file):  # none of a tokenizer's files is of a kind that is known by its first bytes
+            remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
+            raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
+    TokenizerSettings.read(folder)
+    if (vocabulary := folder / "vocab.json").is_file():  # tokens without a number would be left out in silence
+        conform(
+            read_object(vocabulary, COPY_SETTINGS), dict[str, Annotated[int, Ge(0)]], f"{vocabulary}", COPY_SETTINGS
+        )
+
+
 def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]) -> Any:
     """Loads a tokenizer once its files are known to be there: without them transformers makes an empty one up."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
@@ -174,15 +191,7 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: no tokenizer; found {found or 'nothing'}; wanted {wanted}.",
             f"Copy the {folder.name} folder of the model's release to {folder}.",
         )
-    for file in (file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")):
-        if kind := describe(file):  # none of a tokenizer's files is of a kind that is known by its first bytes
-            remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
-            raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
-    TokenizerSettings.read(folder)
-    if (vocabulary := folder / "vocab.json").is_file():  # tokens without a number would be left out in silence
-        conform(
-            read_object(vocabulary, COPY_SETTINGS), dict[str, Annotated[int, Ge(0)]], f"{vocabulary}", COPY_SETTINGS
-        )
+    check_files(folder)
     try:
         # FLUX's CLIP folder asks for a clean-up of decoded text that transformers refuses, with a warning.
         found = getattr(transformers, class_name).from_pretrained(
