@@ -205,8 +205,8 @@ def test_a_config_of_another_network_is_refused(damaged, refused):
     set_config(damaged, patch_size=2)
     assert "transformer/config.json: patch_size is 2; only 1 is implemented" in refused(damaged)
     set_config(damaged, patch_size=1, axes_dims_rope=[8, 8, 8])
-    assert "axes_dims_rope (8, 8, 8)" in refused(damaged)
-    set_config(damaged, _class_name="SD3Transformer2DModel")
+    assert "axes_dims_rope is (8, 8, 8)" in refused(damaged)
+    set_config(damaged, _class_name="SD3Transformer2DModel")  # named before its other fields
     assert "_class_name is 'SD3Transformer2DModel'; only 'FluxTransformer2DModel' is implemented" in refused(damaged)
 
 

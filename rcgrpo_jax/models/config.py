@@ -86,12 +86,10 @@ class MMDiTConfig(Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
+        cls.require(config, _class_name="FluxTransformer2DModel")
         found = super().from_json({"guidance_embeds": False, **config})  # diffusers' own default
         out_channels = config.get("out_channels") or found.in_channels  # null in released files
-        cls.require(
-            {**config, "out_channels": out_channels},
-            _class_name="FluxTransformer2DModel", patch_size=1, out_channels=found.in_channels,
-        )  # fmt: skip
+        cls.require({**config, "out_channels": out_channels}, patch_size=1, out_channels=found.in_channels)
         return found
 
 
@@ -122,11 +120,12 @@ class VAEConfig(Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
+        cls.require(config, _class_name="AutoencoderKL")
         found = super().from_json(config)
         levels = len(found.block_out_channels)
         cls.require(
-            config, _class_name="AutoencoderKL", in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=False,
-            use_post_quant_conv=False, latents_mean=None, latents_std=None,
+            config, in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
+            latents_mean=None, latents_std=None,
             down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
         )  # fmt: skip
         return found

@@ -38,6 +38,7 @@ class SchedulerConfig(Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
+        cls.require(config, _class_name=SCHEDULER)
         found = super().from_json(config)
         off = dict.fromkeys(
             ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
@@ -45,7 +46,7 @@ class SchedulerConfig(Config):
         )
         cls.require(
             {**config, "shift_terminal": config.get("shift_terminal") or None},  # 0 is none, as in diffusers
-            _class_name=SCHEDULER, use_dynamic_shifting=True, time_shift_type="exponential", num_train_timesteps=1000,
+            use_dynamic_shifting=True, time_shift_type="exponential", num_train_timesteps=1000,
             shift_terminal=None, **off,
         )  # fmt: skip
         return found
