@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 T = TypeVar("T")
+DEEPEST = 100  # levels that objects and lists may stand in each other; pydantic follows twice as many
 STRICT: Any = {"strict": True, "allow_inf_nan": False}  # pydantic's options for values that nobody may reinterpret
 
 
@@ -39,6 +41,9 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    parts = value.items() if isinstance(value, dict) else [("the whole", value)]
+    if deep := [name for name, part in parts if _is_deeper(part, DEEPEST)]:
+        raise UserError(f"{where}: {deep[0]}: lists or objects in more than {DEEPEST} others found.", remedy)
     adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
     try:
         return adapter.validate_json(json.dumps(value), strict=True)  # where a list is what JSON has for a tuple
@@ -46,6 +51,12 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
         problems = [_problem(found) for found in error.errors(include_url=False)]
         joined = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{where}:{joined}.", remedy) from None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other more than so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(part, levels - 1) for part in inner)
 
 
 def _problem(found: Any) -> str:
@@ -73,8 +84,11 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         found = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.", remedy) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON ({error}).", remedy) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}).", remedy) from None
+    except ValueError as error:
+        kind = describe(path)
+        raise UserError(f"{path}: not JSON ({kind or error}).", LFS_REMEDY if kind == LFS_POINTER else remedy) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: {shorten(found)} found; a JSON object was wanted.", remedy)
     return found

@@ -19,7 +19,7 @@ from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.models.vae import VAE
 from rcgrpo_jax.weights.load import ModelFolder, ShardingOf, on_default_device
-from rcgrpo_jax.weights.tokenizers import load_tokenizers, tokenize
+from rcgrpo_jax.weights.tokenizers import tokenize
 
 
 def to_unit(pixels: UInt8[np.ndarray, "*b H W 3"]) -> Float[Array, "*b H W 3"]:
@@ -83,10 +83,11 @@ class Editor:
 
     @cached_property
     def _text(self) -> tuple:
+        tokenizers = self.folder.tokenizers()  # before gigabytes are read
         clip = CLIPTextEncoder(self.folder.config("text_encoder"), dtype=self.dtype)
         t5 = T5Encoder(self.folder.config("text_encoder_2"), dtype=self.dtype)
         params = {name: self._load(name) for name in ("text_encoder", "text_encoder_2")}
-        return load_tokenizers(self.folder.path), params, jax.jit(clip.apply), jax.jit(t5.apply)
+        return tokenizers, params, jax.jit(clip.apply), jax.jit(t5.apply)
 
     def load_encoders(self) -> None:
         """Loads what `encode_text` and `encode_image` use; all processes read a converted folder at once or none."""

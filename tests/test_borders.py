@@ -34,6 +34,7 @@ def test_values_of_their_types_come_through():
         ({"layers": 0}, "config.json: layers: 0 found, greater than 0 wanted."),
         ({"scale": float("nan")}, "config.json: scale: nan found, a finite number wanted."),
         ({"axes": 3}, "config.json: axes: 3 found, a valid array wanted."),
+        ({"layers": parse_json("[" * 300 + "]" * 300)}, "config.json: layers: lists or objects in more"),
         ([1], r"config.json: the whole: \[1\] found, an object wanted."),
         ({"layers": 0, "scale": "x"}, "layers: 0 found, .*\n  scale: 'x' found, a valid number wanted."),
     ],
@@ -54,6 +55,14 @@ def test_a_file_without_an_object_is_refused(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json"):
         read_object(file, "Copy it again.")
+
+
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1042301\n")
+    with pytest.raises(UserError, match=r"config\.json: not JSON \(a Git LFS pointer\)") as error:
+        read_object(file, "Copy it again.")
+    assert "git lfs pull" in error.value.remedy
 
 
 def test_what_no_memory_holds_is_refused_before_it_is_made(monkeypatch):

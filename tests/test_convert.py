@@ -20,15 +20,10 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.weights.convert import ASSETS, bfl_config, convert
+from rcgrpo_jax.weights.convert import ASSETS, convert
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS
 from rcgrpo_jax.weights.random_folder import SMALL, build
-
-
-@pytest.fixture
-def single_file(folder, tmp_path) -> Path:
-    return bfl_layout.write_single_file(folder, tmp_path / "flux.safetensors", SMALL["transformer"])
 
 
 def assert_same(found: dict, wanted: dict, dtype=None) -> None:
@@ -88,17 +83,17 @@ def test_every_kind_of_model_loads_onto_every_mesh(folder, source, sizes, reques
             assert array.sharding == sharding_of(path, array.shape), path
 
 
-def test_a_single_file_with_a_base_is_the_folder_it_came_from(folder, converted, single_file, tmp_path):
-    convert(str(single_file), tmp_path / "out", base=str(folder))
+def test_a_bundle_with_a_base_is_the_folder_it_came_from(folder, converted, tmp_path, caplog):
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors = bfl_layout.from_diffusers(tensors, SMALL["transformer"])
+    bundle = {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()}
+    save_file(bundle | {"vae.encoder.conv_in.bias": np.zeros(8)}, tmp_path / "flux.safetensors")
+    convert(str(tmp_path / "flux.safetensors"), tmp_path / "out", base=str(folder))
+    assert "left out: vae.* (1)" in caplog.text
     for name in NETWORKS:
         assert_same(ModelFolder(tmp_path / "out").load(name), ModelFolder(converted).load(name))
         assert ModelFolder(tmp_path / "out").config(name) == ModelFolder(folder).config(name)
     assert (tmp_path / "out" / "tokenizer_2" / "tokenizer.json").is_file()
-
-
-def test_the_sizes_of_flux_are_read_off_its_single_file():
-    for config in (MMDiTConfig(), MMDiTConfig(guidance_embeds=False, num_layers=5, num_single_layers=9)):
-        assert bfl_config(bfl_layout.shapes(config), Path("flux.safetensors")) == config
 
 
 def test_a_single_file_without_base_gives_the_transformer_alone(tmp_path):

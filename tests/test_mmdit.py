@@ -154,7 +154,7 @@ def test_config_reads_what_diffusers_writes():
         assert MMDiTConfig.from_json(torch_transformer(config).config) == config
     with pytest.raises(UserError, match="patch_size is 2; only 1 is implemented"):
         MMDiTConfig.from_json({"patch_size": 2})
-    with pytest.raises(UserError, match="must be even numbers that add up to attention_head_dim 128"):
+    with pytest.raises(UserError, match="even numbers that add up to attention_head_dim 128 was wanted"):
         MMDiTConfig.from_json({"axes_dims_rope": [16, 56, 58]})
 
 

@@ -208,9 +208,40 @@ def test_an_unreadable_file_is_an_error_of_two_lines(tmp_path, broken):
     write_clip_tokenizer(tmp_path / "tokenizer")
     write_t5_tokenizer(tmp_path / "tokenizer_2")
     (tmp_path / broken).write_text((tmp_path / broken).read_text()[:500])
-    with pytest.raises(UserError, match="not readable as a") as error:
+    with pytest.raises(UserError, match=r"not readable as a|vocab\.json: not JSON") as error:
         load_tokenizers(tmp_path)
     assert len(str(error.value).splitlines()) == 2
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1042301\n"
+
+
+@pytest.mark.parametrize("file", ["tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model"])
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path, file):
+    write_clip_tokenizer(tmp_path / "tokenizer")
+    write_t5_tokenizer(tmp_path / "tokenizer_2")
+    (tmp_path / file).write_text(POINTER)
+    with pytest.raises(UserError, match=f"{file}: a Git LFS pointer") as error:
+        load_tokenizers(tmp_path)
+    assert "git lfs pull" in error.value.remedy
+
+
+@pytest.mark.parametrize("number", ["x", -1, 1.5, None, True])
+def test_a_token_without_a_number_is_named(tmp_path, number):
+    write_clip_tokenizer(tmp_path / "tokenizer")
+    vocabulary = json.loads((tmp_path / "tokenizer/vocab.json").read_text())
+    (tmp_path / "tokenizer/vocab.json").write_text(json.dumps(vocabulary | {"red</w>": number}))
+    with pytest.raises(UserError, match=r"vocab\.json: red</w>: "):
+        load_clip_tokenizer(tmp_path / "tokenizer")
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    write_t5_tokenizer(tmp_path / "tokenizer_2")
+    (tmp_path / "tokenizer_2/special_tokens_map.json").unlink()
+    file = tmp_path / "tokenizer_2/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": None}))
+    with pytest.raises(UserError, match="tokenizer_2: the tokenizer has no pad_token"):
+        load_t5_tokenizer(tmp_path / "tokenizer_2")
 
 
 def test_a_folder_that_is_absent_is_an_error(tmp_path):

@@ -198,21 +198,74 @@ def test_t5_loads_with_the_second_copy_of_its_embedding(folder, tmp_path):
     assert_same(model.load("text_encoder_2"), ModelFolder(folder).load("text_encoder_2"))
 
 
-def shard(path: Path, tensors: dict[str, np.ndarray], count: int) -> None:
-    """Writes tensors round robin into `count` files, with the index of diffusers."""
-    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for i, name in enumerate(names):
+PLAIN = ("diffusion_pytorch_model-{:05}-of-{:05}.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+FP16 = "diffusion_pytorch_model.safetensors.index.fp16.json"
+BF16 = "diffusion_pytorch_model.safetensors.index.bf16.json"
+
+
+def shard(path: Path, tensors: dict[str, np.ndarray], count: int, names: tuple[str, str] = PLAIN) -> None:
+    """Writes tensors round robin into `count` files, with the index of diffusers; `names` are of both."""
+    files = [names[0].format(i + 1, count) for i in range(count)]
+    for i, name in enumerate(files):
         save_file(dict(list(tensors.items())[i::count]), path / name)
-    weight_map = {key: names[i % count] for i, key in enumerate(tensors)}
+    weight_map = {key: files[i % count] for i, key in enumerate(tensors)}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (path / names[1]).write_text(json.dumps(index))
 
 
-def test_a_sharded_set_loads_as_one_file_does(folder, tmp_path):
-    model = network_folder(tmp_path, folder, "vae", {})
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    shard(tmp_path / "vae", tensors_of(folder, "vae"), 3)
-    assert_same(model.load("vae"), ModelFolder(folder).load("vae"))
+@pytest.mark.parametrize(
+    "names",
+    [
+        PLAIN,
+        ("diffusion_pytorch_model.fp16-{:05}-of-{:05}.safetensors", FP16),
+        ("diffusion_pytorch_model-{:05}-of-{:05}.fp16.safetensors", FP16),
+        ("diffusion_pytorch_model.bf16-{:05}-of-{:05}.safetensors", BF16),
+    ],
+)
+def test_a_sharded_set_loads_as_one_file_does(folder, tmp_path, names):
+    tensors = tensors_of(folder, "vae")
+    shard(tmp_path, tensors, 3, names)
+    files = TensorFiles(tmp_path)
+    assert files.shapes == {key: tensor.shape for key, tensor in tensors.items()}
+    assert all(np.array_equal(files.read(key), tensor) for key, tensor in tensors.items())
+
+
+ONE = {"weight": np.ones(2, np.float32)}
+OTHER = {"weight": np.zeros(2, np.float16)}
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_a_variant_that_is_alone_is_read(tmp_path, stem):
+    save_file(OTHER, tmp_path / f"{stem}.bf16.safetensors")
+    assert TensorFiles(tmp_path).dtypes == {"weight": "F16"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("variants", [("fp16",), ("bf16", "fp16")])
+def test_of_several_variants_the_plain_one_is_read(tmp_path, sharded, variants):
+    for variant in variants:
+        save_file(OTHER, tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
+    shard(tmp_path, OTHER, 1, ("diffusion_pytorch_model.fp16-{:05}-of-{:05}.safetensors", FP16))
+    if sharded:
+        shard(tmp_path, ONE, 1)
+    else:
+        save_file(ONE, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert TensorFiles(tmp_path).dtypes == {"weight": "F32"}
+
+
+def test_of_several_variants_none_is_guessed(tmp_path):
+    for variant in ("fp16", "bf16"):
+        save_file(OTHER, tmp_path / f"model.{variant}.safetensors")
+    with pytest.raises(UserError, match=r"holds model.bf16.safetensors, model.fp16.safetensors; one") as error:
+        TensorFiles(tmp_path)
+    assert "Keep the one to read" in error.value.remedy
+
+
+def test_shards_without_their_index_are_called_so(tmp_path):
+    shard(tmp_path, ONE, 1)
+    (tmp_path / PLAIN[1]).unlink()
+    with pytest.raises(UserError, match="one of several parts"):
+        TensorFiles(tmp_path)
 
 
 def test_every_missing_shard_is_named(folder, tmp_path):
@@ -226,22 +279,26 @@ def test_every_missing_shard_is_named(folder, tmp_path):
     assert "00002-of" not in error.value.problem
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": ["a"]}', "{}"])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", *(json.dumps({"weight_map": found}) for found in (["a"], "a", {"a": 1}, {"a": "../b"}))]
+)
 def test_a_damaged_index_is_named(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: not an index"):
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: "):
         TensorFiles(tmp_path)
 
 
-def test_two_variants_of_the_weights_are_refused(tmp_path):
-    one = {"weight": np.zeros(2, np.float32)}
-    save_file(one, tmp_path / "model.safetensors")
-    save_file(one, tmp_path / "model.fp16.safetensors")
-    with pytest.raises(UserError, match="2 safetensors files and 0"):
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "model.bin"])
+def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1042301\n")
+    with pytest.raises(UserError, match=rf"{name}: .*a Git LFS pointer") as error:
         TensorFiles(tmp_path)
-    for variant in ("model", "model.fp16"):
-        (tmp_path / f"{variant}.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="2 safetensors files and 2"):
+    assert "git lfs pull" in error.value.remedy
+
+
+def test_a_page_that_was_saved_for_a_file_is_called_so(tmp_path):
+    (tmp_path / "model.safetensors").write_text("<!DOCTYPE html><html>Access denied</html>")
+    with pytest.raises(UserError, match=r"model\.safetensors: an HTML page, no safetensors"):
         TensorFiles(tmp_path)
 
 

@@ -12,7 +12,10 @@ from rcgrpo_jax.training.metrics import Progress
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import on_default_device
 
-ABOUT = """Converts a diffusers folder, a hub id (owner/name) or a single-file BFL transformer into Orbax parameters.
+ABOUT = """Converts a diffusers folder, a hub id (owner/name) or the transformer of a single file into Orbax parameters.
+
+A single file is in BFL's layout or diffusers', under any prefix; other networks beside it are named and left out.
+Float8 weights, with scales or without, are stored as bfloat16 unless --dtype says otherwise.
 
 Every tensor must be there, of the right shape and finite; otherwise each one that is not is named, the exit code is 1
 and nothing is written."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from rcgrpo_jax.errors import UserError
+
 
 def shift(
     num_image_tokens: int,
@@ -34,9 +36,19 @@ def sigmas(num_steps: int, num_image_tokens: int, **shift_options: float) -> Flo
 
     Raises:
         ValueError: If `num_steps` is below 1.
+        UserError: If the shift or the number of steps is so large that float32 does not tell all times apart.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; a rollout needs at least 1 step")
     linear = np.linspace(1.0, 1.0 / num_steps, num_steps)
-    warp = np.exp(shift(num_image_tokens, **shift_options))
-    return np.append(warp / (warp + 1.0 / linear - 1.0), 0.0).astype(np.float32)
+    mu = shift(num_image_tokens, **shift_options)
+    with np.errstate(over="ignore", invalid="ignore"):  # what that leaves is refused next
+        warp = np.exp(mu)
+        times = np.append(warp / (warp + 1.0 / linear - 1.0), 0.0).astype(np.float32)
+    if not np.all(np.diff(times) < 0):
+        raise UserError(
+            f"scheduler: {num_steps} steps shifted by {mu:.4g} for {num_image_tokens} image tokens; times that all "
+            "decrease were wanted.",
+            "Correct base_shift, max_shift and their image_seq_len in scheduler_config.json, or take fewer steps.",
+        )
+    return times

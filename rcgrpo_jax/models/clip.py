@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from rcgrpo_jax.models.config import CLIPTextConfig
 
 # Released configurations say `eos_token_id = 2`, which is not the id of their end-of-text token (49407, the largest).
-_LEGACY_EOS = 2
+LEGACY_EOS = 2
 
 
 def eos_position(tokens: Int[Array, "... N"], eos_token_id: int) -> Int[Array, "..."]:
@@ -30,7 +30,7 @@ def eos_position(tokens: Int[Array, "... N"], eos_token_id: int) -> Int[Array, "
     Returns:
         `[...]` int32 in `0 .. N - 1`: the first occurrence, or 0 where there is none.
     """
-    if eos_token_id == _LEGACY_EOS:
+    if eos_token_id == LEGACY_EOS:
         return jnp.argmax(tokens, axis=-1)
     return jnp.argmax(tokens == eos_token_id, axis=-1)
 

@@ -4,53 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
+from annotated_types import Ge, Gt, Le, Len
+
+from rcgrpo_jax.borders import STRICT, conform, shorten
 from rcgrpo_jax.errors import UserError
 
+Size = Annotated[int, Gt(0), Le(2**31 - 1)]  # an axis of an array
+Depth = Annotated[int, Ge(0), Le(1000)]  # blocks of one kind: far more than any network's, few enough to be listed
+Positive = Annotated[float, Gt(0)]
 
-def _require(component: str, config: Mapping[str, Any], **supported: Any) -> None:
-    """Refuses a `config.json` that asks for a variant this package does not implement."""
-    for field, value in supported.items():
-        found = config.get(field, value)
-        if found != value:
-            raise UserError(
-                f"{component}/config.json: {field} is {found!r}; only {value!r} is implemented.",
-                "Use a folder of FLUX.1-Kontext-dev or of a model with the same blocks.",
-            )
+CORRECT = "Correct the file, or copy it again from the model's release."
 
 
-class _Config:
-    """Reads the fields that a `config.json` shares with the dataclass; absent ones keep FLUX's value."""
+class Config:
+    """Reads the fields that a JSON file shares with the dataclass; absent ones keep FLUX's value.
+
+    Attributes:
+        file: The file, seen from the model's folder.
+        remedy: What to do about a variant that is not implemented.
+    """
+
+    __pydantic_config__ = STRICT
+    file: ClassVar[str]
+    remedy: ClassVar[str] = "Use a folder of FLUX.1-Kontext-dev or of a model with the same blocks."
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        found = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        """The config of a JSON object.
+
+        Raises:
+            UserError: For fields of another type or out of range, and for variants that are not implemented.
+        """
+        return conform({f.name: config[f.name] for f in fields(cls) if f.name in config}, cls, cls.file, CORRECT)
+
+    @classmethod
+    def require(cls, config: Mapping[str, Any], **supported: Any) -> None:
+        """Refuses an object that asks for a variant this package does not implement; null is a switch that is off."""
+        for field, value in supported.items():
+            found = config.get(field, value)
+            if (type(found), found) != (type(value), value) and (value or found is not None):
+                raise UserError(f"{cls.file}: {field} is {shorten(found)}; only {value!r} is implemented.", cls.remedy)
+
+    def refuse(self, field: str, wanted: str) -> None:
+        """Raises the error of a field that does not go with others."""
+        raise UserError(f"{self.file}: {field} is {shorten(getattr(self, field))}; {wanted} was wanted.", CORRECT)
 
 
 @dataclass(frozen=True)
-class MMDiTConfig(_Config):
+class MMDiTConfig(Config):
     """The FLUX transformer; defaults are FLUX.1-Kontext-dev's (11,901,408,320 parameters)."""
 
-    in_channels: int = 64  # channels of a packed latent token: 16 latent channels x 2 x 2 pixels
-    num_layers: int = 19  # double blocks: text and image have weights of their own, attention is joint
-    num_single_layers: int = 38  # single blocks: one stream of [text, image]
-    num_attention_heads: int = 24
-    attention_head_dim: int = 128
-    joint_attention_dim: int = 4096  # width of the T5 sequence
-    pooled_projection_dim: int = 768  # width of the pooled CLIP vector
+    file: ClassVar[str] = "transformer/config.json"
+
+    in_channels: Size = 64  # channels of a packed latent token: 16 latent channels x 2 x 2 pixels
+    num_layers: Depth = 19  # double blocks: text and image have weights of their own, attention is joint
+    num_single_layers: Depth = 38  # single blocks: one stream of [text, image]
+    num_attention_heads: Size = 24
+    attention_head_dim: Size = 128
+    joint_attention_dim: Size = 4096  # width of the T5 sequence
+    pooled_projection_dim: Size = 768  # width of the pooled CLIP vector
     guidance_embeds: bool = True  # guidance-distilled: the guidance scale is an input
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # rotary channels for (frame, row, column)
-    rope_theta: float = 10000.0
+    axes_dims_rope: Annotated[tuple[Size, ...], Len(3, 3)] = (16, 56, 56)  # rotary channels for (frame, row, column)
+    rope_theta: Positive = 10000.0
 
     def __post_init__(self) -> None:
         if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
-            raise UserError(
-                f"transformer/config.json: axes_dims_rope {self.axes_dims_rope} must be even numbers that add up to "
-                f"attention_head_dim {self.attention_head_dim}.",
-                "Correct axes_dims_rope or attention_head_dim.",
-            )
+            self.refuse("axes_dims_rope", f"even numbers that add up to attention_head_dim {self.attention_head_dim}")
+        if not self.num_blocks:
+            self.refuse("num_layers", "at least one block here or in num_single_layers")
 
     @property
     def width(self) -> int:
@@ -63,25 +86,32 @@ class MMDiTConfig(_Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        channels = config.get("in_channels", 64)
-        _require("transformer", {"out_channels": channels, **{k: v for k, v in config.items() if v is not None}},
-                 patch_size=1, out_channels=channels)  # fmt: skip
-        return super().from_json({"guidance_embeds": False, **config})  # diffusers' own default
+        cls.require(config, _class_name="FluxTransformer2DModel")
+        found = super().from_json({"guidance_embeds": False, **config})  # diffusers' own default
+        out_channels = config.get("out_channels") or found.in_channels  # null in released files
+        cls.require({**config, "out_channels": out_channels}, patch_size=1, out_channels=found.in_channels)
+        return found
 
 
 @dataclass(frozen=True)
-class VAEConfig(_Config):
+class VAEConfig(Config):
     """The FLUX autoencoder (diffusers `AutoencoderKL` without quantisation convolutions)."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
+    file: ClassVar[str] = "vae/config.json"
+
+    in_channels: Size = 3
+    out_channels: Size = 3
+    latent_channels: Size = 16
+    block_out_channels: Annotated[tuple[Size, ...], Len(1, 8)] = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Gt(0), Le(16)] = 2
+    norm_num_groups: Size = 32
     mid_block_add_attention: bool = True
-    scaling_factor: float = 0.3611
+    scaling_factor: Positive = 0.3611
     shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            self.refuse("block_out_channels", f"multiples of norm_num_groups {self.norm_num_groups}")
 
     @property
     def downscale(self) -> int:
@@ -90,44 +120,71 @@ class VAEConfig(_Config):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        _require("vae", config, use_quant_conv=False, use_post_quant_conv=False, act_fn="silu")
-        return super().from_json(config)
+        cls.require(config, _class_name="AutoencoderKL")
+        found = super().from_json(config)
+        levels = len(found.block_out_channels)
+        cls.require(
+            config, in_channels=3, out_channels=3, act_fn="silu", use_quant_conv=False, use_post_quant_conv=False,
+            latents_mean=None, latents_std=None,
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        )  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
-class T5Config(_Config):
+class T5Config(Config):
     """The T5 v1.1 encoder (XXL in FLUX)."""
 
-    vocab_size: int = 32128
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    file: ClassVar[str] = "text_encoder_2/config.json"
+
+    vocab_size: Size = 32128
+    d_model: Size = 4096
+    d_kv: Size = 64
+    d_ff: Size = 10240
+    num_layers: Annotated[Depth, Gt(0)] = 24
+    num_heads: Size = 64
+    relative_attention_num_buckets: Annotated[int, Ge(4), Le(2**31 - 1)] = 32
+    relative_attention_max_distance: Size = 128
+    layer_norm_epsilon: Positive = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.relative_attention_num_buckets % 2:
+            self.refuse("relative_attention_num_buckets", "an even number, half for each direction,")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            self.refuse("relative_attention_max_distance", "more than a quarter of relative_attention_num_buckets")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        _require("text_encoder_2", config, feed_forward_proj="gated-gelu")
-        return super().from_json(config)
+        found = super().from_json(config)
+        cls.require(config, feed_forward_proj="gated-gelu")
+        return found
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig(_Config):
+class CLIPTextConfig(Config):
     """The CLIP text transformer (ViT-L/14 in FLUX), used for its pooled vector."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2  # released files say 2 for the token 49407; see `models.clip`
+    file: ClassVar[str] = "text_encoder/config.json"
+
+    vocab_size: Size = 49408
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Annotated[Depth, Gt(0)] = 12
+    num_attention_heads: Size = 12
+    max_position_embeddings: Annotated[int, Ge(77), Le(2**31 - 1)] = 77  # FLUX pads its texts to 77
+    layer_norm_eps: Positive = 1e-5
+    eos_token_id: Annotated[int, Ge(0), Le(2**31 - 1)] = (
+        2  # released files say 2 for the token 49407; see `models.clip`
+    )
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            self.refuse("hidden_size", f"a multiple of num_attention_heads {self.num_attention_heads}")
+        if self.eos_token_id >= self.vocab_size:
+            self.refuse("eos_token_id", f"a token below vocab_size {self.vocab_size}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> Self:
-        _require("text_encoder", config, hidden_act="quick_gelu")
-        return super().from_json(config)
+        found = super().from_json(config)
+        cls.require(config, hidden_act="quick_gelu")
+        return found

@@ -35,7 +35,6 @@ from rcgrpo_jax.weights.export import save_folder
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
 from rcgrpo_jax.weights.networks import abstract_params
-from rcgrpo_jax.weights.tokenizers import load_tokenizers
 
 
 class Stage:
@@ -56,7 +55,7 @@ class Stage:
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
         config = self.config
-        tokenizers = load_tokenizers(self.folder.path)
+        tokenizers = self.folder.tokenizers()
         source = open_source(config.data.path, config.data.polarity, False, config.data.mask_value)
         return TripleBatches(
             source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens

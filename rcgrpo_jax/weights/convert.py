@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from rcgrpo_jax.borders import read_object
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.export import network_json
-from rcgrpo_jax.weights.files import FLOATS, TensorFiles
-from rcgrpo_jax.weights.load import (
-    MANIFEST,
-    LeafReader,
-    ModelFolder,
-    ShardingOf,
-    fingerprint,
-    on_default_device,
-    problem_report,
-    read_json,
-)
+from rcgrpo_jax.weights.files import TensorFiles
+from rcgrpo_jax.weights.leaf_reader import LeafReader, ShardingOf, on_default_device, problem_report
+from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, ModelFolder, fingerprint
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
+from rcgrpo_jax.weights.single_file import open_single_file
+from rcgrpo_jax.weights.stored import StoredNetwork
+from rcgrpo_jax.weights.tokenizers import check_files
 
 ASSETS = ("tokenizer", "tokenizer_2", "scheduler")
 SAVED_AT_ONCE = 2**28  # bytes of small leaves that are gathered into one write
 Progress = Callable[[str, int, int], None]  # (network, leaves done, leaves in all)
-
-
-def bfl_config(shapes: dict[str, tuple[int, ...]], file: Path) -> MMDiTConfig:
-    """The transformer's sizes, read off the tensors of a single-file checkpoint.
-
-    Raises:
-        UserError: If the file is no FLUX transformer in BFL's layout, or one whose rotary axes it does not tell.
-    """
-
-    def blocks(kind: str) -> int:
-        return len({key.split(".")[1] for key in shapes if key.startswith(f"{kind}_blocks.")})
-
-    try:
-        width, channels = shapes["img_in.weight"]
-        (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
-        if head_dim != MMDiTConfig.attention_head_dim:
-            raise UserError(
-                f"{file}: head_dim is {head_dim}; rotary axes are known for {MMDiTConfig.attention_head_dim} only.",
-                "Give --base FOLDER with the transformer/config.json of this model.",
-            )
-        return MMDiTConfig(
-            in_channels=channels,
-            num_layers=blocks("double"),
-            num_single_layers=blocks("single"),
-            num_attention_heads=width // head_dim,
-            joint_attention_dim=shapes["txt_in.weight"][1],
-            pooled_projection_dim=shapes["vector_in.in_layer.weight"][1],
-            guidance_embeds="guidance_in.in_layer.weight" in shapes,
-        )
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{file}: no FLUX transformer in BFL's layout (looked for {error}).",
-            "Give flux1-kontext-dev.safetensors or another file of that layout; other networks come from --base.",
-        ) from None
 
 
 def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], dict[str, dict], Path | None]:
@@ -78,31 +38,29 @@ def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], d
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         path = _download(source)
     readers, configs = {}, {}
-    folder = path
     if path.is_file():
-        files = TensorFiles(path)
-        folder = Path(base) if base else None
-        if folder and (folder / "transformer" / "config.json").is_file():
-            config = ModelFolder(folder).config("transformer")
-        else:
-            config = bfl_config(files.shapes, path)
-        to_source = partial(keymap.bfl_source, width=config.width)
-        readers["transformer"] = LeafReader(files, "transformer", abstract_params("transformer", config), to_source)
+        model = ModelFolder(base) if base else None
+        readers["transformer"], config = open_single_file(path, model)
         configs["transformer"] = network_json("transformer", config)
+        if model is None:
+            return readers, configs, None
     elif base:
         raise UsageError(f"--base: {source} is no single file and has its own networks.", "Leave --base out.")
-    if folder is None:
-        return readers, configs, None
-    model = ModelFolder(folder)
+    else:
+        model = ModelFolder(path)
+    folder = model.path
     if model.converted:
         raise UserError(f"{folder}: already converted.", "Use it as --model.")
     if missing := [part for part in (*NETWORKS, *ASSETS) if part not in readers and not (folder / part).is_dir()]:
         raise UserError(f"{folder}: holds no {', '.join(missing)}.", "The model folder is not complete; copy it again.")
+    for part in ("tokenizer", "tokenizer_2"):
+        check_files(folder / part)
+    model.schedule_options()  # refuses one that is not computed
     for name in NETWORKS:
         if name not in readers:
-            configs[name] = read_json(folder / name / "config.json")
+            configs[name] = read_object(folder / name / "config.json", COPY_AGAIN)
             params = abstract_params(name, model.config(name))
-            readers[name] = LeafReader(TensorFiles(folder / name), name, params)
+            readers[name] = LeafReader(StoredNetwork(TensorFiles(folder / name)), name, params)
     return readers, configs, folder
 
 
@@ -115,17 +73,17 @@ def convert(
     sharding_of: ShardingOf = on_default_device,
     progress: Progress = lambda *_: None,
 ) -> dict[str, int]:
-    """Converts a diffusers folder, a hub id or a single-file transformer into `destination`.
+    """Converts a diffusers folder, a hub id or the transformer of a single file into `destination`.
 
     All shapes are checked before anything is written. Then each leaf is read, checked for NaN, cast, placed and saved
     in turn, so that memory holds up to three copies of one leaf, never the model (small ones are gathered up to
     `SAVED_AT_ONCE`). The directory appears under its name only when complete.
 
     Args:
-        source: Folder, hub id `owner/name`, or `.safetensors` file in BFL's layout.
+        source: Folder, hub id `owner/name`, or `.safetensors` file with a transformer (`single_file`).
         destination: New directory.
         base: diffusers folder to take the other networks, tokenizers and scheduler from, for a single file.
-        dtype: Dtype to store; None keeps the files'.
+        dtype: Dtype to store; None keeps the files', and takes bfloat16 for float8.
         sharding_of: Where leaves are placed on the way.
         progress: Called after each leaf.
 
@@ -192,7 +150,7 @@ def _raise_all(failures: list[tuple[str, Path, list[str]]]) -> None:
 
 def _check_space(destination: Path, readers: dict[str, LeafReader], dtype: Any) -> None:
     needed = sum(
-        int(np.prod(leaf.shape)) * (jnp.dtype(dtype).itemsize if dtype else _itemsize(reader, leaf))
+        int(np.prod(leaf.shape)) * jnp.dtype(dtype or reader.tensors.dtype(leaf.sources[0].key)).itemsize
         for reader in readers.values()
         for leaf in reader.leaves
     )
@@ -203,10 +161,6 @@ def _check_space(destination: Path, readers: dict[str, LeafReader], dtype: Any) 
             f"{destination}: {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB needed.",
             "Free disk space, choose another disk, or convert with --dtype bfloat16.",
         )
-
-
-def _itemsize(reader: LeafReader, leaf: keymap.Leaf) -> int:
-    return dict(zip(FLOATS, (8, 4, 2, 2), strict=True))[reader.files.dtypes[leaf.sources[0].key]]
 
 
 def _save_network(path: Path, reader: LeafReader, dtype: Any, sharding_of: ShardingOf, progress: Progress) -> None:

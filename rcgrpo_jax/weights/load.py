@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,24 +16,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding, SingleDeviceSharding
 
+from rcgrpo_jax.borders import check_memory, read_object
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.models.clip import LEGACY_EOS
+from rcgrpo_jax.models.config import Config
 from rcgrpo_jax.models.quantization import NONE, QuantizedKernel, is_quantized, quantize
 from rcgrpo_jax.weights import keymap
-from rcgrpo_jax.weights.files import TensorFiles, tensor_problems
+from rcgrpo_jax.weights.files import TensorFiles
+from rcgrpo_jax.weights.folder_json import Manifest, ModelIndex, SchedulerConfig, TokenizerSettings
+from rcgrpo_jax.weights.leaf_reader import LeafReader, ShardingOf, on_default_device, place_of
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
-from rcgrpo_jax.weights.tokenizers import T5_LENGTH
+from rcgrpo_jax.weights.stored import StoredNetwork
+from rcgrpo_jax.weights.tokenizers import T5_LENGTH, Tokenizers, load_tokenizers
 
-MANIFEST = "rcgrpo.json"  # marks a converted directory
+MANIFEST = Manifest.file
+AGREE = (  # (network, field, network, field, ratio): numbers that two networks share
+    ("transformer", "joint_attention_dim", "text_encoder_2", "d_model", 1),
+    ("transformer", "pooled_projection_dim", "text_encoder", "hidden_size", 1),
+    ("transformer", "in_channels", "vae", "latent_channels", 4),  # a token is 2 x 2 cells
+)
+COPY_AGAIN = "The model folder is not complete or damaged; copy it again."
 SMALL_EDITOR = Path(__file__).parents[1] / "assets" / "small-editor"
-ShardingOf = Callable[[keymap.Path, tuple[int, ...]], Sharding | None]
-
-
-def on_default_device(path: keymap.Path, shape: tuple[int, ...]) -> None:
-    """The sharding rule that places every leaf whole on the default device."""
 
 
 class ModelFolder:
@@ -59,6 +64,7 @@ class ModelFolder:
                 f"model: {self.path} holds neither model_index.json (diffusers) nor {MANIFEST} (converted).",
                 "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`.",
             )
+        self._read(Manifest if self.converted else ModelIndex)
 
     def has(self, name: str) -> bool:
         return (self.path / name / "config.json").is_file()
@@ -70,41 +76,71 @@ class ModelFolder:
                 f"model: {self.path} holds no {name}.",
                 "For a single-file transformer, convert with --base FOLDER, which gives the other networks.",
             )
-        file, network = self.path / name / "config.json", NETWORKS[name]
-        config = read_json(file)
-        if config.get("_class_name", network.library[1]) != network.library[1]:
-            raise UserError(
-                f"{file}: of a {config['_class_name']}; only {network.library[1]} is implemented.",
-                "Use a folder of FLUX.1-Kontext-dev or of a model with the same blocks.",
-            )
-        return network.config.from_json(config)
+        self._check_agreement(name)
+        return self._read(NETWORKS[name].config)
+
+    def _check_agreement(self, name: str) -> None:
+        for one, field, other, other_field, factor in AGREE:
+            if name in (one, other) and self.has(one) and self.has(other):
+                config, neighbour = self._read(NETWORKS[one].config), self._read(NETWORKS[other].config)
+                found, wanted = getattr(config, field), factor * getattr(neighbour, other_field)
+                if found != wanted:
+                    raise UserError(
+                        f"{self.path}/{config.file}: {field} is {found}; {wanted} was wanted, {factor} x {other_field} "
+                        f"of {neighbour.file}.",
+                        "The folder mixes two models, or a file is damaged; copy it again.",
+                    )
+
+    def _read(self, kind: type[Config]) -> Any:
+        """What one of the folder's JSON files says, checked."""
+        content = read_object(self.path / kind.file, COPY_AGAIN)
+        try:
+            return kind.from_json(content)
+        except UserError as error:
+            raise UserError(f"{self.path}/{error.problem}", error.remedy) from None
 
     @property
     def max_text_tokens(self) -> int:
         """The length of the T5 sequence that the model was trained with, by its tokenizer; at most FLUX's 512."""
-        file = self.path / "tokenizer_2" / "tokenizer_config.json"
-        return min(read_json(file).get("model_max_length", T5_LENGTH), T5_LENGTH) if file.is_file() else T5_LENGTH
+        return int(min(TokenizerSettings.read(self.path / "tokenizer_2").model_max_length or T5_LENGTH, T5_LENGTH))
 
     def schedule_options(self) -> dict[str, float]:
         """The scheduler's shift, as `flow.schedule.sigmas` takes it."""
-        config = read_json(self.path / "scheduler" / "scheduler_config.json")
-        if config.get("use_dynamic_shifting", True) is not True or config.get("shift_terminal"):
+        found = self._read(SchedulerConfig)
+        return {
+            "base_tokens": found.base_image_seq_len, "max_tokens": found.max_image_seq_len,
+            "base_shift": found.base_shift, "max_shift": found.max_shift,
+        }  # fmt: skip
+
+    def tokenizers(self) -> Tokenizers:
+        """Both tokenizers, of which the text encoders know every id."""
+        found = load_tokenizers(self.path)
+        clip, t5 = self.config("text_encoder"), self.config("text_encoder_2")
+        for part, tokenizer, config in (("tokenizer", found.clip, clip), ("tokenizer_2", found.t5, t5)):
+            if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+                raise UserError(
+                    f"{self.path}/{part}: token {last}; {config.file} has vocab_size {config.vocab_size}.",
+                    f"Copy the {part} folder of the model's release.",
+                )
+        if clip.eos_token_id not in (found.clip.eos_token_id, LEGACY_EOS):
             raise UserError(
-                f"{self.path}/scheduler/scheduler_config.json: only FLUX's dynamic shifting is implemented.",
-                "Set use_dynamic_shifting to true and remove shift_terminal.",
+                f"{self.path}/{clip.file}: eos_token_id is {clip.eos_token_id}; {found.clip.eos_token_id} of the "
+                "tokenizer was wanted.",
+                "Correct it, or copy the tokenizer and text_encoder folders of the model's release.",
             )
-        names = {"base_image_seq_len": "base_tokens", "max_image_seq_len": "max_tokens"}
-        names |= {name: name for name in ("base_shift", "max_shift")}
-        return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+        return found
 
     def fingerprint(self, name: str) -> str:
         """A hash of a network's config and weights; a conversion without a cast keeps it."""
         if name.startswith("tokenizer"):
             files = sorted(file for file in (self.path / name).iterdir() if file.is_file())
             return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
-        if self.converted:
-            return read_json(self.path / MANIFEST)["fingerprints"][name]
-        return fingerprint(read_json(self.path / name / "config.json"), TensorFiles(self.path / name))
+        if not self.converted:
+            return fingerprint(read_object(self.path / name / "config.json", COPY_AGAIN), TensorFiles(self.path / name))
+        fingerprints = self._read(Manifest).fingerprints
+        if name not in fingerprints:
+            raise UserError(f"{self.path}/{MANIFEST}: no fingerprint of {name}.", "Run `rcgrpo convert` again.")
+        return fingerprints[name]
 
     def whole_fingerprint(self) -> str:
         """A hash of all that an edit depends on: every network and tokenizer."""
@@ -130,12 +166,17 @@ class ModelFolder:
             quantization: A name of `models.quantization.QUANTIZATIONS`.
 
         Raises:
-            UserError: With a line for every tensor that does not fit.
+            UserError: With a line for every tensor that does not fit or is not finite; if memory cannot hold them all.
         """
         params = abstract_params(name, self.config(name))
+        check_memory(
+            f"{self.path}/{name} with {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
+            _least_bytes(params, dtype, quantization),
+            "Correct config.json if it is of another model; else ask for --dtype bfloat16, quantise, or add memory.",
+        )
         if self.converted:
             return _load_converted(self.path / name / "params", params, dtype, sharding_of, quantization)
-        reader = LeafReader(TensorFiles(self.path / name), name, params)
+        reader = LeafReader(StoredNetwork(TensorFiles(self.path / name)), name, params)
         reader.check()
 
         def read(leaf: keymap.Leaf) -> jax.Array | QuantizedKernel:
@@ -148,99 +189,23 @@ class ModelFolder:
         return loaded
 
 
+def _least_bytes(params: dict, dtype: Any, quantization: str) -> int:
+    """What a network's parameters take at least; the files' dtype, for None, has two bytes or more."""
+    bits = {path: 8 * jnp.dtype(dtype or jnp.bfloat16).itemsize for path in flatten_dict(params)}
+    few = {"int8": 8, "nf4": 4}
+    bits |= {path: few[quantization] for path in bits if is_quantized(path, quantization)}
+    return sum(leaf.size * bits[path] for path, leaf in flatten_dict(params).items()) // 8
+
+
 def fingerprint(config: dict, files: TensorFiles) -> str:
     """A hash of a network's `config.json` and weights."""
     return hashlib.sha256((json.dumps(config, sort_keys=True) + files.sha256()).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} where an object was wanted")
-        return found
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.", "The model folder is not complete; copy it again.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON ({error}).", "The model folder is damaged; copy it again.") from None
-
-
-class LeafReader:
-    """Reads the leaves of one network out of safetensors; each only when asked for.
-
-    Args:
-        files: The opened files.
-        name: A key of `NETWORKS`.
-        params: The tree to fill (arrays or shapes).
-        to_source: `keymap.Source` for diffusers' files, or a map to BFL's.
-    """
-
-    def __init__(
-        self, files: TensorFiles, name: str, params: dict, to_source: Callable[[str], keymap.Source] = keymap.Source
-    ):
-        if name == "text_encoder" and not any(key.startswith("text_model.") for key in files.shapes):
-            to_source = _without_prefix  # transformers 5 saves CLIP without the prefix that released files carry
-        self.files, self.name = files, name
-        self.leaves = keymap.leaves(params, to_source)
-        self.not_finite: set[str] = set()
-
-    def problems(self) -> list[str]:
-        """A line for every tensor that is missing, unexpected, mis-shaped or not of a float dtype."""
-        expected = keymap.expected_tensors(self.leaves)
-        return tensor_problems(expected, self.files.shapes, self.files.dtypes, NETWORKS[self.name].ignored)
-
-    def check(self) -> None:
-        if problems := self.problems():
-            raise problem_report(self.name, self.files.path, problems)
-
-    def check_finite(self) -> None:
-        if self.not_finite:
-            raise problem_report(self.name, self.files.path, [f"NaN or inf   {key}" for key in sorted(self.not_finite)])
-
-    def read(self, leaf: keymap.Leaf, dtype: Any, sharding_of: ShardingOf) -> jax.Array:
-        """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""
-        sharding = _sharding(sharding_of, leaf.path, leaf.shape)
-        dtype = jnp.dtype(dtype or self.files.read(leaf.sources[0].key).dtype)
-        blocks: dict[str, tuple[tuple[slice, ...], np.ndarray]] = {}  # this process' distinct shards
-        for index in sharding.addressable_devices_indices_map(leaf.shape).values():
-            shape = tuple(len(range(size)[cut]) for cut, size in zip(index, leaf.shape, strict=True))
-            blocks.setdefault(str(index), (index, np.empty(shape, dtype)))
-        for layer, source in enumerate(leaf.sources):
-            tensor = self._tensor(leaf, source)  # read once, however many shards want a part of it
-            for index, block in blocks.values():
-                if not leaf.stacked:
-                    block[...] = tensor[index]
-                elif layer in (layers := range(len(leaf.sources))[index[0]]):
-                    block[layer - layers.start] = tensor[index[1:]]
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: blocks[str(index)][1])
-
-    def _tensor(self, leaf: keymap.Leaf, source: keymap.Source) -> np.ndarray:
-        part = source.cut(self.files.read(source.key))
-        if not np.isfinite(part).all():
-            self.not_finite.add(source.key)
-        return leaf.to_ours(part)
-
-
-def problem_report(name: str, path: Path, problems: list[str]) -> UserError:
-    listing = "\n".join(f"  {line}" for line in problems)
-    return UserError(
-        f"{name}: {path} does not fit the network of its config.json; {len(problems)} tensors:\n{listing}",
-        "Download the files again, or correct config.json if it belongs to another model.",
-    )
-
-
-def _without_prefix(key: str) -> keymap.Source:
-    return keymap.Source(key.removeprefix("text_model."))
-
-
-def _sharding(sharding_of: ShardingOf, path: keymap.Path, shape: tuple[int, ...]) -> Sharding:
-    return sharding_of(path, shape) or SingleDeviceSharding(jax.local_devices()[0])
-
-
 def _quantize(path: keymap.Path, kernel: jax.Array, quantization: str, sharding_of: ShardingOf) -> QuantizedKernel:
     """A kernel in few bits, on the devices that its rule gives codes and scales."""
     shapes = jax.eval_shape(partial(quantize, quantization=quantization), kernel)
-    shardings = jax.tree.map(lambda x: _sharding(sharding_of, path, x.shape), shapes)
+    shardings = jax.tree.map(lambda x: place_of(sharding_of, path, x.shape), shapes)
     return jax.jit(quantize, static_argnums=1, out_shardings=shardings)(kernel, quantization)
 
 
@@ -251,6 +216,10 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
     with _damage(path):
         saved = flatten_dict(ocp.metadata(path).metadata)
     wanted = {}
+    if unknown := sorted("/".join(p) for p in saved.keys() - flatten_dict(params).keys()):
+        raise UserError(
+            f"{path}: holds {unknown[0]}, which its config.json does not want.", "Run `rcgrpo convert` again."
+        )
     for leaf_path, shape in flatten_dict(params).items():
         if leaf_path not in saved or tuple(saved[leaf_path].shape) != tuple(shape.shape):
             found = list(saved[leaf_path].shape) if leaf_path in saved else "nothing"
@@ -258,20 +227,28 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
                 f"{path}: {'/'.join(leaf_path)} is {found}, wanted {list(shape.shape)}.", "Run `rcgrpo convert` again."
             )
         cast = None if is_quantized(leaf_path, quantization) else dtype
-        sharding = _sharding(sharding_of, leaf_path, shape.shape)
+        sharding = place_of(sharding_of, leaf_path, shape.shape)
         wanted[leaf_path] = jax.ShapeDtypeStruct(shape.shape, cast or saved[leaf_path].dtype, sharding=sharding)
 
     def read(chosen: set[keymap.Path]) -> dict[keymap.Path, jax.Array]:
         asked = {p: leaf if p in chosen else ocp.PLACEHOLDER for p, leaf in wanted.items()}
         with _damage(path):
             found = flatten_dict(ocp.load(path, unflatten_dict(asked)))
-        return {p: found[p] for p in chosen}
+        found = {p: found[p] for p in chosen}
+        if bad := sorted("/".join(p) for p, finite in _are_finite(found).items() if not finite):
+            raise UserError(f"{path}: NaN or inf in {', '.join(bad)}.", "Run `rcgrpo convert` again.")
+        return found
 
     kernels = {p for p in wanted if is_quantized(p, quantization)}
     loaded: dict[keymap.Path, jax.Array | QuantizedKernel] = read(wanted.keys() - kernels)
     for p in sorted(kernels):  # in one order in all processes
         loaded[p] = _quantize(p, read({p})[p], quantization, sharding_of)
     return unflatten_dict(loaded)
+
+
+@jax.jit
+def _are_finite(arrays: dict[keymap.Path, jax.Array]) -> dict[keymap.Path, jax.Array]:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays)
 
 
 @contextmanager

@@ -15,12 +15,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Int
 
+from rcgrpo_jax.borders import conform, read_object
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
+from rcgrpo_jax.weights.folder_json import COPY_SETTINGS, TokenizerSettings
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -173,6 +177,23 @@ def load_t5_tokenizer(folder: Path) -> T5TokenizerFast:
     return _load("T5TokenizerFast", folder, [("tokenizer.json",), ("spiece.model",)])
 
 
+def check_files(folder: Path) -> None:
+    """Refuses a tokenizer's files that are of another kind, and settings and numbers that are out of range.
+
+    Raises:
+        UserError: With the file's name and kind, or the field's.
+    """
+    for file in (file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt", ".model")):
+        if kind := describe(file):  # none of a tokenizer's files is of a kind that is known by its first bytes
+            remedy = LFS_REMEDY if kind == LFS_POINTER else "Download the folder's files again."
+            raise UserError(f"{file}: {kind}, not the file of a tokenizer.", remedy)
+    TokenizerSettings.read(folder)
+    if (vocabulary := folder / "vocab.json").is_file():  # tokens without a number would be left out in silence
+        conform(
+            read_object(vocabulary, COPY_SETTINGS), dict[str, Annotated[int, Ge(0)]], f"{vocabulary}", COPY_SETTINGS
+        )
+
+
 def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]) -> Any:
     """Loads a tokenizer once its files are known to be there: without them transformers makes an empty one up."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
@@ -185,9 +206,10 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: no tokenizer; found {found or 'nothing'}; wanted {wanted}.",
             f"Copy the {folder.name} folder of the model's release to {folder}.",
         )
+    check_files(folder)
     try:
         # FLUX's CLIP folder asks for a clean-up of decoded text that transformers refuses, with a warning.
-        return getattr(transformers, class_name).from_pretrained(
+        found = getattr(transformers, class_name).from_pretrained(
             folder, local_files_only=True, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # `tokenizers` raises bare Exceptions
@@ -196,6 +218,9 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             f"{folder}: not readable as a {class_name} ({reason}); wanted {wanted}.",
             "Download the folder's files again; a spiece.model alone also needs `pip install sentencepiece protobuf`.",
         ) from error
+    if found.pad_token is None:
+        raise UserError(f"{folder}: the tokenizer has no pad_token.", COPY_SETTINGS)
+    return found
 
 
 def write_clip_tokenizer(folder: Path) -> int:
