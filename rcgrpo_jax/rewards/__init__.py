@@ -1,10 +1,20 @@
 """Rewards: a batch of edits in, a score for each candidate out. Importing this package registers the ones below."""
 
-from rcgrpo_jax.rewards.base import Reward, RewardInputs, make, option_problems, register, score_all
+from rcgrpo_jax.rewards.base import (
+    Reward,
+    RewardInputs,
+    make,
+    option_problems,
+    register,
+    registered,
+    score_all,
+    weight_problems,
+)  # fmt: skip
 from rcgrpo_jax.rewards.colour import Colour
 from rcgrpo_jax.rewards.oracle import Oracle
 from rcgrpo_jax.rewards.preservation import Preservation
 
 __all__ = [
-    "Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "option_problems", "register", "score_all",
+    "Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "option_problems", "register", "registered",
+    "score_all", "weight_problems",
 ]  # fmt: skip

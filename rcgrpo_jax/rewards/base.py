@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Array, Float
 
+from rcgrpo_jax.borders import is_like
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 
@@ -35,6 +36,7 @@ class Reward(Protocol):
         """Scores every candidate, float32."""
 
 
+LARGEST_WEIGHT = 1e9
 _FACTORIES: dict[str, Callable[..., Reward]] = {}
 
 
@@ -77,6 +79,28 @@ def make(name: str, **options: Any) -> Reward:
     return _FACTORIES[name](**options)
 
 
+def registered() -> dict[str, dict[str, Any]]:
+    """Every registered reward: name -> option -> default, where it has one."""
+    parameters = {name: inspect.signature(factory).parameters for name, factory in _FACTORIES.items()}
+    return {
+        name: {option: x.default for option, x in found.items() if x.default not in (None, x.empty)}
+        for name, found in parameters.items()
+    }
+
+
+def weight_problems(weights: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the weights that a configuration gives rewards, name -> weight; a line each."""
+    problems = []
+    for name, weight in weights.items():
+        if name not in _FACTORIES:
+            problems.append(f"{name}: no such reward; {_nearest(name, _FACTORIES)}")
+        elif not (is_like(weight, 1.0) and abs(weight) <= LARGEST_WEIGHT):
+            problems.append(
+                f"{name}: {weight!r} found; a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} was wanted"
+            )
+    return problems
+
+
 def option_problems(name: str, options: Any) -> list[str]:
     """What is wrong with the options that a configuration gives a reward, a line each.
 
@@ -107,9 +131,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value can stand for a default; any can where there is none."""
-    if default is None or default is inspect.Parameter.empty or type(value) is type(default):
-        return True
-    return type(value) is int and type(default) is float
+    return default is None or default is inspect.Parameter.empty or is_like(value, default)
 
 
 def score_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> dict[str, Float[np.ndarray, "P G"]]:

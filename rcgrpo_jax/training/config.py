@@ -10,8 +10,11 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import (
+    COUNT,
+    LARGE,
     MODEL_CHOICES,
     SHARED_RANGES,
+    STEPS,
     cache_problems,
     check_fields,
     get_field,
@@ -148,15 +151,19 @@ _CHOICES = {
 _RANGES = {
     **SHARED_RANGES,
     "explore.alpha_edit": (0, 1), "explore.alpha_base": (0, 1), "explore.sigma": (0, 1),
-    "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, math.inf),
-    "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf), "rollout.num_steps": (1, math.inf),
-    "rollout.micro_batch": (0, math.inf), "rollout.decode_micro_batch": (0, math.inf),
-    "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf), "surrogate.anchors": (1, math.inf),
-    "surrogate.num_random_steps": (1, math.inf), "surrogate.micro_batch": (0, math.inf),
-    "objective.clip": (1e-9, math.inf), "objective.advantage_clip": (1e-9, math.inf),
-    "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf),
-    "objective.source_advantage": (0, math.inf), "objective.updates": (1, math.inf),
-    "acd.layers": (1, math.inf), "acd.weight": (0, math.inf),
+    "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, 128),
+    "rollout.prompts": (1, COUNT), "rollout.group_size": (2, COUNT), "rollout.num_steps": (1, STEPS),
+    "rollout.micro_batch": (0, COUNT), "rollout.decode_micro_batch": (0, COUNT),
+    "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
+    "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
+    "surrogate.micro_batch": (0, COUNT),
+    "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
+    "objective.quasi_norm": (0, 10), "objective.kl_weight": (0, LARGE),
+    "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
+    "reward_options.preservation.cap": (1e-6, LARGE), "reward_options.colour.scale": (1e-6, LARGE),
+    "reward_options.colour.lightness": (0, LARGE), "reward_options.oracle.noise": (0, LARGE),
+    "reward_options.oracle.seed": (0, 2**32 - 1),
+    "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
 }  # fmt: skip
 
 
@@ -174,13 +181,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     """
     problems = check_fields(config, default_config(), _CHOICES, _RANGES, free=("rewards", "reward_options"))
     problems += [
-        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not get_field(config, field)
+        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if get_field(config, field) == ""
     ]
-    problems += [
-        f"rewards.{name}: {weight!r} found; a finite number was wanted"
-        for name, weight in config.rewards.items()
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight)
-    ]
+    problems += [f"rewards.{problem}" for problem in reward_registry.weight_problems(config.rewards)]
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
     if problems := problems or _spread_problems(config, num_devices):

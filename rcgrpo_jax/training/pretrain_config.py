@@ -11,8 +11,12 @@ from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training import config as rl
 from rcgrpo_jax.training.fields import (
+    COUNT,
+    LARGE,
+    LONGEST_SIDE,
     MODEL_CHOICES,
     SHARED_RANGES,
+    STEPS,
     cache_problems,
     check_fields,
     quantization_problems,
@@ -61,9 +65,9 @@ def default_config() -> ConfigDict:
 _CHOICES = {**MODEL_CHOICES, "stage": ("vae", "flow", "lora"), "save_dtype": ("float32", "float16", "bfloat16")}
 _RANGES = {
     **SHARED_RANGES,
-    "batch.size": (1, math.inf), "batch.micro_batch": (0, math.inf), "vae.crop": (0, math.inf),
-    "vae.kl_weight": (0, math.inf), "flow.region_weight": (0, math.inf), "flow.extra_shift": (-10, 10),
-    "flow.picture_steps": (1, math.inf),
+    "batch.size": (1, COUNT), "batch.micro_batch": (0, COUNT), "vae.crop": (0, LONGEST_SIDE),
+    "vae.kl_weight": (0, LARGE), "flow.region_weight": (0, LARGE), "flow.extra_shift": (-10, 10),
+    "flow.picture_steps": (1, STEPS),
 }  # fmt: skip
 
 
@@ -74,9 +78,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         UsageError: With every problem found, a line each.
     """
     problems = check_fields(config, default_config(), _CHOICES, _RANGES)
-    if not config.data.path:
+    if config.data.path == "":
         problems.append("data.path: empty; a path was wanted")
-    if not config.model.path and config.stage != "vae":
+    if config.model.path == "" and config.stage != "vae":
         problems.append(f"model.path: empty; stage {config.stage} starts from a model folder")
     if config.model.quantization != NONE and config.stage != "lora":
         problems.append(
