@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 from jaxtyping import Float
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import parse, write_text
-from rcgrpo_jax.cli.config_file import check_config, keep_compilations
+from rcgrpo_jax.cli.arguments import write_text
+from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
@@ -48,10 +48,7 @@ TABLES = {"components": COMPONENTS, "taus": TAUS}
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
 
 
-def _flags(values: flags.FlagValues, argv: list[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Python file with get_config(), common to all variants", values, sys_argv=argv
-    )
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory of runs, evaluations and tables", values)
     flags.DEFINE_enum("table", None, [*TABLES], "variants of the paper: Table 2 (components) or 3 (taus)", values)
     flags.DEFINE_multi_string("variant", [], "NAME: FIELD=VALUE ...; a further variant", values)
@@ -68,8 +65,7 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    check_config("ablate", argv, "rcgrpo_jax.training.config")
-    values, _ = parse("ablate", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "out"))
+    values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.training.config")
     config, out = values.config, Path(values.out)
     variants = [*TABLES.get(values.table, ()), *map(parse_variant, values.variant)]
     names = [variant.name for variant in variants]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.borders import is_like
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import (
     COUNT,
@@ -165,6 +167,36 @@ _RANGES = {
     "reward_options.oracle.seed": (0, 2**32 - 1),
     "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
 }  # fmt: skip
+
+
+def reward_fields() -> dict[str, Any]:
+    """The fields that registered rewards have in a configuration, dotted -> value where nothing else is said."""
+    options = {
+        f"reward_options.{name}.{option}": default
+        for name, known in reward_registry.registered().items()
+        for option, default in known.items()
+    }
+    return {f"rewards.{name}": 0.0 for name in reward_registry.registered()} | options
+
+
+def name_rewards(config: ConfigDict, fields: Iterable[str]) -> None:
+    """Adds the fields of registered rewards that a configuration does not name, so that they can be set.
+
+    Args:
+        config: Changed in place.
+        fields: What is to be set, dotted; others than those of rewards are left to the caller.
+    """
+    known = reward_fields() if "rewards" in config else {}
+    with config.unlocked(), config.ignore_type():
+        for field in known.keys() & set(fields):
+            *groups, name = field.split(".")
+            group = config
+            for part in groups:
+                if part not in group:
+                    group[part] = ConfigDict()
+                group = group[part]
+            value, default = group.get(name, known[field]), known[field]
+            group[name] = float(value) if is_like(value, default) and isinstance(default, float) else value
 
 
 def num_trained_steps(config: ConfigDict) -> int:
