@@ -37,12 +37,14 @@ from rcgrpo_jax.training.ablation import (
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.
 
 Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it.
 It uses one device."""
+PAGES = ("table.md", "groups.md", "report.html")
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
@@ -97,7 +99,19 @@ def run(argv: list[str]) -> None:
     open_source(values.data, config.data.polarity)
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
+    make_folder(out, "--out", ("runs", "evaluations", "cache", "compiled"), (*PAGES, LOCK))
+    with hold(out):
+        compare(config, variants, runs, values, out)
 
+
+def compare(
+    config: ConfigDict,
+    variants: Sequence[Variant],
+    runs: Mapping[str, ConfigDict],
+    values: flags.FlagValues,
+    out: Path,
+) -> None:
+    """Does what is not there yet, and writes and prints all results."""
     sections: dict[str, Any] = {}
     facts = {x.name: ", ".join(f"{field} = {value}" for field, value in x.changes.items()) for x in variants}
     if values.seeds:

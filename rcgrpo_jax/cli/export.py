@@ -13,7 +13,7 @@ from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.training.saved import saved_config
 from rcgrpo_jax.training.state import init_state
 from rcgrpo_jax.weights.export import save_lora
 from rcgrpo_jax.weights.load import ModelFolder
@@ -32,8 +32,7 @@ def _flags(values: flags.FlagValues) -> None:
 def export(workdir: str | Path, out: str | Path, step: int | None = None, model: str | None = None) -> Path:
     """Writes the LoRA of a run's checkpoint and returns the file; `model` says where the base is if it has moved."""
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
-    config = default_config()
-    config.update(ConfigDict(checkpointer.saved_config(step)))
+    config = ConfigDict(saved_config(checkpointer, step))
     params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
     try:

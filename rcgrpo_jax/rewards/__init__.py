@@ -4,17 +4,17 @@ from rcgrpo_jax.rewards.base import (
     Reward,
     RewardInputs,
     make,
+    name_problems,
     option_problems,
     register,
     registered,
     score_all,
-    weight_problems,
-)  # fmt: skip
+)
 from rcgrpo_jax.rewards.colour import Colour
 from rcgrpo_jax.rewards.oracle import Oracle
 from rcgrpo_jax.rewards.preservation import Preservation
 
 __all__ = [
-    "Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "option_problems", "register", "registered",
-    "score_all", "weight_problems",
+    "Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "name_problems", "option_problems",
+    "register", "registered", "score_all",
 ]  # fmt: skip

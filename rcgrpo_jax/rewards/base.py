@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,7 +36,6 @@ class Reward(Protocol):
         """Scores every candidate, float32."""
 
 
-LARGEST_WEIGHT = 1e9
 _FACTORIES: dict[str, Callable[..., Reward]] = {}
 
 
@@ -88,17 +87,9 @@ def registered() -> dict[str, dict[str, Any]]:
     }
 
 
-def weight_problems(weights: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the weights that a configuration gives rewards, name -> weight; a line each."""
-    problems = []
-    for name, weight in weights.items():
-        if name not in _FACTORIES:
-            problems.append(f"{name}: no such reward; {_nearest(name, _FACTORIES)}")
-        elif not (is_like(weight, 1.0) and abs(weight) <= LARGEST_WEIGHT):
-            problems.append(
-                f"{name}: {weight!r} found; a number from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} was wanted"
-            )
-    return problems
+def name_problems(names: Iterable[str]) -> list[str]:
+    """The names under which no reward is registered, a line each."""
+    return [f"{name}: no such reward; {_nearest(name, _FACTORIES)}" for name in names if name not in _FACTORIES]
 
 
 def option_problems(name: str, options: Any) -> list[str]:

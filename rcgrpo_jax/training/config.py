@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.borders import is_like
+from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import (
     COUNT,
@@ -19,11 +19,13 @@ from rcgrpo_jax.training.fields import (
     STEPS,
     cache_problems,
     check_fields,
+    flatten,
     get_field,
     quantization_problems,
     refusal,
     schedule_problems,
     size_problems,
+    value_problems,
 )
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
@@ -141,6 +143,7 @@ def default_config() -> ConfigDict:
     )
 
 
+FREE = ("rewards", "reward_options")  # groups whose fields are what rewards are registered
 _CHOICES = {
     **MODEL_CHOICES,
     "explore.kind": ("region", "global", "mixed"),
@@ -167,6 +170,25 @@ _RANGES = {
     "reward_options.oracle.seed": (0, 2**32 - 1),
     "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
 }  # fmt: skip
+
+
+def saved_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a configuration that was saved with a run, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields. Rewards may be others than those that are registered now.
+    """
+    default = flatten(default_config().to_dict())
+    problems = value_problems(values, default, _CHOICES, _RANGES, FREE) + _weight_problems(values)
+    return problems or size_problems(values["data.size"])
+
+
+def _weight_problems(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{field}: {shorten(weight)} found; a number from {-LARGE:g} to {LARGE:g} was wanted"
+        for field, weight in values.items()
+        if field.startswith("rewards.") and not (is_like(weight, 1.0) and abs(weight) <= LARGE)
+    ]
 
 
 def reward_fields() -> dict[str, Any]:
@@ -211,11 +233,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     Raises:
         UsageError: With every problem found, a line each.
     """
-    problems = check_fields(config, default_config(), _CHOICES, _RANGES, free=("rewards", "reward_options"))
+    problems = check_fields(config, default_config(), _CHOICES, _RANGES, FREE)
     problems += [
         f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if get_field(config, field) == ""
     ]
-    problems += [f"rewards.{problem}" for problem in reward_registry.weight_problems(config.rewards)]
+    problems += [f"rewards.{problem}" for problem in reward_registry.name_problems(config.rewards)]
+    problems += _weight_problems(flatten(config.to_dict()))
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
     if problems := problems or _spread_problems(config, num_devices):
@@ -239,7 +262,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {g} candidates allow 0 to "
             f"{math.log(g):.3f}"
         )
-    problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
+    problems += cache_problems(config) + size_problems(config.data.size) + quantization_problems(config)
     problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")

@@ -65,12 +65,26 @@ def check_fields(
     if missing := sorted(known - found):
         raise refusal([f"{field}: missing" for field in missing])
     problems = [_unknown(field, known) for field in sorted(found - known)]
-    values, of_default = _flatten(config), _flatten(default)
-    plain = [field for field in of_default if field in known and field not in choices and field not in ranges]
-    problems += [
-        f"{field}: {shorten(values[field])} found; {_WORDS[type(of_default[field])]} was wanted"
-        for field in plain
-        if not is_like(values[field], of_default[field])
+    return problems + value_problems(flatten(config.to_dict()), flatten(default.to_dict()), choices, ranges, free)
+
+
+def value_problems(
+    values: Mapping[str, Any], default: Mapping[str, Any], choices: Choices, ranges: Ranges, free: Sequence[str] = ()
+) -> list[str]:
+    """The fields whose values are not of their type, choices or range, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields outside of `free`.
+        default: Dotted field -> default, of all fields.
+        choices: As in `check_fields`.
+        ranges: As there.
+        free: As there.
+    """
+    fixed = [field for field in default if field.split(".")[0] not in free]
+    problems = [
+        f"{field}: {shorten(values[field])} found; {_WORDS[type(default[field])]} was wanted"
+        for field in fixed
+        if field not in choices and field not in ranges and not is_like(values[field], default[field])
     ]
     problems += [
         f"{field}: {shorten(values[field])} found; one of {', '.join(allowed)} was wanted"
@@ -78,12 +92,17 @@ def check_fields(
         if values[field] not in allowed
     ]
     for field, (low, high) in ranges.items():
-        if field not in values:  # of a group whose fields the user names
+        if field not in values:  # of a free group
             continue
-        value, like = values[field], is_like(values[field], of_default[field])
-        if (like and not low <= value <= high) or (not like and field in known):
-            problems.append(f"{field}: {shorten(value)} found; {_span(low, high, of_default[field])} was wanted")
+        value, like = values[field], is_like(values[field], default[field])
+        if (like and not low <= value <= high) or (not like and field in fixed):
+            problems.append(f"{field}: {shorten(value)} found; {_span(low, high, default[field])} was wanted")
     return problems
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted field -> value."""
+    return flatten_dict(config, sep=".")
 
 
 def _span(low: float, high: float, default: float) -> str:
@@ -107,9 +126,8 @@ def get_field(config: ConfigDict, field: str) -> Any:
     return value
 
 
-def size_problems(config: ConfigDict) -> list[str]:
+def size_problems(sides: Sequence[Any]) -> list[str]:
     """What is wrong with `data.size`."""
-    sides = config.data.size
     if len(sides) == 2 and all(is_like(side, 0) and 16 <= side <= LONGEST_SIDE and side % 16 == 0 for side in sides):
         return []
     return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted, {LONGEST_SIDE} at most"]
@@ -142,12 +160,8 @@ def schedule_problems(config: ConfigDict, updates: int) -> list[str]:
     ]
 
 
-def _flatten(config: ConfigDict) -> dict[str, Any]:
-    return flatten_dict(config.to_dict(), sep=".")
-
-
 def _fields(config: ConfigDict, free: Sequence[str]) -> set[str]:
-    return {name for name in _flatten(config) if name.split(".")[0] not in free}
+    return {name for name in flatten(config.to_dict()) if name.split(".")[0] not in free}
 
 
 def _unknown(field: str, known: set[str]) -> str:

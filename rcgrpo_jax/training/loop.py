@@ -19,7 +19,7 @@ from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, everywhere
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
@@ -33,6 +33,7 @@ from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
+from rcgrpo_jax.training.saved import saved_config
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.training.step_metrics import drift_metrics, reward_metrics
@@ -70,7 +71,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
-            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, *PATHS, "data_digest"))
+            check_same_config(saved_config(checkpointer), described, (*MAY_DIFFER, *PATHS, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
         state = restore(checkpointer, first_state(config, folder, mesh), described, (*MAY_DIFFER, *PATHS))
@@ -280,10 +281,11 @@ class Trainer:
         self.unscored = 0 if np.all([*scored.values()], axis=0).any() else self.unscored + 1
         if self.unscored == UNSCORED_STEPS:
             failed = ", ".join(name for name, groups in scored.items() if not groups.all())
-            raise UserError(
+            lost = UserError(
                 f"rewards: no group of the last {UNSCORED_STEPS} steps has all its scores; {failed} failed.",
                 "Look at what computes them; the same command resumes from the last checkpoint.",
             )
+            raise everywhere(lost)  # scores are those of all processes
 
     def sample(self, state: TrainState, ready: Ready) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,10 +20,12 @@ from rcgrpo_jax.training.fields import (
     STEPS,
     cache_problems,
     check_fields,
+    flatten,
     quantization_problems,
     refusal,
     schedule_problems,
     size_problems,
+    value_problems,
 )
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
@@ -71,6 +74,16 @@ _RANGES = {
 }  # fmt: skip
 
 
+def saved_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a configuration that was saved with a run, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields.
+    """
+    problems = value_problems(values, flatten(default_config().to_dict()), _CHOICES, _RANGES)
+    return problems or size_problems(values["data.size"])
+
+
 def validate(config: ConfigDict, num_devices: int) -> None:
     """Refuses a configuration that cannot run, before any weight is read.
 
@@ -87,7 +100,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
         )
     if not problems:
-        problems += cache_problems(config) + size_problems(config) + quantization_problems(config)
+        problems += cache_problems(config) + size_problems(config.data.size) + quantization_problems(config)
         problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(
             size
