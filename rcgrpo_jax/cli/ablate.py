@@ -37,6 +37,7 @@ from rcgrpo_jax.training.ablation import (
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.sizes import check_rollout
 from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -80,7 +81,9 @@ def run(argv: list[str]) -> None:
     runs = {variant.name: configure(config, variant, 0) for variant in variants}
     for name, run in runs.items():  # before hours of training
         validate(run, 1)
-        check_model_fits(run, ModelFolder(run.model.path))
+        folder = ModelFolder(run.model.path)
+        check_model_fits(run, folder)
+        check_rollout(run, folder)
         if same_examples(run.data.path, values.data):
             raise UsageError(
                 f"--data: {values.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",

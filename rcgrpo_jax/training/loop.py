@@ -34,6 +34,7 @@ from rcgrpo_jax.training.encode import encode
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
 from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.training.sizes import check_rollout
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.training.step_metrics import drift_metrics, reward_metrics
@@ -68,6 +69,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     folder = ModelFolder(config.model.path)
     check_mesh(config, mesh, folder.config("transformer"))
     check_model_fits(config, folder)
+    check_rollout(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long

@@ -30,6 +30,7 @@ from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, validate
 from rcgrpo_jax.training.run import StepFunction, finished, open_run, restore, run_steps
 from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.training.sizes import check_stage
 from rcgrpo_jax.training.stages import STAGES, Stage
 from rcgrpo_jax.training.state import TrainState, apply_gradients, new_state
 from rcgrpo_jax.weights import random_folder
@@ -68,6 +69,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
         check_parts(mesh, folder.config("transformer").num_attention_heads)
         choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+        check_stage(config, folder)
         stage = STAGES[config.stage](config, folder, mesh, workdir)
         batches = stage.batches()
         described |= stage.identity(batches)
