@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
 
+from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
 from rcgrpo_jax.orbax import is_of_files, ocp
 from rcgrpo_jax.parallel.distributed import together
@@ -145,7 +146,10 @@ class Checkpointer:
         """
         path = self._path(step)
         with self._read_errors(path):
-            return dict(ocp.metadata(path).custom_metadata["config"])
+            config = ocp.metadata(path).custom_metadata["config"]
+            if not isinstance(config, dict):
+                raise ValueError(f"{shorten(config)} found for its configuration; a group of fields was wanted")
+            return config
 
     def wait(self) -> None:
         """Returns when the save under way is on disk.
