@@ -31,7 +31,7 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
 from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.grid import GridRow, comparison_grid, grid_rows
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
 from rcgrpo_jax.training.saved import saved_config
 from rcgrpo_jax.training.sizes import check_rollout
@@ -354,19 +354,3 @@ class Trainer:
 def join(*parts: Any) -> Any:
     """Trees of `[P, g, ...]`, side by side."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-
-
-def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
-    """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
-    pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
-    first = own_rows(len(next(iter(scores.values())))).start
-
-    def caption(p: int, i: int) -> str:
-        return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())
-
-    return [
-        GridRow(
-            batch.instructions[p], batch.pixels[p], batch.mask[p], group, [caption(p, i) for i in range(len(group))]
-        )
-        for p, group in enumerate(pixels)
-    ]
