@@ -66,6 +66,8 @@ def shorten(value: Any, length: int = 60) -> str:
         text = repr(value)
     except RecursionError:
         text = "endless nesting"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "an endless number"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

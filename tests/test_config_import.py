@@ -170,6 +170,39 @@ def test_a_variant_of_an_ablation_gives_weights_too():
     assert "colour" not in small_editor().rewards
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("open('/nothing/here')", ", line 4: FileNotFoundError: [Errno 2] No such file or directory: '/nothing/here'"),
+        ("c.lora.itself = c", ": RecursionError"),
+        ("from ml_collections import ConfigDict; c.rewards = ConfigDict({1: 2})", ": TypeError"),
+    ],
+    ids=["file", "endless", "name"],
+)
+def test_files_that_give_no_configuration(tmp_path, body, message):
+    file = tmp_path / "c.py"
+    file.write_text(
+        f"from {DEFAULTS} import default_config\ndef get_config():\n    c = default_config()\n    {body}\n"
+        "    return c\n"
+    )
+    with pytest.raises(UserError) as refused:
+        load_config(file, DEFAULTS)
+    assert refused.value.problem.startswith(f"--config: {file}{message}")
+
+
+def test_a_frozen_configuration_can_be_changed_by_flags(capsys, given):
+    body = THEIRS.replace("get_config", "get_config as of_file") + (
+        "from ml_collections import FrozenConfigDict\n\ndef get_config():\n    return FrozenConfigDict(of_file())\n"
+    )
+    assert given(capsys, body, "--config.seed=5").seed == 5
+
+
+@pytest.mark.parametrize("path", ["", "/"])
+def test_a_folder_is_no_configuration(capsys, path):
+    _, problem, _ = small_run.fail(capsys, "train", f"--config={path}", "--workdir=w")
+    assert problem == f"--config: {path!r} is a folder; a Python file was wanted."
+
+
 def test_a_configuration_is_given_once(capsys, tmp_path):
     file = write_base(tmp_path)
     _, problem, _ = small_run.fail(capsys, "train", "--config", str(file), f"--config={file}", "--workdir=w")

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rcgrpo_jax.cli.arguments import one_line, parse
 from rcgrpo_jax.cli.config_import import neighbours
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.training.config import name_rewards, reward_fields
+from rcgrpo_jax.training.fields import flatten
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
@@ -82,7 +82,7 @@ def parse_with_config(
         UsageError: As `arguments.parse`, or for a field that does not exist.
     """
     file, others = _split(command, argv)
-    config = load_config(file, defaults) if file and not {"--help", "-help", "-h"} & {*argv} else None
+    config = load_config(file, defaults) if file is not None and not {"--help", "-help", "-h"} & {*argv} else None
     if config is not None:
         fields = re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(others), re.MULTILINE)
         name_rewards(config, fields)
@@ -121,10 +121,10 @@ def _split(command: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _check_overrides(config: ConfigDict, names: Sequence[str], defaults: str) -> None:
-    fields = list(flatten_dict(config.to_dict(), sep="."))
+    fields = list(flatten(config.to_dict()))
     for name in names:
         if not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            near = nearest(name, [*fields, *(reward_fields() if "rewards" in config else ())])
+            near = nearest(name, {*fields, *(reward_fields() if "rewards" in config else ())} - {name})
             raise UsageError(
                 f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
                 f"`default_config` in {defaults.replace('.', '/')}.py lists the fields.",
@@ -147,12 +147,15 @@ def load_config(path: str | Path, defaults: str) -> ConfigDict:
         UserError: If there is no such file or function, or it fails; the message names the file and its line.
     """
     path = os.path.expanduser(path)
+    if os.path.isdir(path or "."):
+        raise UserError(f"--config: {path!r} is a folder; a Python file was wanted.", "Correct the path.")
     try:
         with neighbours(Path(path)):
             config = runpy.run_path(path)["get_config"]()
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config() gave a {type(config).__name__}; a ConfigDict was wanted")
-        return config
+        flatten(config.to_dict())  # neither endless nor with names that are no text
+        return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
     except Exception as error:
         if isinstance(error, OSError) and not _lines(error, path):
             raise UserError(f"--config: {path} cannot be read ({error.strerror}).", "Correct the path.") from None
@@ -160,8 +163,9 @@ def load_config(path: str | Path, defaults: str) -> ConfigDict:
         where = path if not lines else f"{path}, line {lines[-1]}"
         if isinstance(error, SyntaxError) and error.filename:
             where = f"{error.filename}, line {error.lineno}"
+        said = str(error) if isinstance(error, OSError) else one_line(error)
         raise UserError(
-            f"--config: {where}: {type(error).__name__}: {one_line(error)}",
+            f"--config: {where}: {type(error).__name__}: {said}",
             f"Correct the file; its get_config() starts from {defaults}.default_config().",
         ) from error
 

@@ -208,7 +208,7 @@ def name_rewards(config: ConfigDict, fields: Iterable[str]) -> None:
         config: Changed in place.
         fields: What is to be set, dotted; others than those of rewards are left to the caller.
     """
-    known = reward_fields() if "rewards" in config else {}
+    known = reward_fields() if all(isinstance(config.get(name), ConfigDict) for name in FREE) else {}
     with config.unlocked(), config.ignore_type():
         for field in known.keys() & set(fields):
             *groups, name = field.split(".")
