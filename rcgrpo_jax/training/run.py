@@ -48,11 +48,10 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
     with ExitStack() as stack:
         stack.enter_context(watch())
         with together():
-            steps = [
-                str(path.relative_to(workdir)) for path in workdir.glob("checkpoints/[0-9]*") if path.name.isdecimal()
-            ]
-            make_folder(workdir, "workdir", (*FOLDERS, *results, *steps), (METRICS, LOCK))
+            make_folder(workdir, "workdir")
             if is_main():
+                steps = [f"checkpoints/{x.name}" for x in workdir.glob("checkpoints/[0-9]*") if x.name.isdecimal()]
+                make_folder(workdir, "workdir", (*FOLDERS, *results, *steps), (METRICS, LOCK))
                 stack.enter_context(hold(workdir))
         saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
         checkpointer = stack.enter_context(saving)
