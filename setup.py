@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "dm-pix>=0.4.4",
+        "filelock>=4.0",
         "flax>=0.12.8",
         "grain>=0.2.12",
         "jax>=0.10",

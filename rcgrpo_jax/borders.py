@@ -65,12 +65,20 @@ def _problem(found: Any) -> str:
     return f"{place}: {shorten(found['input'])} found, {wanted} wanted"
 
 
+def is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the type of a default: an int is a float too, a list a tuple, and no switch is a number."""
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), type(default))
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """A value as a message shows it, cut where it is long."""
     try:
         text = repr(value)
     except RecursionError:
         text = "endless nesting"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = "an endless number"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 from jaxtyping import Float
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import parse, write_text
-from rcgrpo_jax.cli.config_file import check_config, keep_compilations
+from rcgrpo_jax.cli.arguments import write_text
+from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
@@ -37,21 +37,21 @@ from rcgrpo_jax.training.ablation import (
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
 from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.sizes import check_rollout
+from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.
 
 Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it.
 It uses one device."""
+PAGES = ("table.md", "groups.md", "report.html")
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
 
 
-def _flags(values: flags.FlagValues, argv: list[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Python file with get_config(), common to all variants", values, sys_argv=argv
-    )
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "directory of runs, evaluations and tables", values)
     flags.DEFINE_enum("table", None, [*TABLES], "variants of the paper: Table 2 (components) or 3 (taus)", values)
     flags.DEFINE_multi_string("variant", [], "NAME: FIELD=VALUE ...; a further variant", values)
@@ -68,8 +68,7 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    check_config("ablate", argv, "rcgrpo_jax.training.config")
-    values, _ = parse("ablate", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "out"))
+    values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.training.config")
     config, out = values.config, Path(values.out)
     variants = [*TABLES.get(values.table, ()), *map(parse_variant, values.variant)]
     names = [variant.name for variant in variants]
@@ -82,7 +81,9 @@ def run(argv: list[str]) -> None:
     runs = {variant.name: configure(config, variant, 0) for variant in variants}
     for name, run in runs.items():  # before hours of training
         validate(run, 1)
-        check_model_fits(run, ModelFolder(run.model.path))
+        folder = ModelFolder(run.model.path)
+        check_model_fits(run, folder)
+        check_rollout(run, folder)
         if same_examples(run.data.path, values.data):
             raise UsageError(
                 f"--data: {values.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",
@@ -101,7 +102,19 @@ def run(argv: list[str]) -> None:
     open_source(values.data, config.data.polarity, mask_value=config.data.mask_value)
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
+    make_folder(out, "--out", ("runs", "evaluations", "cache", "compiled"), (*PAGES, LOCK))
+    with hold(out):
+        compare(config, variants, runs, values, out)
 
+
+def compare(
+    config: ConfigDict,
+    variants: Sequence[Variant],
+    runs: Mapping[str, ConfigDict],
+    values: flags.FlagValues,
+    out: Path,
+) -> None:
+    """Does what is not there yet, and writes and prints all results."""
     sections: dict[str, Any] = {}
     facts = {x.name: ", ".join(f"{field} = {value}" for field, value in x.changes.items()) for x in variants}
     if values.seeds:

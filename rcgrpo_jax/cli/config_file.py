@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import re
 import runpy
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rcgrpo_jax.cli.arguments import one_line, parse
+from rcgrpo_jax.cli.config_import import neighbours
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.training.config import name_rewards, reward_fields
+from rcgrpo_jax.training.fields import flatten
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
@@ -33,21 +35,17 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
 
     Raises:
         UserError: As `load_config`.
-        UsageError: For a field that does not exist, a value of another type, a missing flag, or a URL for a directory.
+        UsageError: As `parse_with_config`, or for a URL for a directory.
     """
 
     def define(values: flags.FlagValues) -> None:
-        config_flags.DEFINE_config_file(
-            "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=list(argv)
-        )
         flags.DEFINE_string("workdir", None, "directory of the run", values)
         several = "; with several processes, where neither a TPU nor Slurm tells"
         flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0{several}", values)
         flags.DEFINE_string("num_processes", None, f"how many there are{several}", values)
         flags.DEFINE_string("process_id", None, f"number of this one, from 0{several}", values)
 
-    check_config(command, argv, defaults)
-    values, _ = parse(command, about, argv, define, required=("config", "workdir"))
+    values = parse_with_config(command, about, argv, define, ("workdir",), defaults)
     if "://" in values.workdir:
         raise UsageError(
             f"--workdir: {values.workdir!r} found; a directory was wanted.",
@@ -56,6 +54,81 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     keep_compilations(Path(values.workdir))
     return values.config, Path(values.workdir)
+
+
+def parse_with_config(
+    command: str,
+    about: str,
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    required: Sequence[str],
+    defaults: str,
+) -> flags.FlagValues:
+    """Parses the flags of a command that reads a configuration: `--config FILE` and `--config.FIELD=VALUE`.
+
+    Args:
+        command: Its name.
+        about: One line for `--help`.
+        argv: Arguments after the name.
+        define: Adds the command's other flags to the `FlagValues` it is given.
+        required: Those of them that must be given.
+        defaults: Module of the `default_config` that the file should start from, for messages.
+
+    Returns:
+        The flags; `config` is the configuration with what the flags change.
+
+    Raises:
+        UserError: As `load_config`.
+        UsageError: As `arguments.parse`, or for a field that does not exist.
+    """
+    file, others = _split(command, argv)
+    config = load_config(file, defaults) if file is not None and not {"--help", "-help", "-h"} & {*argv} else None
+    if config is not None:
+        fields = re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(others), re.MULTILINE)
+        name_rewards(config, fields)
+        _check_overrides(config, fields, defaults)
+
+    def define_all(values: flags.FlagValues) -> None:
+        about = "Python file with get_config(); --config.FIELD=VALUE overrides"
+        if config is None:
+            flags.DEFINE_string("config", None, about, values)
+        else:
+            config_flags.DEFINE_config_dict("config", config, about, values, sys_argv=others)
+        define(values)
+
+    rest = argv if config is None else others
+    return parse(command, about, rest, define_all, required=("config", *required))[0]
+
+
+def _split(command: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config`, and the other arguments.
+
+    Raises:
+        UsageError: For two values.
+    """
+    values = flags.FlagValues()
+    values.set_gnu_getopt()  # it may come after the value of another flag
+    flags.DEFINE_multi_string("config", [], "", values)
+    try:
+        others = values([command, *argv], known_only=True)[1:]
+    except flags.Error:  # reported by `parse`
+        return None, list(argv)
+    if len(values.config) > 1:
+        raise UsageError(
+            f"--config: {' and '.join(values.config)} found; one file was wanted.", "Leave out the others."
+        )
+    return next(iter(values.config), None), others
+
+
+def _check_overrides(config: ConfigDict, names: Sequence[str], defaults: str) -> None:
+    fields = list(flatten(config.to_dict()))
+    for name in names:
+        if not any(f"{field}.".startswith(f"{name}.") for field in fields):
+            near = nearest(name, {*fields, *(reward_fields() if "rewards" in config else ())} - {name})
+            raise UsageError(
+                f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
+                f"`default_config` in {defaults.replace('.', '/')}.py lists the fields.",
+            )
 
 
 def keep_compilations(folder: Path) -> None:
@@ -67,50 +140,39 @@ def keep_compilations(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
 
 
-def load_config(path: str, defaults: str) -> ConfigDict:
-    """What the `get_config()` of a Python file returns.
+def load_config(path: str | Path, defaults: str) -> ConfigDict:
+    """What the `get_config()` of a Python file returns; the file may import its neighbours and `configs.*`.
 
     Raises:
         UserError: If there is no such file or function, or it fails; the message names the file and its line.
     """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path or "."):
+        raise UserError(f"--config: {path!r} is a folder; a Python file was wanted.", "Correct the path.")
     try:
-        config = runpy.run_path(path)["get_config"]()
+        with neighbours(Path(path)):
+            config = runpy.run_path(path)["get_config"]()
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config() gave a {type(config).__name__}; a ConfigDict was wanted")
-        return config
-    except OSError as error:
-        raise UserError(f"--config: {path} cannot be read ({error.strerror}).", "Correct the path.") from None
+        flatten(config.to_dict())  # neither endless nor with names that are no text
+        return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        where = path if line is None else f"{path}, line {line}"
+        if isinstance(error, OSError) and not _lines(error, path):
+            raise UserError(f"--config: {path} cannot be read ({error.strerror}).", "Correct the path.") from None
+        lines = _lines(error, path)
+        where = path if not lines else f"{path}, line {lines[-1]}"
+        if isinstance(error, SyntaxError) and error.filename:
+            where = f"{error.filename}, line {error.lineno}"
+        said = str(error) if isinstance(error, OSError) else one_line(error)
         raise UserError(
-            f"--config: {where}: {type(error).__name__}: {one_line(error)}",
+            f"--config: {where}: {type(error).__name__}: {said}",
             f"Correct the file; its get_config() starts from {defaults}.default_config().",
         ) from error
 
 
-def check_config(command: str, argv: Sequence[str], defaults: str) -> None:
-    """Runs the file of `--config` by itself and looks up the overridden fields, for messages that name either.
-
-    Raises:
-        UserError: As `load_config`.
-        UsageError: If `--config.FIELD` names a field that the configuration does not have.
-    """
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "", values)
-    with contextlib.suppress(flags.Error):  # reported by `parse`
-        values([command, *argv], known_only=True)
-    if not values["config"].value:
-        return
-    fields = list(flatten_dict(load_config(values["config"].value, defaults).to_dict(), sep="."))
-    for name in re.findall(r"^--?config\.([^=\n]+)", "\n".join(argv), re.MULTILINE):
-        if not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            near = nearest(name, fields)
-            raise UsageError(
-                f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
-                f"`default_config` in {defaults.replace('.', '/')}.py lists the fields.",
-            )
+def _lines(error: Exception, path: str) -> list[int]:
+    """The lines of a file that an error came through."""
+    return [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
 
 
 def print_records(workdir: Path) -> None:

@@ -14,6 +14,7 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.loop import train_to_end
 from rcgrpo_jax.training.recipes import small_editor
+from rcgrpo_jax.training.saved import saved_config
 
 ABOUT = """Post-trains the editor that ships with the package on synthetic edits, exports the LoRA, compares it with the
 base on held-out edits, and writes a page about it. Run again with the same flags, it resumes the training."""
@@ -38,7 +39,7 @@ def run(argv: list[str]) -> None:
     data = f"scenes:heldout:{values.examples}"
 
     found = Checkpointer(out / "run" / "checkpoints", save_every=1, keep=1)
-    if found.latest_step() is not None and (before := found.saved_config()["train"]["num_steps"]) != values.steps:
+    if found.latest_step() is not None and (before := saved_config(found)["train"]["num_steps"]) != values.steps:
         raise UsageError(
             f"--steps: {values.steps} found; {out} holds a run of {before}.",
             f"Write --steps={before}, or another --out.",

@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
-from rcgrpo_jax.cli.run_record import default_of
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.saved import saved_config
 from rcgrpo_jax.training.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import FORMS, save_lora
@@ -60,14 +60,13 @@ def export(
         UserError: If there is no such checkpoint, its run trained no LoRA, or the file cannot be written.
     """
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
-    saved = checkpointer.saved_config(step)
+    saved = saved_config(checkpointer, step)
     if saved.get("stage", "lora") != "lora":
         raise UserError(
             f"--workdir: {workdir} is a run of stage {saved['stage']}, which trains no LoRA.",
             f"Its result is {Path(workdir) / 'model'}.",
         )
-    _, config = default_of(saved)
-    config.update(ConfigDict({name: value for name, value in saved.items() if name in config}))
+    config = ConfigDict(saved)
     params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
     try:

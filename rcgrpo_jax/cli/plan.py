@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from rcgrpo_jax.cli.arguments import check_writable, leave_devices_alone, parse
-from rcgrpo_jax.cli.config_file import check_config
+from rcgrpo_jax.cli.arguments import check_writable, leave_devices_alone
+from rcgrpo_jax.cli.config_file import parse_with_config
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
@@ -32,10 +32,7 @@ one does not fit, with the nearest setting that does. A search is free in mesh, 
 or the command line says of them is not kept."""
 
 
-def _flags(values: flags.FlagValues, argv: list[str]) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=argv
-    )
+def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h100:8, 2*v6e:16x16 (two slices), ..., or local", values)
     flags.DEFINE_bool("search", False, "try mesh shapes, micro-batches and remat policies; rank those that fit", values)
     flags.DEFINE_integer("limit", 12, "programs that a search, or a fix, compiles at most", 1, flag_values=values)
@@ -47,8 +44,7 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    check_config("plan", argv, "rcgrpo_jax.training.config")
-    values, _ = parse("plan", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "topology"))
+    values = parse_with_config("plan", ABOUT, argv, _flags, ("topology",), "rcgrpo_jax.training.config")
     if values.topology != "local":
         leave_devices_alone()  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)

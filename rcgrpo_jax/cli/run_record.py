@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -11,15 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training import config as train_config
-from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.training.saved import module_of, saved_config
 
+_PICTURE = re.compile(r"step_[0-9]+\.png\Z")  # and not "step_000009 (1).png"
 SCRIPT = "run.py"  # name of the configuration file in the commands
 _SHARED = {
     "Model": "{model[path]}, {model[dtype]}, quantization {model[quantization]}, guidance {model[guidance]}",
@@ -63,7 +63,7 @@ def read_run(workdir: Path) -> RunRecord:
         raise UserError(f"--workdir: {workdir} is no directory; that of a run was wanted.", "Correct the path.")
     file, checkpointer = workdir / "metrics.jsonl", Checkpointer(workdir / "checkpoints", save_every=1, keep=1)
     metrics = read_metrics(file) if file.exists() else []
-    config = checkpointer.saved_config() if checkpointer.latest_step() is not None else {}
+    config = saved_config(checkpointer) if checkpointer.latest_step() is not None else {}
     if not metrics and not config:
         raise UserError(
             f"--workdir: {workdir} has neither steps in metrics.jsonl nor a checkpoint; a run was wanted.",
@@ -73,9 +73,10 @@ def read_run(workdir: Path) -> RunRecord:
 
 
 def _last_picture(workdir: Path) -> tuple[str, UInt8[np.ndarray, "_ _ 3"]] | None:
-    for path in sorted(workdir.glob("images/step_[0-9]*.png"), reverse=True):
+    pictures = {int(path.stem[5:]): path for path in workdir.glob("images/step_*.png") if _PICTURE.match(path.name)}
+    for step in sorted(pictures, reverse=True):
         try:
-            return f"step {int(path.stem.removeprefix('step_'))}", read_image(path)
+            return f"step {step}", read_image(pictures[step])
         except UserError:  # it is being written
             continue
     return None
@@ -101,22 +102,16 @@ def facts(record: RunRecord) -> dict[str, str]:
     return found
 
 
-def default_of(config: Mapping[str, Any]) -> tuple[str, ConfigDict]:
-    """The module whose defaults a saved configuration started from, and these."""
-    module = pretrain_config if "stage" in config else train_config
-    return module.__name__, module.default_config()
-
-
 def config_script(config: Mapping[str, Any]) -> str:
     """A configuration file that gives a saved configuration again; it names what differs from the defaults.
 
     What was saved beside the configuration, such as a digest of the data, is left out.
     """
-    module, default = default_of(config)
-    changes = _changes(config, json.loads(json.dumps(default.to_dict())), "config")
+    module = module_of(config)
+    changes = _changes(config, json.loads(json.dumps(module.default_config().to_dict())), "config")
     body = "".join(f"    {line}\n" for line in changes)
     return (
-        f"from ml_collections import ConfigDict\n\nfrom {module} import default_config\n\n\n"
+        f"from ml_collections import ConfigDict\n\nfrom {module.__name__} import default_config\n\n\n"
         f"def get_config() -> ConfigDict:\n    config = default_config()\n{body}    return config\n"
     )
 

@@ -16,7 +16,7 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.prefetch import Prefetch
 from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
 
 _SAME_DATA = "Give every process the same data, or one folder that all see."
@@ -77,9 +77,10 @@ class EncodedSource:
         settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
         sizes = distributed.gather(np.array([len(source)]))
         if sizes.min() < sizes.max():
-            raise UserError(
+            apart = UserError(
                 f"data: the processes find different numbers of examples, {', '.join(map(str, sizes))}.", _SAME_DATA
             )
+            raise everywhere(apart)
         own = distributed.own_share(len(source))
         hashes = np.zeros((len(source), 16), np.uint8)
         missing: list[int] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rcgrpo_jax.borders import is_like
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 
@@ -78,6 +79,20 @@ def make(name: str, **options: Any) -> Reward:
     return _FACTORIES[name](**options)
 
 
+def registered() -> dict[str, dict[str, Any]]:
+    """Every registered reward: name -> option -> default, where it has one."""
+    parameters = {name: inspect.signature(factory).parameters for name, factory in _FACTORIES.items()}
+    return {
+        name: {option: x.default for option, x in found.items() if x.default not in (None, x.empty)}
+        for name, found in parameters.items()
+    }
+
+
+def name_problems(names: Iterable[str]) -> list[str]:
+    """The names under which no reward is registered, a line each."""
+    return [f"{name}: no such reward; {_nearest(name, _FACTORIES)}" for name in names if name not in _FACTORIES]
+
+
 def option_problems(name: str, options: Any) -> list[str]:
     """What is wrong with the options that a configuration gives a reward, a line each.
 
@@ -108,9 +123,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value can stand for a default; any can where there is none."""
-    if default is None or default is inspect.Parameter.empty or type(value) is type(default):
-        return True
-    return type(value) is int and type(default) is float
+    return default is None or default is inspect.Parameter.empty or is_like(value, default)
 
 
 def refuse_broken(

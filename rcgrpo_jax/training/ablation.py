@@ -27,7 +27,7 @@ from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.checkpoint import config_differences
-from rcgrpo_jax.training.config import MAY_DIFFER
+from rcgrpo_jax.training.config import MAY_DIFFER, name_rewards
 from rcgrpo_jax.training.encode import Batches, encode
 from rcgrpo_jax.training.loop import (
     Trainer,
@@ -108,7 +108,9 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
     Raises:
         UsageError: The variant names an unknown field, or a value of another type.
     """
-    changed = config.copy_and_resolve_references().lock()  # against new fields
+    changed = config.copy_and_resolve_references()
+    name_rewards(changed, variant.changes)
+    changed.lock()  # against new fields
     try:
         if common := {"seed", "model.path"} & variant.changes.keys():
             raise TypeError(f"{', '.join(common)} found; all variants share seeds and base")

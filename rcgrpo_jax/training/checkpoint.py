@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
 
-from rcgrpo_jax.errors import UserError, is_everywhere
+from rcgrpo_jax.borders import shorten
+from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
 from rcgrpo_jax.orbax import is_of_files, ocp
 from rcgrpo_jax.parallel.distributed import together
 
@@ -86,10 +87,27 @@ class Checkpointer:
             return self._orbax.save_async(step, state, force=True, custom_metadata=about) is not None
 
     def steps(self) -> list[int]:
-        """The steps with a whole checkpoint, in ascending order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
+        """The steps with a whole checkpoint, in ascending order.
+
+        Raises:
+            UserError: The directory, or what describes a checkpoint, cannot be read.
+        """
+        try:
+            if not self.directory.is_dir():
+                return []
+            return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(self.directory))
+        except Exception as error:
+            for path in self._folders():
+                with self._read_errors(path):
+                    ocp.metadata(path)
+            raise UserError(
+                f"{self.directory}: cannot be read: {_reason(error)}", "Allow it, or put it back from a copy."
+            ) from error
+
+    def _folders(self) -> list[Path]:
+        """The folders that are named as checkpoints are, whole or not, in the order of their steps."""
+        found = (path for path in self.directory.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(found, key=lambda path: int(path.name))
 
     def latest_step(self) -> int | None:
         """The last step with a whole checkpoint, or None."""
@@ -130,7 +148,10 @@ class Checkpointer:
         """
         path = self._path(step)
         with self._read_errors(path):
-            return dict(ocp.metadata(path).custom_metadata["config"])
+            config = ocp.metadata(path).custom_metadata["config"]
+            if not isinstance(config, dict):
+                raise ValueError(f"{shorten(config)} found for its configuration; a group of fields was wanted")
+            return config
 
     def wait(self) -> None:
         """Returns when the save under way is on disk.
@@ -188,7 +209,8 @@ class Checkpointer:
             reason = next((text for text in _FULL_DISK if text in str(error)), None)
             if reason is None:
                 raise
-            raise self._disk_full(reason) from error
+            full = self._disk_full(reason)
+            raise (everywhere(full) if is_everywhere(error) else full) from error
 
     @contextmanager
     def _read_errors(self, path: Path) -> Iterator[None]:
@@ -201,7 +223,7 @@ class Checkpointer:
         except Exception as error:
             if not is_of_files(error):
                 raise
-            earlier = [step for step in self.steps() if str(step) != path.name]
+            earlier = [other.name for other in self._folders() if other != path]
             raise UserError(
                 f"{path}: the checkpoint cannot be read: {_reason(error)}",
                 f"Put that directory back from a copy, or move it away to go on from "

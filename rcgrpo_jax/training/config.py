@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training.fields import (
+    COUNT,
+    LARGE,
     MODEL_CHOICES,
     SHARED_RANGES,
+    STEPS,
     cache_problems,
     check_fields,
+    flatten,
     get_field,
     mask_problems,
     quantization_problems,
     refusal,
     schedule_problems,
     size_problems,
+    value_problems,
 )
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
@@ -140,6 +147,7 @@ def default_config() -> ConfigDict:
     )
 
 
+FREE = ("rewards", "reward_options")  # groups whose fields are what rewards are registered
 _CHOICES = {
     **MODEL_CHOICES,
     "explore.kind": ("region", "global", "mixed"),
@@ -152,16 +160,69 @@ _CHOICES = {
 _RANGES = {
     **SHARED_RANGES,
     "explore.alpha_edit": (0, 1), "explore.alpha_base": (0, 1), "explore.sigma": (0, 1),
-    "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, math.inf),
-    "rollout.prompts": (1, math.inf), "rollout.group_size": (2, math.inf), "rollout.num_steps": (1, math.inf),
-    "rollout.micro_batch": (0, math.inf), "rollout.decode_micro_batch": (0, math.inf),
-    "surrogate.tau_edit": (1e-6, math.inf), "surrogate.tau_base": (1e-6, math.inf), "surrogate.anchors": (1, math.inf),
-    "surrogate.num_random_steps": (1, math.inf), "surrogate.micro_batch": (0, math.inf),
-    "objective.clip": (1e-9, math.inf), "objective.advantage_clip": (1e-9, math.inf),
-    "objective.quasi_norm": (0, math.inf), "objective.kl_weight": (0, math.inf),
-    "objective.source_advantage": (0, math.inf), "objective.updates": (1, math.inf),
-    "acd.layers": (1, math.inf), "acd.weight": (0, math.inf),
+    "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, 128),
+    "rollout.prompts": (1, COUNT), "rollout.group_size": (2, COUNT), "rollout.num_steps": (1, STEPS),
+    "rollout.micro_batch": (0, COUNT), "rollout.decode_micro_batch": (0, COUNT),
+    "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
+    "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
+    "surrogate.micro_batch": (0, COUNT),
+    "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
+    "objective.quasi_norm": (0, 10), "objective.kl_weight": (0, LARGE),
+    "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
+    "reward_options.preservation.cap": (1e-6, LARGE), "reward_options.colour.scale": (1e-6, LARGE),
+    "reward_options.colour.lightness": (0, LARGE), "reward_options.oracle.noise": (0, LARGE),
+    "reward_options.oracle.seed": (0, 2**32 - 1),
+    "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
 }  # fmt: skip
+
+
+def saved_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a configuration that was saved with a run, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields. Rewards may be others than those that are registered now.
+    """
+    default = flatten(default_config().to_dict())
+    problems = value_problems(values, default, _CHOICES, _RANGES, FREE) + _weight_problems(values)
+    return problems or size_problems(values["data.size"])
+
+
+def _weight_problems(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{field}: {shorten(weight)} found; a number from {-LARGE:g} to {LARGE:g} was wanted"
+        for field, weight in values.items()
+        if field.startswith("rewards.") and not (is_like(weight, 1.0) and abs(weight) <= LARGE)
+    ]
+
+
+def reward_fields() -> dict[str, Any]:
+    """The fields that registered rewards have in a configuration, dotted -> value where nothing else is said."""
+    options = {
+        f"reward_options.{name}.{option}": default
+        for name, known in reward_registry.registered().items()
+        for option, default in known.items()
+    }
+    return {f"rewards.{name}": 0.0 for name in reward_registry.registered()} | options
+
+
+def name_rewards(config: ConfigDict, fields: Iterable[str]) -> None:
+    """Adds the fields of registered rewards that a configuration does not name, so that they can be set.
+
+    Args:
+        config: Changed in place.
+        fields: What is to be set, dotted; others than those of rewards are left to the caller.
+    """
+    known = reward_fields() if all(isinstance(config.get(name), ConfigDict) for name in FREE) else {}
+    with config.unlocked(), config.ignore_type():
+        for field in known.keys() & set(fields):
+            *groups, name = field.split(".")
+            group = config
+            for part in groups:
+                if part not in group:
+                    group[part] = ConfigDict()
+                group = group[part]
+            value, default = group.get(name, known[field]), known[field]
+            group[name] = float(value) if is_like(value, default) and isinstance(default, float) else value
 
 
 def num_trained_steps(config: ConfigDict) -> int:
@@ -181,15 +242,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     Raises:
         UsageError: With every problem found, a line each.
     """
-    problems = check_fields(config, default_config(), _CHOICES, _RANGES, free=("rewards", "reward_options"))
+    problems = check_fields(config, default_config(), _CHOICES, _RANGES, FREE)
     problems += [
-        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if not get_field(config, field)
+        f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if get_field(config, field) == ""
     ]
-    problems += [
-        f"rewards.{name}: {weight!r} found; a finite number was wanted"
-        for name, weight in config.rewards.items()
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight)
-    ]
+    problems += [f"rewards.{problem}" for problem in reward_registry.name_problems(config.rewards)]
+    problems += _weight_problems(flatten(config.to_dict()))
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
     if problems := problems or _spread_problems(config, num_devices):
@@ -217,7 +275,8 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
             f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {members} candidates allow 0 to "
             f"{math.log(members):.3f}"
         )
-    problems += cache_problems(config) + size_problems(config) + mask_problems(config) + quantization_problems(config)
+    problems += cache_problems(config) + size_problems(config.data.size) + mask_problems(config)
+    problems += quantization_problems(config)
     problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
     if not any(config.rewards.values()) and not config.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")

@@ -1,4 +1,4 @@
-"""Checks of a configuration against its defaults: names, choices and ranges; what all kinds of training share."""
+"""Checks of a configuration against its defaults: names, types, choices, ranges; what all kinds of training share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.data.masks import check_marking
 from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
@@ -25,16 +26,24 @@ MODEL_CHOICES: Choices = {
     "model.remat": tuple(REMAT_POLICIES),
     "data.polarity": ("white", "black"),
 }
+UPDATES = 2**31 - 1  # int32, in which updates are counted
+# Bounds of what has none of its own: above all that is meant, and far from what overflows or never ends.
+LARGE = 1e9  # of numbers, in float32
+COUNT = 2**20  # of candidates, examples or blocks
+STEPS = 10_000  # of a solver, or of an optimizer on one rollout
+LONGEST_SIDE = 2**16  # of a picture, pixels
 SHARED_RANGES: Ranges = {
-    "seed": (0, 2**32 - 1), "model.max_text_tokens": (0, 512), "model.guidance": (0, math.inf),
-    "lora.rank": (1, math.inf), "lora.alpha": (1e-9, math.inf),
-    "optimizer.learning_rate": (0, math.inf), "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.decay_steps": (0, math.inf), "optimizer.weight_decay": (0, math.inf), "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999), "optimizer.eps": (1e-30, 1), "optimizer.max_grad_norm": (1e-9, math.inf),
+    "seed": (0, 2**32 - 1), "model.max_text_tokens": (0, 512), "model.guidance": (0, LARGE),
+    "lora.rank": (1, 2**16), "lora.alpha": (1e-9, LARGE),
+    "optimizer.learning_rate": (0, 1), "optimizer.warmup_steps": (0, UPDATES),
+    "optimizer.decay_steps": (0, UPDATES), "optimizer.weight_decay": (0, LARGE), "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.999999), "optimizer.eps": (1e-30, 1), "optimizer.max_grad_norm": (1e-9, LARGE),
     "optimizer.ema_decay": (0, 0.99999),
     "train.num_steps": (1, math.inf), "train.save_every": (1, math.inf), "train.keep": (1, math.inf),
     "train.image_every": (1, math.inf), "train.profile_steps": (0, math.inf),
+    "mesh.data": (-1, math.inf), "mesh.fsdp": (-1, math.inf), "mesh.tensor": (-1, math.inf),
 }  # fmt: skip
+_WORDS = {bool: "True or False", str: "text", tuple: "a tuple"}  # of fields that have neither choices nor a range
 
 
 def check_fields(
@@ -44,29 +53,64 @@ def check_fields(
 
     Args:
         config: What the user gave.
-        default: Has every field.
+        default: Has every field, with a value of its type.
         choices: Field -> values allowed.
         ranges: Field -> lowest and highest value allowed.
-        free: Groups whose fields the user names.
+        free: Groups whose fields the user names; these are held to `ranges` alone.
 
     Raises:
-        UsageError: If fields are missing: nothing else can be checked then.
+        UsageError: If fields or groups are missing: nothing else can be checked then.
     """
+    if lost := [name for name in free if not isinstance(config.get(name), ConfigDict)]:
+        raise refusal([f"{name}: {config.get(name)!r} found; a group of fields was wanted" for name in lost])
     known, found = _fields(default, free), _fields(config, free)
     if missing := sorted(known - found):
         raise refusal([f"{field}: missing" for field in missing])
     problems = [_unknown(field, known) for field in sorted(found - known)]
+    return problems + value_problems(flatten(config.to_dict()), flatten(default.to_dict()), choices, ranges, free)
+
+
+def value_problems(
+    values: Mapping[str, Any], default: Mapping[str, Any], choices: Choices, ranges: Ranges, free: Sequence[str] = ()
+) -> list[str]:
+    """The fields whose values are not of their type, choices or range, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields outside of `free`.
+        default: Dotted field -> default, of all fields.
+        choices: As in `check_fields`.
+        ranges: As there.
+        free: As there.
+    """
+    fixed = [field for field in default if field.split(".")[0] not in free]
+    problems = [
+        f"{field}: {shorten(values[field])} found; {_WORDS[type(default[field])]} was wanted"
+        for field in fixed
+        if field not in choices and field not in ranges and not is_like(values[field], default[field])
+    ]
     problems += [
-        f"{field}: {get_field(config, field)!r} found; one of {', '.join(allowed)} was wanted"
+        f"{field}: {shorten(values[field])} found; one of {', '.join(allowed)} was wanted"
         for field, allowed in choices.items()
-        if get_field(config, field) not in allowed
+        if values[field] not in allowed
     ]
     for field, (low, high) in ranges.items():
-        value = get_field(config, field)
-        if not isinstance(value, (int, float)) or not low <= value <= high:
-            wanted = f"{low} {'or more' if high == math.inf else f'to {high}'}"
-            problems.append(f"{field}: {value!r} found; {wanted} was wanted")
+        if field not in values:  # of a free group
+            continue
+        value, like = values[field], is_like(values[field], default[field])
+        if (like and not low <= value <= high) or (not like and field in fixed):
+            problems.append(f"{field}: {shorten(value)} found; {_span(low, high, default[field])} was wanted")
     return problems
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted field -> value."""
+    return flatten_dict(config, sep=".")
+
+
+def _span(low: float, high: float, default: float) -> str:
+    whole = isinstance(default, int)
+    words = f"{low} or more" if high == math.inf else f"{low} to {high if whole else format(high, 'g')}"
+    return f"a whole number, {words}," if whole else words
 
 
 def refusal(problems: Sequence[str]) -> UsageError:
@@ -84,12 +128,11 @@ def get_field(config: ConfigDict, field: str) -> Any:
     return value
 
 
-def size_problems(config: ConfigDict) -> list[str]:
+def size_problems(sides: Sequence[Any]) -> list[str]:
     """What is wrong with `data.size`."""
-    sides = config.data.size
-    if len(sides) == 2 and all(isinstance(side, int) and side >= 16 and side % 16 == 0 for side in sides):
+    if len(sides) == 2 and all(is_like(side, 0) and 16 <= side <= LONGEST_SIDE and side % 16 == 0 for side in sides):
         return []
-    return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted"]
+    return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted, {LONGEST_SIDE} at most"]
 
 
 def mask_problems(config: ConfigDict) -> list[str]:
@@ -129,7 +172,7 @@ def schedule_problems(config: ConfigDict, updates: int) -> list[str]:
 
 
 def _fields(config: ConfigDict, free: Sequence[str]) -> set[str]:
-    return {name for name in flatten_dict(config.to_dict(), sep=".") if name.split(".")[0] not in free}
+    return {name for name in flatten(config.to_dict()) if name.split(".")[0] not in free}
 
 
 def _unknown(field: str, known: set[str]) -> str:

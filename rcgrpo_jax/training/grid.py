@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from rcgrpo_jax.data.images import DISPLAY_SIDES, for_display, outline
+from rcgrpo_jax.data.pipeline import EditBatch
+from rcgrpo_jax.parallel.distributed import own_rows
 
 _GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
@@ -33,6 +36,22 @@ class GridRow:
     mask: Float[np.ndarray, "h w"]
     candidates: UInt8[np.ndarray, "G h w 3"]
     captions: Sequence[str]
+
+
+def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
+    """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
+    pixels = np.asarray(jnp.round(jnp.nan_to_num(images[:4, :6]) * 255)).astype(np.uint8)  # what diverged is black
+    first = own_rows(len(next(iter(scores.values())))).start
+
+    def caption(p: int, i: int) -> str:
+        return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())
+
+    return [
+        GridRow(
+            batch.instructions[p], batch.pixels[p], batch.mask[p], group, [caption(p, i) for i in range(len(group))]
+        )
+        for p, group in enumerate(pixels)
+    ]
 
 
 def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarray, "H W 3"]:

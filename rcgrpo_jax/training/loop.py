@@ -19,7 +19,7 @@ from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.pipeline import EditBatch
 from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, everywhere
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
@@ -31,8 +31,10 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
 from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.grid import GridRow, comparison_grid, grid_rows
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
+from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.training.sizes import check_rollout
 from rcgrpo_jax.training.state import TrainState, init_state, start_lora
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.training.step_metrics import drift_metrics, reward_metrics
@@ -67,13 +69,14 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     folder = ModelFolder(config.model.path)
     check_mesh(config, mesh, folder.config("transformer"))
     check_model_fits(config, folder)
+    check_rollout(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
         described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         state = first_state(config, folder, mesh)
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = start_lora(state, config, abstract_params("transformer", folder.config("transformer")), mesh)
         else:
-            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, *PATHS, "data_digest"))
+            check_same_config(saved_config(checkpointer), described, (*MAY_DIFFER, *PATHS, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_example, rewards))
         described["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, described, (*MAY_DIFFER, *PATHS))
@@ -283,10 +286,11 @@ class Trainer:
         self.unscored = 0 if np.all([*scored.values()], axis=0).any() else self.unscored + 1
         if self.unscored == UNSCORED_STEPS:
             failed = ", ".join(name for name, groups in scored.items() if not groups.all())
-            raise UserError(
+            lost = UserError(
                 f"rewards: no group of the last {UNSCORED_STEPS} steps has all its scores; {failed} failed.",
                 "Look at what computes them; the same command resumes from the last checkpoint.",
             )
+            raise everywhere(lost)  # scores are those of all processes
 
     def sample(self, state: TrainState, ready: Ready) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
@@ -355,19 +359,3 @@ class Trainer:
 def join(*parts: Any) -> Any:
     """Trees of `[P, g, ...]`, side by side."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-
-
-def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
-    """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
-    pixels = np.asarray(jnp.round(jnp.nan_to_num(images[:4, :6]) * 255)).astype(np.uint8)  # what diverged is black
-    first = own_rows(len(next(iter(scores.values())))).start
-
-    def caption(p: int, i: int) -> str:
-        return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())
-
-    return [
-        GridRow(
-            batch.instructions[p], batch.pixels[p], batch.mask[p], group, [caption(p, i) for i in range(len(group))]
-        )
-        for p, group in enumerate(pixels)
-    ]

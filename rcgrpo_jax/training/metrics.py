@@ -9,14 +9,19 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Annotated, Any, NotRequired, Self, TextIO
 
 import jax
 import numpy as np
+from annotated_types import Interval
 from jaxtyping import UInt8
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
+from rcgrpo_jax.borders import STRICT, conform, parse_json
 from rcgrpo_jax.errors import UserError, everywhere
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -36,7 +41,7 @@ class MetricsWriter:
             return
         from tensorboardX import SummaryWriter
 
-        path = Path(workdir) / "metrics.jsonl"
+        path = Path(workdir) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         _rewind(path, resume_step)
         self._lines = path.open("a", encoding="utf-8")
@@ -87,18 +92,29 @@ class MetricsWriter:
         self.close()
 
 
+class _Line(TypedDict):
+    """What a line of `metrics.jsonl` says beside its metrics."""
+
+    __pydantic_config__ = STRICT
+    step: Annotated[int, Interval(ge=0)]
+    time: NotRequired[Annotated[float, Interval(ge=0, le=253_402_300_799)]]  # seconds; the last of the year 9999
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The steps of a `metrics.jsonl`, in file order, without a last line that a kill tore off.
 
     Raises:
-        UserError: Another line is not a JSON object with a step.
+        UserError: The file cannot be read, another line is not a JSON object with a step, or a value is no number.
     """
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    steps = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}).", "Correct the path.") from None
+    steps = {}
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
-            steps.append({**entry, "step": int(entry["step"])})
+            entry = parse_json(line)
+            steps[f"line {number}"] = {**entry, "step": entry["step"]}
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
@@ -106,7 +122,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"{path}:{number}: not a JSON object with a step: {line[:60]!r}.",
                 "Delete that line; the file holds one object a line.",
             ) from error
-    return steps
+    remedy = "Correct or delete that line."
+    conform(steps, dict[str, dict[str, float | None]], str(path), remedy)
+    conform(steps, dict[str, _Line], str(path), remedy)
+    return [*steps.values()]
 
 
 def _rewind(path: Path, last_step: int) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editor import to_pixels
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, everywhere
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
@@ -29,6 +29,8 @@ from rcgrpo_jax.training.checkpoint import check_same_config
 from rcgrpo_jax.training.grid import GridRow, comparison_grid
 from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, validate
 from rcgrpo_jax.training.run import StepFunction, finished, open_run, restore, run_steps
+from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.training.sizes import check_stage
 from rcgrpo_jax.training.stages import STAGES, Stage
 from rcgrpo_jax.training.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.weights import random_folder
@@ -59,14 +61,15 @@ def pretrain(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] 
     validate(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
     whole = replicated(mesh)
-    with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
+    with jax.set_mesh(mesh), open_run(config, workdir, ("start", "model", "lora")) as checkpointer:
         described = config.to_dict()
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
-            check_same_config(checkpointer.saved_config(), described, (*MAY_DIFFER, "data_digest", "model_digest"))
+            check_same_config(saved_config(checkpointer), described, (*MAY_DIFFER, "data_digest", "model_digest"))
         folder = open_folder(config, workdir)
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
         check_parts(mesh, folder.config("transformer").num_attention_heads)
         choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+        check_stage(config, folder)
         stage = STAGES[config.stage](config, folder, mesh, workdir)
         key_params, key = jax.random.split(jax.random.key(config.seed))
         state = new_state(config.optimizer, stage.initial(key_params), key)
@@ -176,7 +179,8 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
             written = stage.save(trained, examples) if is_main() else ""
         return Path(text_of_main(str(written)))
     except (OSError, SafetensorError) as error:  # a full disk is either
-        raise UserError(
+        unwritten = UserError(
             f"workdir: the result cannot be written to {stage.workdir} ({' '.join(str(error).split())[:200]}).",
             "Free some space, then run the same command: training is done and its last checkpoint kept.",
-        ) from error
+        )
+        raise everywhere(unwritten) from error  # the others have been told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,15 +12,21 @@ from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.training import config as rl
 from rcgrpo_jax.training.fields import (
+    COUNT,
+    LARGE,
+    LONGEST_SIDE,
     MODEL_CHOICES,
     SHARED_RANGES,
+    STEPS,
     cache_problems,
     check_fields,
+    flatten,
     mask_problems,
     quantization_problems,
     refusal,
     schedule_problems,
     size_problems,
+    value_problems,
 )
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
@@ -62,10 +69,20 @@ def default_config() -> ConfigDict:
 _CHOICES = {**MODEL_CHOICES, "stage": ("vae", "flow", "lora"), "save_dtype": ("float32", "float16", "bfloat16")}
 _RANGES = {
     **SHARED_RANGES,
-    "batch.size": (1, math.inf), "batch.micro_batch": (0, math.inf), "vae.crop": (0, math.inf),
-    "vae.kl_weight": (0, math.inf), "flow.region_weight": (0, math.inf), "flow.extra_shift": (-10, 10),
-    "flow.picture_steps": (1, math.inf),
+    "batch.size": (1, COUNT), "batch.micro_batch": (0, COUNT), "vae.crop": (0, LONGEST_SIDE),
+    "vae.kl_weight": (0, LARGE), "flow.region_weight": (0, LARGE), "flow.extra_shift": (-10, 10),
+    "flow.picture_steps": (1, STEPS),
 }  # fmt: skip
+
+
+def saved_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of a configuration that was saved with a run, a line each.
+
+    Args:
+        values: Dotted field -> value, of all fields.
+    """
+    problems = value_problems(values, flatten(default_config().to_dict()), _CHOICES, _RANGES)
+    return problems or size_problems(values["data.size"])
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -75,9 +92,9 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         UsageError: With every problem found, a line each.
     """
     problems = check_fields(config, default_config(), _CHOICES, _RANGES)
-    if not config.data.path:
+    if config.data.path == "":
         problems.append("data.path: empty; a path was wanted")
-    if not config.model.path and config.stage != "vae":
+    if config.model.path == "" and config.stage != "vae":
         problems.append(f"model.path: empty; stage {config.stage} starts from a model folder")
     if config.lora.init and config.stage != "lora":
         problems.append(f"lora.init: {config.lora.init!r} found; stage {config.stage} trains no LoRA")
@@ -86,7 +103,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
         )
     if not problems:
-        problems += cache_problems(config) + size_problems(config) + mask_problems(config)
+        problems += cache_problems(config) + size_problems(config.data.size) + mask_problems(config)
         problems += quantization_problems(config)
         problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(

@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,39 +17,52 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, text_of_main, together, watch
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
-from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite
+from rcgrpo_jax.training.metrics import METRICS, MetricsWriter, Progress, check_finite
+from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 
 logger = logging.getLogger(__name__)
+FOLDERS = ("checkpoints", "images", "tensorboard", "profile", "cache", "compiled")  # in the directory of a run
 State = TypeVar("State")
 # (state, step, whether to draw) -> new state, metrics, and a picture if one was asked for
 StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UInt8[np.ndarray, "H W 3"] | None]]
 
 
 @contextmanager
-def open_run(config: ConfigDict, workdir: Path) -> Iterator[Checkpointer]:
-    """The checkpoints of a run, in a directory that is made if missing.
+def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> Iterator[Checkpointer]:
+    """The checkpoints of a run, in a directory that is made if missing and that the run has to itself.
+
+    Args:
+        config: With the group `train`.
+        workdir: The directory.
+        results: Names of further folders in it.
 
     Raises:
-        UserError: If the directory cannot be made, if it or the configuration is not the same for all processes, or if
-            another process ends while the run is open.
+        UserError: If the directory cannot be made or written to, if another run has it, if it or the configuration is
+            not the same for all processes, or if another process ends while the run is open.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"workdir: {workdir} cannot be made ({error}).", "Choose a folder you can write to.") from None
     options = config.train
-    saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
-    with saving as checkpointer, watch():
+    with ExitStack() as stack:
+        stack.enter_context(watch())
+        with together():
+            make_folder(workdir, "workdir")
+            if is_main():
+                steps = [f"checkpoints/{x.name}" for x in workdir.glob("checkpoints/[0-9]*") if x.name.isdecimal()]
+                make_folder(workdir, "workdir", (*FOLDERS, *results, *steps), (METRICS, LOCK))
+                stack.enter_context(hold(workdir))
+        saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
+        checkpointer = stack.enter_context(saving)
         found = gather(np.array([checkpointer.latest_step() or 0]))
         if found.min() < found.max():
-            raise UserError(
+            apart = UserError(
                 f"workdir: {workdir}: the processes find checkpoints of different steps, {', '.join(map(str, found))}; "
                 "one directory for all was wanted.",
                 "Choose a folder that all processes share.",
             )
+            raise everywhere(apart)
         _check_same_command(config)
         yield checkpointer
 
@@ -76,7 +89,7 @@ def restore(
     step = checkpointer.latest_step()
     if step is None:
         return state
-    check_same_config(checkpointer.saved_config(), described, may_differ)
+    check_same_config(saved_config(checkpointer), described, may_differ)
     state = checkpointer.restore(state)
     logger.warning("resuming from step %d of %s", step, checkpointer.directory)
     return state
@@ -127,12 +140,15 @@ def run_steps(
             draw = step % config.train.image_every == 0 or step == last
             state, metrics, picture = step_function(state, step - 1, draw)
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
-            writer.scalars(step, metrics)
+            with together():  # process 0 alone writes, and the save under way is to end on all
+                writer.scalars(step, metrics)
             stopped = anyone(stop.is_set())  # a preemption may reach the processes in different steps
             checkpointer.save(step, state, described, force=step == last or stopped)
-            if picture is not None and is_main():  # after saving: one that cannot be written costs no step
-                save_image(workdir / "images" / f"step_{step:06d}.png", picture)
-                writer.images(step, {"pictures": picture})
+            if picture is not None:  # after saving: one that cannot be written costs no step
+                with together():
+                    if is_main():
+                        save_image(workdir / "images" / f"step_{step:06d}.png", picture)
+                        writer.images(step, {"pictures": picture})
             progress.update(shown(metrics), samples=samples)
             if stopped:
                 logger.warning("stopped at step %d on request; the same command resumes", step)

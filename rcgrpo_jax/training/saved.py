@@ -1,0 +1,59 @@
+"""The configuration that was saved with a run: its values checked, and today's fields for those it is older than."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from rcgrpo_jax.borders import shorten
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.training import config as train_config
+from rcgrpo_jax.training import pretrain_config
+from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.fields import flatten
+
+
+def module_of(config: Mapping[str, Any]) -> ModuleType:
+    """The module whose `default_config` a saved configuration started from."""
+    return pretrain_config if "stage" in config else train_config
+
+
+def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[str, Any]:
+    """The configuration that was saved with a step (the latest by default), with every field that there is now.
+
+    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept.
+
+    Raises:
+        UserError: There is no such checkpoint, it is damaged, or a value is none of its field.
+    """
+    saved = checkpointer.saved_config(step)
+    module = module_of(saved)
+    try:
+        problems: list[str] = []
+        config = _complete(saved, module.default_config().to_dict(), "", problems)
+        problems = problems or module.saved_problems(flatten(config))
+    except RecursionError:
+        problems = ["nested too deeply"]
+    if problems:
+        step = checkpointer.latest_step() if step is None else step
+        raise UserError(
+            f"{checkpointer.directory / str(step)}: its configuration: " + "\n        ".join(problems),
+            "Put that directory back from a copy, or move it away: then the one before it counts.",
+        )
+    return config
+
+
+def _complete(saved: Any, default: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    """A saved group with the defaults of what it lacks; a group for a value is a problem, and the reverse."""
+    if not isinstance(saved, Mapping):
+        problems.append(f"{name}: {shorten(saved)} found; a group of fields was wanted")
+        return dict(default)
+    whole = {**default, **saved} if name not in train_config.FREE else dict(saved)
+    for field in default.keys() & whole.keys():
+        place = f"{name}.{field}" if name else field
+        if isinstance(default[field], Mapping):
+            whole[field] = _complete(whole[field], default[field], place, problems)
+        elif isinstance(whole[field], Mapping):
+            problems.append(f"{place}: {shorten(whole[field])} found; a value was wanted")
+    return whole

@@ -1,0 +1,87 @@
+"""The directory of a run: what must be a folder in it and what a file, and that one run at a time has it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rcgrpo_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+LOCK = "lock"
+CACHES = ("cache", "compiled")  # which may be there for reading alone
+
+
+def make_folder(path: Path, name: str, folders: Sequence[str] = (), files: Sequence[str] = ()) -> None:
+    """Makes a folder for results, and refuses one that they could not be written to.
+
+    Args:
+        path: The folder.
+        name: What the user calls it.
+        folders: Names in it that must be those of folders, where there is something.
+        files: Names in it that must be those of files, where there is something.
+
+    Raises:
+        UserError: If it cannot be made or written to, or holds a file for a folder or a folder for a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name}: {path} cannot be made ({error}).", "Choose a folder you can write to.") from None
+    for inside, wanted in (dict.fromkeys(folders, "a folder") | dict.fromkeys(files, "a file")).items():
+        there = path / inside
+        found = "a folder" if there.is_dir() else "a file" if there.exists() else "a link to nothing"
+        if os.path.lexists(there) and found != wanted:
+            raise UserError(f"{name}: {there} is {found}; {wanted} was wanted.", "Move it away.")
+    for written in (path, *(path / x for x in folders if x not in CACHES)):
+        try:
+            if written.is_dir():
+                tempfile.TemporaryFile(dir=written).close()
+        except OSError as error:
+            raise UserError(
+                f"{name}: {written} cannot be written to ({error.strerror}).", "Allow it, or choose another folder."
+            ) from None
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this process. The system holds the lock, not the file `lock`: it ends with the process.
+
+    Where the file system has no locks, a warning is all.
+
+    Raises:
+        UserError: If another process has it; the message names that one.
+    """
+    file = folder / LOCK
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder}: {_holder(file)} is at work in it; one run at a time was wanted.",
+            "Wait for that one or stop it, or choose another folder.",
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s): see to it that one run at a time writes to it", folder, error)
+        yield
+        return
+    try:
+        with suppress(OSError):  # a full disk
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"
