@@ -286,7 +286,7 @@ def evaluate_command(out, *argv: str) -> None:
         "steps": STEPS,
     }
     values |= {"text_tokens": 16, "dtype": "float32"}
-    command.run([*(f"--{name}={value}" for name, value in values.items()), *argv])
+    command.run(small_run.last_of_each(*(f"--{name}={value}" for name, value in values.items()), *argv))
 
 
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):

@@ -13,8 +13,19 @@ from jaxtyping import Float
 from ml_collections import ConfigDict, config_flags
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import parse, write_text
+from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.config_file import check_config, keep_compilations
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.edit import check_fits
+from rcgrpo_jax.cli.paths import (
+    PATH_FIELDS,
+    check_apart,
+    expand_config_flag,
+    expand_fields,
+    expand_home,
+    path_flag,
+    write_text,
+)
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
@@ -43,6 +54,7 @@ ABOUT = """Trains variants of one configuration, several seeds each, and evaluat
 
 Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it.
 It uses one device."""
+WRITTEN = ("runs", "evaluations", "cache", "compiled", "*.md", "*.svg", "report.html*")  # into --out
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
@@ -52,26 +64,31 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Python file with get_config(), common to all variants", values, sys_argv=argv
     )
-    flags.DEFINE_string("out", None, "directory of runs, evaluations and tables", values)
+    path_flag("out", "directory of runs, evaluations and tables", values)
     flags.DEFINE_enum("table", None, [*TABLES], "variants of the paper: Table 2 (components) or 3 (taus)", values)
     flags.DEFINE_multi_string("variant", [], "NAME: FIELD=VALUE ...; a further variant", values)
     flags.DEFINE_integer(
-        "seeds", 5, "training seeds, 0 .. seeds - 1; 0: no training, for --batches alone", 0, flag_values=values
+        "seeds", 5, "training seeds, 0 .. seeds - 1; 0: no training, for --batches alone", 0, 1000, flag_values=values
     )
-    flags.DEFINE_string("data", "scenes:heldout:500", "held-out examples with targets", values)
+    path_flag("data", "held-out examples with targets", values, "scenes:heldout:500")
     flags.DEFINE_integer("steps", 28, "solver steps of the evaluation", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("eval_seed", 0, "seed of the evaluation's noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer(
-        "batches", 0, "batches of groups explored before training by each variant (Fig. 5); 0: none", 0, None,
+        "batches", 0, "batches of groups explored before training by each variant (Fig. 5); 0: none", 0, 100_000,
         flag_values=values,
     )  # fmt: skip
 
 
 def run(argv: list[str]) -> None:
+    argv = expand_config_flag(argv)
     check_config("ablate", argv, "rcgrpo_jax.training.config")
     values, _ = parse("ablate", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "out"))
     config, out = values.config, Path(values.out)
-    variants = [*TABLES.get(values.table, ()), *map(parse_variant, values.variant)]
+    expand_fields(config)
+    inputs = {"--data": values.data, "data.path": config.data.path, "model.path": config.model.path}
+    check_apart("--out", out, inputs, WRITTEN)
+    open_devices()
+    variants = [*TABLES.get(values.table, ()), *map(read_variant, values.variant)]
     names = [variant.name for variant in variants]
     if not variants or len({"", BASE, *map(slug, names)}) < len(names) + 2:
         raise UsageError(
@@ -99,6 +116,10 @@ def run(argv: list[str]) -> None:
     if not values.seeds and not values.batches:
         raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
     open_source(values.data, config.data.polarity)
+    if values.seeds:
+        check_fits(
+            ModelFolder(config.model.path), config.data.size, values.steps, config.model.dtype, field="data.size"
+        )
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
 
@@ -121,6 +142,18 @@ def run(argv: list[str]) -> None:
     )  # fmt: skip
     write_report(out / "report.html", page)
     print(f"page         {out / 'report.html'}")
+
+
+def read_variant(text: str) -> Variant:
+    """A variant of `--variant`, with `~` in its paths replaced."""
+    name, changes = parse_variant(text)
+    return Variant(
+        name,
+        {
+            field: expand_home(f"--variant: {field}", value) if field in PATH_FIELDS else value
+            for field, value in changes.items()
+        },
+    )
 
 
 def evaluated(

@@ -14,13 +14,15 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from rcgrpo_jax.cli.arguments import one_line, parse
+from rcgrpo_jax.cli.arguments import check_given, one_line, parse
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.paths import check_workdir, expand_config_flag, expand_fields, path_flag
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
-    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, and joins the processes of the run.
+    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, joins the processes of the run, opens its devices.
 
     Args:
         command: Its name.
@@ -33,14 +35,16 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
 
     Raises:
         UserError: As `load_config`.
-        UsageError: For a field that does not exist, a value of another type, a missing flag, or a URL for a directory.
+        UsageError: For a field that does not exist, a value of another type, a missing flag, or a directory that is a
+            URL or what the run reads.
     """
+    argv = expand_config_flag(list(argv))
 
     def define(values: flags.FlagValues) -> None:
         config_flags.DEFINE_config_file(
-            "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=list(argv)
+            "config", None, "Python file with get_config(); --config.FIELD=VALUE overrides", values, sys_argv=argv
         )
-        flags.DEFINE_string("workdir", None, "directory of the run", values)
+        path_flag("workdir", "directory of the run", values)
         several = "; with several processes, where neither a TPU nor Slurm tells"
         flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0{several}", values)
         flags.DEFINE_string("num_processes", None, f"how many there are{several}", values)
@@ -53,8 +57,11 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
             f"--workdir: {values.workdir!r} found; a directory was wanted.",
             "Mount the bucket and name its directory; launch/tpu.sh does so with gs://BUCKET/PATH.",
         )
+    expand_fields(values.config)
+    check_workdir(Path(values.workdir), values.config)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     keep_compilations(Path(values.workdir))
+    open_devices()
     return values.config, Path(values.workdir)
 
 
@@ -101,6 +108,7 @@ def check_config(command: str, argv: Sequence[str], defaults: str) -> None:
     flags.DEFINE_string("config", None, "", values)
     with contextlib.suppress(flags.Error):  # reported by `parse`
         values([command, *argv], known_only=True)
+    check_given(values)
     if not values["config"].value:
         return
     fields = list(flatten_dict(load_config(values["config"].value, defaults).to_dict(), sep="."))

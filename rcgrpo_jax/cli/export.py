@@ -9,7 +9,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
-from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.devices import leave_devices_alone
+from rcgrpo_jax.cli.paths import check_apart, path_flag
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
@@ -23,9 +25,9 @@ ABOUT = "Writes a trained LoRA as diffusers loads it (pytorch_lora_weights.safet
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run", values)
-    flags.DEFINE_string("out", None, "folder to write", values)
-    flags.DEFINE_string("model", None, "the base, if it has moved since; only its config.json is read", values)
+    path_flag("workdir", "directory of the run", values)
+    path_flag("out", "folder to write", values)
+    path_flag("model", "the base, if it has moved since; only its config.json is read", values)
     flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", flag_values=values)
 
 
@@ -44,5 +46,6 @@ def export(workdir: str | Path, out: str | Path, step: int | None = None, model:
 
 def run(argv: list[str]) -> None:
     values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
+    check_apart("--out", Path(values.out), {"checkpoints of --workdir": Path(values.workdir) / "checkpoints"})
     leave_devices_alone()
     print(f"LoRA: {export(values.workdir, values.out, values.step, values.model)}")

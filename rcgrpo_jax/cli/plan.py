@@ -10,8 +10,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rcgrpo_jax.cli.arguments import check_writable, leave_devices_alone, parse
+from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.config_file import check_config
+from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
+from rcgrpo_jax.cli.paths import check_file, expand_config_flag, expand_fields, path_flag
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
@@ -43,18 +45,22 @@ def _flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float(
         "efficiency", 0.5, "share of the roofline that the step is taken to reach", 0.01, 1.0, flag_values=values
     )
-    flags.DEFINE_string("json", None, "file to write the plan to", values)
+    path_flag("json", "file to write the plan to", values)
 
 
 def run(argv: list[str]) -> None:
+    argv = expand_config_flag(argv)
     check_config("plan", argv, "rcgrpo_jax.training.config")
     values, _ = parse("plan", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "topology"))
-    if values.topology != "local":
+    config = changed(values.config, {})
+    expand_fields(config)
+    if values.json:
+        check_file("json", Path(values.json), ".json")
+    if values.topology == "local":
+        open_devices()
+    else:
         leave_devices_alone()  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
-    if values.json:
-        check_writable("json", Path(values.json))
-    config = changed(values.config, {})
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
     model = open_model(config.model.path)

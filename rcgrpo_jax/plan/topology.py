@@ -52,7 +52,7 @@ def open_topology(name: str) -> Topology:
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, devices, chip_of(devices[0].device_kind), _memory(devices[0]))
-    found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,5})\*)?(\w+):([1-9][0-9]{0,5}(?:x[1-9][0-9]{0,5})*)", name)
     if not found or found[2] not in TPUS | GPUS:
         raise UsageError(f"--topology: {name!r} found; chips are {', '.join(TPUS | GPUS)}.", _FORMS)
     slices, chip, shape = int(found[1] or 1), (TPUS | GPUS)[found[2]], [int(side) for side in found[3].split("x")]

@@ -13,6 +13,7 @@ from rcgrpo_jax.data.images import DISPLAY_SIDES, for_display, outline
 
 _GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
+_LOST = (255, 0, 255)  # colour in the place of a picture that there is none of
 _PAPER, _INK, _FAINT = (255, 255, 255), (24, 24, 24), (104, 104, 104)
 
 
@@ -33,6 +34,13 @@ class GridRow:
     mask: Float[np.ndarray, "h w"]
     candidates: UInt8[np.ndarray, "G h w 3"]
     captions: Sequence[str]
+
+
+def candidate_pixels(images: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
+    """Images in [0, 1], clamped, as 8-bit pictures; one that is not finite, of a group that is dropped, is `_LOST`."""
+    images = np.asarray(images, np.float32)
+    finite = np.isfinite(images).all(axis=(-3, -2, -1), keepdims=True)
+    return np.where(finite, np.round(np.nan_to_num(images).clip(0, 1) * 255), _LOST).astype(np.uint8)
 
 
 def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarray, "H W 3"]:

@@ -31,7 +31,7 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
 from rcgrpo_jax.training.config import MAY_DIFFER, PATHS, validate
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.grid import GridRow, candidate_pixels, comparison_grid
 from rcgrpo_jax.training.run import finished, open_run, restore, run_steps
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
@@ -354,7 +354,7 @@ def join(*parts: Any) -> Any:
 
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
     """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
-    pixels = np.asarray(jnp.round(images[:4, :6] * 255)).astype(np.uint8)
+    pixels = candidate_pixels(images[:4, :6])
     first = own_rows(len(next(iter(scores.values())))).start
 
     def caption(p: int, i: int) -> str:
