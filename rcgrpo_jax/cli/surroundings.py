@@ -14,6 +14,10 @@ QUIETER = {  # loggers that talk over the program, and the least level that is n
     "asyncio": logging.CRITICAL,  # else each background task of a read that failed, whose error `main` prints
 }
 DEFAULTS = {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+COMPILERS = (  # variables that `plan` sets for the compilers of devices that are not here
+    "TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "ALLOW_MULTIPLE_LIBTPU_LOAD",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "XLA_FLAGS",
+)  # fmt: skip
 JAX_OPTIONS = ("jax_platforms", "jax_compilation_cache_dir", "jax_enable_preemption_service")  # that commands set
 
 
@@ -24,8 +28,8 @@ def surroundings(debug: bool) -> Iterator[None]:
         stack.enter_context(logged(logging.DEBUG if debug else logging.WARNING))
         for stream in (sys.stdout, sys.stderr):
             stack.enter_context(printable(stream))
+        stack.enter_context(variables({} if debug else DEFAULTS))
         if not debug:
-            stack.enter_context(variables(DEFAULTS))
             for name, level in QUIETER.items():
                 stack.enter_context(quieter(logging.getLogger(name), level))
         yield
@@ -76,14 +80,17 @@ def quieter(logger: logging.Logger, level: int) -> Iterator[None]:
 
 @contextmanager
 def variables(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Sets those environment variables that are not set."""
-    missing = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(missing)
+    """Sets those environment variables that are not set; puts them and `COMPILERS` back."""
+    before = {name: os.environ.get(name) for name in (*defaults, *COMPILERS)}
+    os.environ.update({name: value for name, value in defaults.items() if before[name] is None})
     try:
         yield
     finally:
-        for name in missing:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
