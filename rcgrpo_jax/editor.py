@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.flow import latents, rollout, schedule
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
@@ -28,7 +29,18 @@ def to_unit(pixels: UInt8[np.ndarray, "*b H W 3"]) -> Float[Array, "*b H W 3"]:
 
 
 def to_pixels(images: Float[Array, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
-    """The VAE's range [-1, 1] to pixels 0..255, clamped and rounded as diffusers does."""
+    """The VAE's range [-1, 1] to pixels 0..255, clamped and rounded as diffusers does.
+
+    Raises:
+        UserError: There is a NaN or an infinity, which no picture shows.
+    """
+    finite = np.asarray(jnp.isfinite(images).all(axis=(-3, -2, -1)))
+    if not finite.all():
+        raise UserError(
+            f"{(~finite).sum()} of {finite.size} edited images are not finite; pictures were wanted.",
+            "The weights, the LoRA or its scale, or the guidance are likely too large: try without the LoRA, with "
+            "guidance 2.5, or with dtype float32.",
+        )
     return np.asarray(jnp.round((jnp.clip(images.astype(jnp.float32), -1, 1) / 2 + 0.5) * 255)).astype(np.uint8)
 
 

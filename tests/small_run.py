@@ -3,7 +3,6 @@
 import atexit
 import functools
 import json
-import logging
 import math
 import os
 import re
@@ -180,17 +179,19 @@ def take_step(trainer: Trainer, state: TrainState, batch: EditBatch):
 
 
 def run_command(capsys, *argv: str) -> tuple[int, str, str]:
-    """`rcgrpo ARGV` in this process: exit code, standard output and standard error."""
-    loggers = [logging.getLogger(name) for name in ("absl", "jax", "orbax")]
-    levels = [logger.level for logger in loggers]
+    """`rcgrpo ARGV` in this process: exit code, standard output, and standard error without the line on devices."""
     capsys.readouterr()
     try:
         code = main(list(argv))
     except SystemExit as error:
         code = error.code
-    for logger, level in zip(loggers, levels, strict=True):  # `main` silences them for good
-        logger.setLevel(level)
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return code, out, re.sub("^devices: .*\n", "", err, flags=re.MULTILINE)
+
+
+def last_of_each(*argv: str) -> list[str]:
+    """Arguments of which a later `--FLAG=VALUE` replaces an earlier one, but for `--variant`, which takes several."""
+    return list({arg if arg.startswith("--variant=") else arg.partition("=")[0]: arg for arg in argv}.values())
 
 
 def fail(capsys, *argv: str) -> tuple[int, str, str]:

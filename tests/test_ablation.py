@@ -125,7 +125,7 @@ def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch
 def test_exploration_alone_trains_nothing(run, tmp_path, monkeypatch, capsys):
     _, arguments = run
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
-    arguments = [*again(arguments), f"--out={tmp_path}", "--seeds=0"]
+    arguments = small_run.last_of_each(*again(arguments), f"--out={tmp_path}", "--seeds=0")
     assert main(arguments) == 2
     assert "--seeds: 0 found, and no --batches" in capsys.readouterr().err
     assert main([*arguments, "--batches=1"]) == 0
@@ -166,7 +166,7 @@ def again(arguments: list[str]) -> list[str]:
 def test_what_was_made_otherwise_is_not_taken_for_it(run, change, field, capsys, monkeypatch):
     _, arguments = run
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
-    assert main([*again(arguments), change]) == 1
+    assert main(small_run.last_of_each(*again(arguments), change)) == 1
     said = capsys.readouterr().err
     assert field in said
     assert "another --out" in said
@@ -176,7 +176,7 @@ def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, cap
     _, arguments = run
     stopped = SimpleNamespace(step=1)
     monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
-    assert main([*again(arguments), f"--out={tmp_path}"]) == 1
+    assert main(small_run.last_of_each(*again(arguments), f"--out={tmp_path}")) == 1
     assert "step 1 of 2" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "evaluations").rglob("*.npz")] == ["base.npz"]
 
@@ -214,5 +214,5 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
 def test_mistakes_are_told_before_training(run, change, message, capsys, monkeypatch):
     _, arguments = run
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
-    assert main([*arguments, change]) == 2
+    assert main(small_run.last_of_each(*arguments, change)) == 2
     assert message in capsys.readouterr().err

@@ -167,7 +167,8 @@ def train_argv(tmp_path):
     config = small_run.config_file(
         tmp_path / "config.py", data__path=str(tmp_path / "data"), data__cache=str(tmp_path / "cache")
     )
-    return lambda *overrides: ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}", *overrides]
+    given = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    return lambda *overrides: small_run.last_of_each(*given, *overrides)
 
 
 def write_metadata(data: Path, **changes: str) -> None:
@@ -303,7 +304,9 @@ def test_export_writes_the_average_of_a_step(capsys, tmp_path, workdir, step):
 def test_export_refuses(capsys, tmp_path, monkeypatch, workdir, argv, problem):
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("")
-    code, found, _ = small_run.fail(capsys, "export", "--out=lora", *(arg.format(workdir=workdir) for arg in argv))
+    code, found, _ = small_run.fail(
+        capsys, *small_run.last_of_each("export", "--out=lora", *(arg.format(workdir=workdir) for arg in argv))
+    )
     assert code == 1
     assert problem in found
     assert not Path("lora").exists()

@@ -286,11 +286,11 @@ def evaluate_command(out, *argv: str) -> None:
         "steps": STEPS,
     }
     values |= {"text_tokens": 16, "dtype": "float32"}
-    command.run([*(f"--{name}={value}" for name, value in values.items()), *argv])
+    command.run(small_run.last_of_each(*(f"--{name}={value}" for name, value in values.items()), *argv))
 
 
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr(command, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().transformer_params)
     out = tmp_path / "out"

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import write_text
 from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.edit import check_fits
+from rcgrpo_jax.cli.paths import PATH_FIELDS, check_apart, expand_fields, expand_home, path_flag, write_text
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
@@ -46,23 +48,24 @@ ABOUT = """Trains variants of one configuration, several seeds each, and evaluat
 Runs and evaluations are kept: the same command goes on where it was stopped, and more seeds or variants add to it.
 It uses one device."""
 PAGES = ("table.md", "groups.md", "report.html")
+WRITTEN = ("runs", "evaluations", "cache", "compiled", "*.md", "*.svg", "report.html*", LOCK)  # into --out
 TABLES = {"components": COMPONENTS, "taus": TAUS}
 
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", None, "directory of runs, evaluations and tables", values)
+    path_flag("out", "directory of runs, evaluations and tables", values)
     flags.DEFINE_enum("table", None, [*TABLES], "variants of the paper: Table 2 (components) or 3 (taus)", values)
     flags.DEFINE_multi_string("variant", [], "NAME: FIELD=VALUE ...; a further variant", values)
     flags.DEFINE_integer(
-        "seeds", 5, "training seeds, 0 .. seeds - 1; 0: no training, for --batches alone", 0, flag_values=values
+        "seeds", 5, "training seeds, 0 .. seeds - 1; 0: no training, for --batches alone", 0, 1000, flag_values=values
     )
-    flags.DEFINE_string("data", "scenes:heldout:500", "held-out examples with targets", values)
+    path_flag("data", "held-out examples with targets", values, "scenes:heldout:500")
     flags.DEFINE_integer("steps", 28, "solver steps of the evaluation", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("eval_seed", 0, "seed of the evaluation's noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer(
-        "batches", 0, "batches of groups explored before training by each variant (Fig. 5); 0: none", 0, None,
+        "batches", 0, "batches of groups explored before training by each variant (Fig. 5); 0: none", 0, 100_000,
         flag_values=values,
     )  # fmt: skip
 
@@ -70,7 +73,11 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.training.config")
     config, out = values.config, Path(values.out)
-    variants = [*TABLES.get(values.table, ()), *map(parse_variant, values.variant)]
+    expand_fields(config)
+    inputs = {"--data": values.data, "data.path": config.data.path, "model.path": config.model.path}
+    check_apart("--out", out, inputs, WRITTEN)
+    open_devices()
+    variants = [*TABLES.get(values.table, ()), *map(read_variant, values.variant)]
     names = [variant.name for variant in variants]
     if not variants or len({"", BASE, *map(slug, names)}) < len(names) + 2:
         raise UsageError(
@@ -100,6 +107,10 @@ def run(argv: list[str]) -> None:
     if not values.seeds and not values.batches:
         raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
     open_source(values.data, config.data.polarity, mask_value=config.data.mask_value)
+    if values.seeds:
+        check_fits(
+            ModelFolder(config.model.path), config.data.size, values.steps, config.model.dtype, field="data.size"
+        )
     config.data.cache = config.data.cache or str(out / "cache")
     keep_compilations(out)  # seeds share their programs
     make_folder(out, "--out", ("runs", "evaluations", "cache", "compiled"), (*PAGES, LOCK))
@@ -134,6 +145,18 @@ def compare(
     )  # fmt: skip
     write_report(out / "report.html", page)
     print(f"page         {out / 'report.html'}")
+
+
+def read_variant(text: str) -> Variant:
+    """A variant of `--variant`, with `~` in its paths replaced."""
+    name, changes = parse_variant(text)
+    return Variant(
+        name,
+        {
+            field: expand_home(f"--variant: {field}", value) if field in PATH_FIELDS else value
+            for field, value in changes.items()
+        },
+    )
 
 
 def evaluated(

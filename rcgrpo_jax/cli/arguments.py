@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.errors import UsageError, nearest
 
 
 def parse(
@@ -37,7 +35,7 @@ def parse(
         The flags and the positional arguments.
 
     Raises:
-        UsageError: For an unknown flag, a bad value, or a missing argument.
+        UsageError: For an unknown flag, a bad value, one value too many, or a missing argument.
     """
     values = flags.FlagValues()
     define(values)
@@ -55,13 +53,37 @@ def parse(
         ) from None
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UsageError(one_line(error), f"`rcgrpo {command} --help` lists the flags.") from None
-    if len(rest) != len(positional):
-        raise UsageError(f"{len(rest)} arguments given, {len(positional)} wanted.", f"usage: {usage}")
+    check_given(values)
+    if len(rest) != len(positional) or "" in rest:
+        count = len([argument for argument in rest if argument])
+        raise UsageError(f"{count} arguments given, {len(positional)} wanted.", f"usage: {usage}")
     if missing := [name for name in required if values[name].value is None]:
         raise UsageError(
             f"missing {', '.join(f'--{name}' for name in missing)}.", f"`rcgrpo {command} --help` lists the flags."
         )
     return values, rest
+
+
+def check_given(values: flags.FlagValues) -> None:
+    """Refuses what absl lets pass: a second value where the first would be dropped, a blank one, NaN and infinity.
+
+    Fields of a configuration may be blank or infinite: `training.config.validate` says which.
+
+    Raises:
+        UsageError: For the first flag of that kind.
+    """
+    for name in values:
+        flag = values[name]
+        several = isinstance(flag, flags.MultiFlag)
+        if flag.present > 1 and not several:
+            raise UsageError(f"--{name}: given {flag.present} times; one value was wanted.", "Leave the others out.")
+        if not flag.present or name.startswith("config."):
+            continue
+        for value in flag.value if several else [flag.value]:
+            if isinstance(value, str) and not value.strip():
+                raise UsageError(f"--{name}: blank; a value was wanted.", f"Give one, or leave --{name} out.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name}: {value} found; a number was wanted.", "Give a finite number.")
 
 
 def one_line(error: BaseException) -> str:
@@ -73,56 +95,15 @@ def parse_size(text: str) -> tuple[int, int]:
     """`WxH` as (height, width).
 
     Raises:
-        UsageError: If it is not two positive whole numbers.
+        UsageError: If it is not two positive whole numbers, in the digits 0 to 9.
     """
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if not found:
         raise UsageError(f"--size: {text!r} found; WIDTHxHEIGHT in pixels was wanted.", "For example --size 1024x1024.")
     return int(found[2]), int(found[1])
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """Refuses a file that could not be written, before the work that it is for; its folder is made.
-
-    Raises:
-        UserError: If it is a folder, or lies in one that cannot be made or written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"--{flag}: {path} cannot be written ({error}).", "Name a file in a folder you can write to."
-        ) from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, and makes its folder.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
 
 
 def dtype_of(name: str) -> Any:
     import jax.numpy as jnp
 
     return jnp.dtype(name)
-
-
-def leave_devices_alone() -> None:
-    """Has JAX compute on the CPU, unless JAX_PLATFORMS says where: a run may have the accelerator to itself.
-
-    Without effect once JAX has computed something.
-    """
-    import jax
-
-    if not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", "cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import traceback
@@ -15,6 +14,8 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rcgrpo_jax.cli.arguments import one_line, parse
 from rcgrpo_jax.cli.config_import import neighbours
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.paths import check_workdir, expand_fields, expand_home, path_flag
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.training.config import name_rewards, reward_fields
@@ -22,7 +23,7 @@ from rcgrpo_jax.training.fields import flatten
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
-    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, and joins the processes of the run.
+    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, joins the processes of the run, opens its devices.
 
     Args:
         command: Its name.
@@ -35,11 +36,11 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
 
     Raises:
         UserError: As `load_config`.
-        UsageError: As `parse_with_config`, or for a URL for a directory.
+        UsageError: As `parse_with_config`, or for a directory that is a URL or what the run reads.
     """
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("workdir", None, "directory of the run", values)
+        path_flag("workdir", "directory of the run", values)
         several = "; with several processes, where neither a TPU nor Slurm tells"
         flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0{several}", values)
         flags.DEFINE_string("num_processes", None, f"how many there are{several}", values)
@@ -51,8 +52,11 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
             f"--workdir: {values.workdir!r} found; a directory was wanted.",
             "Mount the bucket and name its directory; launch/tpu.sh does so with gs://BUCKET/PATH.",
         )
+    expand_fields(values.config)
+    check_workdir(Path(values.workdir), values.config)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     keep_compilations(Path(values.workdir))
+    open_devices()
     return values.config, Path(values.workdir)
 
 
@@ -146,8 +150,8 @@ def load_config(path: str | Path, defaults: str) -> ConfigDict:
     Raises:
         UserError: If there is no such file or function, or it fails; the message names the file and its line.
     """
-    path = os.path.expanduser(path)
-    if os.path.isdir(path or "."):
+    path = expand_home("--config", str(path))
+    if Path(path).is_dir():
         raise UserError(f"--config: {path!r} is a folder; a Python file was wanted.", "Correct the path.")
     try:
         with neighbours(Path(path)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 from absl import flags
 
 from rcgrpo_jax.cli.arguments import dtype_of, parse
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.paths import expand_home, path_flag
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.training.metrics import Progress
@@ -22,14 +23,15 @@ and nothing is written."""
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("base", None, "diffusers folder that gives the other networks to a single file", values)
+    path_flag("base", "diffusers folder that gives the other networks to a single file", values)
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "dtype to store; the files' by default", values)
 
 
 def run(argv: list[str]) -> None:
-    values, (source, destination) = parse("convert", ABOUT, argv, _flags, ("src", "dst"))
+    values, paths = parse("convert", ABOUT, argv, _flags, ("src", "dst"))
+    source, destination = (expand_home(name, path) for name, path in zip(("SRC", "DST"), paths, strict=True))
     sharding_of = on_default_device
-    if jax.device_count() > 1:
+    if len(open_devices()) > 1:
         sharding_of = parameter_sharding(make_mesh({"fsdp": -1}))
     bars: dict[str, Progress] = {}
 

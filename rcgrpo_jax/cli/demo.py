@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.export import export
+from rcgrpo_jax.cli.paths import path_flag
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.loop import train_to_end
@@ -21,9 +22,9 @@ base on held-out edits, and writes a page about it. Run again with the same flag
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("out", None, "directory to write", values)
-    flags.DEFINE_integer("steps", 28, "training steps", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("examples", 60, "held-out edits to compare on", lower_bound=1, flag_values=values)
+    path_flag("out", "directory to write", values)
+    flags.DEFINE_integer("steps", 28, "training steps", 1, 100_000, flag_values=values)
+    flags.DEFINE_integer("examples", 60, "held-out edits to compare on", 1, 100_000, flag_values=values)
 
 
 def run(argv: list[str]) -> None:
@@ -44,17 +45,19 @@ def run(argv: list[str]) -> None:
             f"--steps: {values.steps} found; {out} holds a run of {before}.",
             f"Write --steps={before}, or another --out.",
         )
+    devices = open_devices()
     print(f"1/4 {values.steps} steps of RC-GRPO on {config.data.path} -> {out / 'run'}", flush=True)
-    train_to_end(config, out / "run", devices=jax.devices()[:1])
+    train_to_end(config, out / "run", devices=devices[:1])
     lora = export(out / "run", out / "lora")
     print(f"2/4 LoRA in diffusers format -> {lora}", flush=True)
     print(f"3/4 {values.examples} held-out edits, by the base and with the LoRA, from the same noise", flush=True)
     model, shared = config.model, [f"--data={data}", f"--lora={lora}"]
     options = [f"--dtype={model.dtype}", f"--guidance={model.guidance}", f"--acd_layers={config.acd.layers}"]
-    evaluate.run([f"--model={model.path}", *options, *shared, f"--out={out / 'evaluation'}"])
+    evaluate.run([f"--model={model.path}", *options, *shared, f"--out={out / 'evaluation'}"], devices)
     print("4/4 all of it on a page", flush=True)
     page = out / "report.html"
     report.run(
-        [f"--workdir={out / 'run'}", f"--evaluation={out / 'evaluation'}", *shared, "--attention=4", f"--out={page}"]
+        [f"--workdir={out / 'run'}", f"--evaluation={out / 'evaluation'}", *shared, "--attention=4", f"--out={page}"],
+        devices,
     )
     print(f"\nopen {page}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,11 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from rcgrpo_jax.cli.arguments import check_writable, dtype_of, parse, parse_size
+from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
+from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
+from rcgrpo_jax.cli.paths import check_file, path_flag
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
 from rcgrpo_jax.editor import Editor
 from rcgrpo_jax.errors import UsageError, UserError
@@ -27,18 +29,16 @@ ABOUT = "Edits one image by an instruction. Target and reference share one size,
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder or converted directory", values)
     define_lora(values)
-    flags.DEFINE_string("image", None, "image to edit", values)
+    path_flag("image", "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
-    flags.DEFINE_string("out", None, "file to write, PNG", values)
+    path_flag("out", "file to write, PNG", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
-    flags.DEFINE_string(
-        "noise", None, ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values
-    )
+    path_flag("noise", ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values)
     flags.DEFINE_integer("text_tokens", 0, "padded length of the T5 sequence; 0: default", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
@@ -51,8 +51,8 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
         UserError: If the file is missing, is no such array, or holds a NaN or infinity.
     """
     try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        noise = np.load(path, mmap_mode="r", allow_pickle=False)  # a header may claim more than memory holds
+    except Exception as error:  # numpy raises many types on damaged headers
         raise UserError(f"--noise: {path} cannot be read as .npy ({error}).", "Save it with numpy.save.") from None
     if not isinstance(noise, np.ndarray):
         raise UserError(f"--noise: {path} is an archive of arrays; one was wanted.", "Save it with numpy.save.")
@@ -61,19 +61,33 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
             f"--noise: {path} is {noise.dtype} {list(noise.shape)}; finite float32 {list(shape)} was wanted.",
             "Save packed latents [N_img, C] of this image size.",
         )
-    return noise
+    return np.array(noise)
 
 
-def check_output(path: str) -> None:
-    """Refuses an output that could not be written, before the model is loaded; the folder is made.
+def check_fits(
+    folder: ModelFolder, size: tuple[int, int], steps: int, dtype: str, count: int = 1, field: str = "--size"
+) -> None:
+    """Refuses pictures or solver steps of which no memory here holds the largest arrays.
+
+    They are the decoder's last features, `[count, H, W, C]`, and the solver's states, float32 `[count, K+1, N, C]`.
+
+    Args:
+        folder: The model.
+        size: (height, width) in pixels.
+        steps: K.
+        dtype: Of the features.
+        count: Pictures at a time.
+        field: That the size is from.
 
     Raises:
-        UserError: If it is not named .png, is a folder, or lies in a folder that cannot be made or written to.
+        UserError: With the size or the number of steps.
     """
-    out = Path(path)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out: {path}: the suffix is {out.suffix!r}; '.png' was wanted.", "Name the output NAME.png.")
-    check_writable("out", out)
+    (height, width), vae = size, folder.config("vae")
+    features = height * width * vae.block_out_channels[0] * dtype_of(dtype).itemsize
+    check_memory(f"{field}: {width}x{height}", count * features, "Edit smaller pictures, or fewer at a time.")
+    tokens = height * width // (2 * vae.downscale) ** 2
+    states = (steps + 1) * tokens * folder.config("transformer").in_channels * 4
+    check_memory(f"--steps: {steps}", count * states, "Take fewer steps: 28 are FLUX's own.")
 
 
 def open_editor(
@@ -91,9 +105,7 @@ def run(argv: list[str]) -> None:
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
     if not values.instruction.strip():
         raise UsageError("--instruction: blank; a sentence was wanted.", "Say what to change.")
-    if not math.isfinite(values.guidance):
-        raise UsageError(f"--guidance: {values.guidance} found; a number was wanted.", "For example --guidance 2.5.")
-    check_output(values.out)
+    check_file("out", Path(values.out), ".png", {"--image": values.image, "--noise": values.noise})
     folder = ModelFolder(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
@@ -103,9 +115,11 @@ def run(argv: list[str]) -> None:
             f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
             f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
         )
+    devices = open_devices()
+    check_fits(folder, (height, width), values.steps, values.dtype)
     lora = read_lora(values, folder)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
-    mesh = make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1}, devices)
     editor = open_editor(values, folder, mesh, keep_text_encoders=False)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
-from rcgrpo_jax.cli.arguments import parse, parse_size, write_text
-from rcgrpo_jax.cli.edit import check_output, open_editor
+from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.cli.arguments import parse, parse_size
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.edit import check_fits, open_editor
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
+from rcgrpo_jax.cli.paths import check_apart, check_file, path_flag, write_text
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
-from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
@@ -33,12 +35,12 @@ PICTURED = 8  # examples in the grid
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("model", None, "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder or converted directory", values)
     define_lora(values)
-    flags.DEFINE_string("data", None, "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
+    path_flag("data", "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
-    flags.DEFINE_string("out", None, "directory to write", values)
+    path_flag("out", "directory to write", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
@@ -56,17 +58,19 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], devices: list[jax.Device] | None = None) -> None:
+    """Runs the command, on these devices where the caller has opened them."""
     values, _ = parse("evaluate", ABOUT, argv, _flags, required=("model", "data", "out"))
-    if not math.isfinite(values.guidance):
-        raise UsageError(f"--guidance: {values.guidance} found; a number was wanted.", "For example --guidance 2.5.")
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
-    check_output(str(out / "grid.png"))
+    check_file("out", out / "grid.png", ".png")
+    check_apart("--out", out, {"--data": values.data, "--model": values.model}, ("*.npz", "table.md", "grid.png"))
     folder = ModelFolder(values.model)
+    devices = devices or open_devices()
     lora = read_lora(values, folder)
     adapters = {"base": None} | ({"lora": lora} if lora else {})
     source = open_source(values.data, values.polarity, mask_value=values.mask_value)
-    mesh = make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1}, devices)
+    check_all_fit(folder, source, size, values)
     editor = open_editor(values, folder, mesh, values.acd_layers)
     evaluations = {}
     for name, lora in adapters.items():
@@ -95,6 +99,20 @@ def run(argv: list[str]) -> None:
     print(f"measures  {', '.join(str(out / f'{name}.npz') for name in evaluations)}")
     print(f"table     {out / 'table.md'}")
     print(f"grid      {out / 'grid.png'}")
+
+
+def check_all_fit(folder: ModelFolder, source: Source, size: tuple[int, int] | None, values: flags.FlagValues) -> None:
+    """Refuses edits that no memory here holds: those of a batch while they are made, and all of them after.
+
+    Raises:
+        UserError: With what is too large.
+    """
+    if not len(source):
+        return  # `evaluate` says so
+    size = size or source[0].image.shape[:2]
+    check_fits(folder, size, values.steps, values.dtype, min(values.batch, len(source)))
+    edits = f"--data: {len(source)} edits of {size[1]}x{size[0]}"
+    check_memory(edits, 3 * len(source) * size[0] * size[1], "Evaluate on fewer examples.")
 
 
 def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[GridRow]:

@@ -9,7 +9,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
-from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.devices import leave_devices_alone
+from rcgrpo_jax.cli.paths import check_apart, path_flag
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training.checkpoint import Checkpointer
@@ -26,9 +28,9 @@ diffusion_model.*. Every form has the same strength in every program: alpha is f
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run", values)
-    flags.DEFINE_string("out", None, "folder or .safetensors file to write", values)
-    flags.DEFINE_string("model", None, "the base, if it has moved since; only its config.json is read", values)
+    path_flag("workdir", "directory of the run", values)
+    path_flag("out", "folder or .safetensors file to write", values)
+    path_flag("model", "the base, if it has moved since; only its config.json is read", values)
     flags.DEFINE_integer("step", None, "training step of the checkpoint; the latest by default", flag_values=values)
     flags.DEFINE_bool("all", False, "every checkpoint, each to OUT/step_N", values)
     flags.DEFINE_enum("format", "diffusers", list(FORMS), "form of the file", values)
@@ -77,6 +79,7 @@ def export(
 
 def run(argv: list[str]) -> None:
     values, _ = parse("export", ABOUT, argv, _flags, required=("workdir", "out"))
+    check_apart("--out", Path(values.out), {"checkpoints of --workdir": Path(values.workdir) / "checkpoints"})
     leave_devices_alone()
     options = {"model": values.model, "form": values.format, "dtype": values.dtype}
     if not values.all:

@@ -6,6 +6,7 @@ import math
 
 from absl import flags
 
+from rcgrpo_jax.cli.paths import PathParser
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_loras
@@ -13,9 +14,8 @@ from rcgrpo_jax.weights.networks import abstract_params
 
 
 def define_lora(values: flags.FlagValues) -> None:
-    flags.DEFINE_multi_string(
-        "lora", None, "LoRA of FLUX, its file or folder, in any form of README's table; given again, both apply", values
-    )
+    about = "LoRA of FLUX, its file or folder, in any form of README's table; given again, both apply"
+    flags.DEFINE_multi(PathParser("lora"), flags.ArgumentSerializer(), "lora", None, about, values)
     strength = "strength of each --lora, in their order; 1 by default"
     flags.DEFINE_multi_float("lora_scale", None, strength, flag_values=values)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Mapping
 
+from rcgrpo_jax.cli.surroundings import jax_options, surroundings
 from rcgrpo_jax.errors import STOPPED, UsageError, UserError, nearest
-from rcgrpo_jax.parallel.slurm import slurm_tasks
+from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
 
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
@@ -41,13 +41,15 @@ REMEDIES = {  # of JAX's errors, by what they say
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 1 for a failure, 2 for a usage error, 143 if SIGTERM stopped it."""
     argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    with surroundings(debug):
+        return _main(argv, debug)
+
+
+def _main(argv: list[str], debug: bool) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE + "\n\n`rcgrpo COMMAND --help` lists the flags of a command.")
         return 0 if argv else 2
-    debug = "--debug" in argv
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="rcgrpo: %(message)s")
-    if not debug:
-        quiet()
     code = _run(argv, debug)
     if code not in (0, STOPPED):  # processes that stop do so together, in order
         _leave(code)
@@ -64,7 +66,8 @@ def _run(argv: list[str], debug: bool) -> int:
                 "Run it once, in a single process.",
             )
         command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")
-        return command.run([arg for arg in argv[1:] if arg != "--debug"]) or 0
+        with jax_options():
+            return command.run([arg for arg in argv[1:] if arg != "--debug"]) or 0
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -86,8 +89,7 @@ def _run(argv: list[str], debug: bool) -> int:
 
 def _processes(environ: Mapping[str, str]) -> int:
     """How many processes the launcher has started of this command."""
-    found = environ.get("RCGRPO_NUM_PROCESSES")
-    return int(found) if found and found.isdigit() else slurm_tasks(environ)
+    return whole_number(environ.get("RCGRPO_NUM_PROCESSES")) or slurm_tasks(environ)
 
 
 def _leave(code: int) -> None:
@@ -100,17 +102,6 @@ def _leave(code: int) -> None:
 def _unknown(name: str) -> str:
     near = nearest(name, COMMANDS)
     return f"unknown command {name!r}." + (f" Did you mean {near!r}?" if near else "")
-
-
-def quiet() -> None:
-    """Keeps libraries from talking over the program: their own levels stay settable by their variables."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("absl", "jax", "orbax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # `main` prints its own errors. What would come here are the background tasks of a read that failed, one by one.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.excepthook = sys.unraisablehook = lambda *_: None
 
 
 if __name__ == "__main__":

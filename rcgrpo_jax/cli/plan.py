@@ -10,8 +10,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.cli.arguments import check_writable, leave_devices_alone
 from rcgrpo_jax.cli.config_file import parse_with_config
+from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
+from rcgrpo_jax.cli.paths import check_file, expand_fields, path_flag
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
@@ -40,17 +41,20 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "efficiency", 0.5, "share of the roofline that the step is taken to reach", 0.01, 1.0, flag_values=values
     )
-    flags.DEFINE_string("json", None, "file to write the plan to", values)
+    path_flag("json", "file to write the plan to", values)
 
 
 def run(argv: list[str]) -> None:
     values = parse_with_config("plan", ABOUT, argv, _flags, ("topology",), "rcgrpo_jax.training.config")
-    if values.topology != "local":
+    config = changed(values.config, {})
+    expand_fields(config)
+    if values.json:
+        check_file("json", Path(values.json), ".json")
+    if values.topology == "local":
+        open_devices()
+    else:
         leave_devices_alone()  # nothing runs; and no plugin must look for what is not there
     topology = open_topology(values.topology)
-    if values.json:
-        check_writable("json", Path(values.json))
-    config = changed(values.config, {})
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
     model = open_model(config.model.path)

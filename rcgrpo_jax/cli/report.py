@@ -13,8 +13,10 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from rcgrpo_jax import __version__
-from rcgrpo_jax.cli.arguments import leave_devices_alone, parse
+from rcgrpo_jax.cli.arguments import parse
+from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
+from rcgrpo_jax.cli.paths import check_file, path_flag
 from rcgrpo_jax.cli.run_record import SCRIPT, commands, config_script, facts, read_run
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_mask
@@ -39,28 +41,32 @@ CAPTIONED = ("success", "psnr")  # measures under an edit
 
 
 def _flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "directory of the run", values)
-    flags.DEFINE_string("evaluation", None, "directory that `rcgrpo evaluate` wrote", values)
-    flags.DEFINE_string("data", None, "the examples of that evaluation, to show its edits beside their sources", values)
+    path_flag("workdir", "directory of the run", values)
+    path_flag("evaluation", "directory that `rcgrpo evaluate` wrote", values)
+    path_flag("data", "the examples of that evaluation, to show its edits beside their sources", values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     flags.DEFINE_integer("attention", 0, "examples to draw attention maps of; loads the model", 0, flag_values=values)
     define_lora(values)
-    flags.DEFINE_string("out", None, "file to write; WORKDIR/report.html by default", values)
+    path_flag("out", "file to write, HTML; WORKDIR/report.html by default", values)
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], devices: list[jax.Device] | None = None) -> None:
+    """Runs the command, on these devices where the caller has opened them."""
     values, _ = parse("report", ABOUT, argv, _flags, required=("workdir",))
     if values.attention and not (values.evaluation and values.data and values.lora):
         raise UsageError(
             "--attention: --evaluation, --data and --lora were wanted; maps are drawn of their edits.",
             "Give all three.",
         )
-    if not values.attention:
-        leave_devices_alone()
     workdir = Path(values.workdir)
     out = Path(values.out or workdir / "report.html")
+    if values.attention:
+        devices = devices or open_devices()
+    else:
+        leave_devices_alone()
     record = read_run(workdir)
+    check_file("out", out, ".html")
     config, found = record.config, {**facts(record), "Written by": f"rcgrpo_jax {__version__}"}
     sections: dict[str, Any] = {}
     settings = None
@@ -86,7 +92,7 @@ def run(argv: list[str]) -> None:
                 folder = trained_model(workdir, config)
                 lora = read_lora(values, folder)
                 check_evaluated(folder, values.lora, lora, evaluations)
-                rows, top = attention_rows(folder, lora, examples[: values.attention], settings)
+                rows, top = attention_rows(folder, lora, examples[: values.attention], settings, devices)
                 sections |= {"attention": rows, "attention_top": top}
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
@@ -177,13 +183,17 @@ def check_evaluated(
 
 
 def attention_rows(
-    folder: ModelFolder, lora: dict, examples: Sequence[EditExample], settings: Mapping[str, Any]
+    folder: ModelFolder,
+    lora: dict,
+    examples: Sequence[EditExample],
+    settings: Mapping[str, Any],
+    devices: Sequence[jax.Device],
 ) -> tuple[list[Row], float]:
     """Attention maps of base and LoRA, and what their brightest colour stands for: the 99th percentile of all.
 
     Edits start from the noise of the evaluation.
     """
-    mesh = make_mesh({"fsdp": -1})
+    mesh = make_mesh({"fsdp": -1}, devices)
     editor = Editor(
         folder,
         jnp.dtype(settings["dtype"]),

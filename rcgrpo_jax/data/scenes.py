@@ -170,7 +170,7 @@ def parse_scenes(text: str) -> Scenes:
     Raises:
         UsageError: As `Scenes`, or the count or the share of flaws is not a number.
     """
-    found = re.fullmatch(r"([^:/]+)(?:/([^:/]*))?(?::(\d+)(?::(\d*\.?\d+))?)?", text)
+    found = re.fullmatch(r"([^:/]+)(?:/([^:/]*))?(?::([0-9]{1,18})(?::([0-9]*\.?[0-9]+))?)?", text)
     if not found:
         raise UsageError(
             f"scenes: {text!r} found; SPLIT[/KINDS][:COUNT[:FLAWS]] was wanted.",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from rcgrpo_jax.borders import STRICT, check_memory, conform, parse_json
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
@@ -30,8 +30,50 @@ from rcgrpo_jax.evaluation.metrics import background_scores, edit_scores
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_density
+from rcgrpo_jax.models.quantization import QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import map_samples
+
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The types of `Evaluation.settings` in a file."""
+
+    __pydantic_config__ = STRICT
+    steps: Positive
+    guidance: float
+    seed: Count
+    size: tuple[Positive, Positive]
+    acd_layers: Positive
+    text_tokens: Positive
+    dtype: Literal["bfloat16", "float32"]
+    quantization: Literal[QUANTIZATIONS]
+    model: str
+    acd_reference_keys: bool = False
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Those of `Evaluation.origin`."""
+
+    __pydantic_config__ = STRICT
+    lora: str = ""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a file holds beside its arrays."""
+
+    __pydantic_config__ = STRICT
+    names: tuple[str, ...]
+    settings: _Settings
+    origin: _Origin = _Origin()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +115,37 @@ class Evaluation:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: The file is missing, damaged, or something else.
+            UserError: The file is missing, damaged, or something else, or memory cannot hold it.
         """
+        remedy = "Remove the file, and evaluate again."
         try:
             with np.load(path, allow_pickle=False) as file:
-                described = json.loads(str(file["described"]))
-                measures = {name.partition("/")[2]: file[name] for name in file.files if name.startswith("measures/")}
-                settings, origin = described["settings"], described.get("origin", {})
-                return cls(tuple(described["names"]), measures, file["images"], settings, origin)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: not an evaluation ({error}).", "Remove the file, and evaluate again.") from None
+                check_memory(f"{path}", sum(member.file_size for member in file.zip.infolist()), remedy)
+                described = parse_json(str(file["described"]))
+                arrays = {name: file[name] for name in file.files if name != "described"}
+        except UserError:
+            raise
+        except Exception as error:  # numpy and zipfile raise many types on damaged bytes, and no list is complete
+            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
+            raise UserError(f"{path}: not an evaluation ({reason}).", remedy) from None
+        conform(described, _Described, f"{path}: not an evaluation: described", remedy)
+        images = arrays.pop("images", None)
+        measures = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith("measures/")}
+        if problem := _array_problem(measures, images, len(described["names"])):
+            raise UserError(f"{path}: not an evaluation: {problem}.", remedy)
+        return cls(tuple(described["names"]), measures, images, described["settings"], described.get("origin", {}))
+
+
+def _array_problem(measures: Mapping[str, np.ndarray], images: np.ndarray | None, count: int) -> str:
+    """What is wrong with the arrays of a file that names so many examples; empty if nothing."""
+    for name, values in measures.items():
+        if values.dtype != np.float32 or values.shape != (count,) or np.isinf(values).any():
+            return f"{name}: {values.dtype} {list(values.shape)} found; finite or NaN float32 [{count}] was wanted"
+    if images is None:
+        return "no images found"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) not in (0, count):
+        return f"images: {images.dtype} {list(images.shape)} found; uint8 [{count}, H, W, 3], or 0 of these, was wanted"
+    return ""
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from rcgrpo_jax.errors import UsageError, UserError, everywhere
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
-from rcgrpo_jax.parallel.slurm import slurm_tasks
+from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
 
 VARIABLES = {
     "coordinator": "RCGRPO_COORDINATOR",
@@ -71,16 +71,17 @@ def _explicit(given: Mapping[str, str | None]) -> dict[str, Any]:
             f"--{', --'.join(name for name, value in given.items() if value)} given, --{', --'.join(missing)} not.",
             f"Give all three, or set {', '.join(VARIABLES.values())}.",
         )
-    coordinator, count, index = given.values()
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)) or ":" not in coordinator:
+    coordinator, *numbers = given.values()
+    count, index = map(whole_number, numbers)
+    if count is None or index is None or index >= count or ":" not in coordinator:
         raise UsageError(
-            f"--coordinator: {coordinator}, --num_processes: {count}, --process_id: {index} found; HOST:PORT and a "
-            "number below the count were wanted.",
+            f"--coordinator: {coordinator}, --num_processes: {numbers[0]}, --process_id: {numbers[1]} found; HOST:PORT "
+            "and a number below the count were wanted.",
             "Processes are numbered from 0; HOST:PORT is that of process 0.",
         )
     # Inside Slurm or Open MPI, JAX would take one device a process by itself.
     options = {"cluster_detection_method": "deactivate"}
-    return options | {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(index)}
+    return options | {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 
 
 def _has_libtpu() -> bool:

@@ -1,7 +1,8 @@
-"""What Slurm says of itself; imports nothing, so that the command line can ask before JAX is there."""
+"""What Slurm says of itself; imports nothing heavy, so that the command line can ask before JAX is there."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 
@@ -12,5 +13,9 @@ def slurm_tasks(environ: Mapping[str, str]) -> int:
     """
     if "SLURM_STEP_NODELIST" not in environ:  # which `srun` alone sets
         return 1
-    found = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "")
-    return int(found) if found.isdigit() else 1
+    return whole_number(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")) or 1
+
+
+def whole_number(text: str | None) -> int | None:
+    """The number that a text of the digits 0 to 9 means, up to nine of them; None for anything else."""
+    return int(text) if text and re.fullmatch("[0-9]{1,9}", text) else None

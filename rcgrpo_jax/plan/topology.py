@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.plan import gpu
 from rcgrpo_jax.plan.chips import GPUS, TPUS, Chip, chip_of
 
+MOST_CHIPS = 100_000  # more than any pod has; the compiler describes each
 _FORMS = (
     "Write a TPU slice by its sides (v5e:4x4, v5p:4x4x4), a node by its GPUs (h100:8), 2*v5e:4x4 or 2*h100:8 for two, "
     "or local."
@@ -52,13 +54,15 @@ def open_topology(name: str) -> Topology:
     if name == "local":
         devices = tuple(jax.devices())
         return Topology(name, devices, chip_of(devices[0].device_kind), _memory(devices[0]))
-    found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,5})\*)?(\w+):([1-9][0-9]{0,5}(?:x[1-9][0-9]{0,5})*)", name)
     if not found or found[2] not in TPUS | GPUS:
         raise UsageError(f"--topology: {name!r} found; chips are {', '.join(TPUS | GPUS)}.", _FORMS)
     slices, chip, shape = int(found[1] or 1), (TPUS | GPUS)[found[2]], [int(side) for side in found[3].split("x")]
     if len(shape) != (chip.axes or 1):
         what = f"{chip.name} slices have {chip.axes}" if chip.axes else f"of {chip.name} it is a number"
         raise UsageError(f"--topology: {name!r} has {len(shape)} sides; {what}.", _FORMS)
+    if (count := slices * math.prod(shape)) > MOST_CHIPS:
+        raise UsageError(f"--topology: {name!r} has {count} chips; at most {MOST_CHIPS} can be planned for.", _FORMS)
     if chip.card:
         devices = gpu.describe(name, chip, slices, shape[0])
         return Topology(name, devices, chip, int(gpu.memory_fraction() * chip.card.memory))

@@ -38,7 +38,7 @@ from rcgrpo_jax.training.loop import (
     train_to_end,
 )
 from rcgrpo_jax.training.metrics import Progress
-from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.training.state import TrainState, start_lora
 from rcgrpo_jax.training.step_metrics import background_drift
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -211,7 +211,8 @@ def untrained(config: ConfigDict, mesh: Mesh, cache: Path) -> tuple[Trainer, Tra
     folder, rewards = ModelFolder(config.model.path), make_rewards(config)
     batches = encode(config, folder, cache, mesh, config.rollout.prompts, partial(check_example, rewards))
     trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-    return trainer, first_state(config, folder, mesh), batches
+    state = start_lora(first_state(config, folder, mesh), config, trainer.params, mesh)
+    return trainer, state, batches
 
 
 class GroupStatistics(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +15,7 @@ from rcgrpo_jax.parallel.distributed import own_rows
 
 _GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
+_LOST = (255, 0, 255)  # colour in the place of a picture that there is none of
 _PAPER, _INK, _FAINT = (255, 255, 255), (24, 24, 24), (104, 104, 104)
 
 
@@ -38,9 +38,16 @@ class GridRow:
     captions: Sequence[str]
 
 
+def candidate_pixels(images: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
+    """Images in [0, 1], clamped, as 8-bit pictures; one that is not finite, of a group that is dropped, is `_LOST`."""
+    images = np.asarray(images, np.float32)
+    finite = np.isfinite(images).all(axis=(-3, -2, -1), keepdims=True)
+    return np.where(finite, np.round(np.nan_to_num(images).clip(0, 1) * 255), _LOST).astype(np.uint8)
+
+
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
     """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
-    pixels = np.asarray(jnp.round(jnp.nan_to_num(images[:4, :6]) * 255)).astype(np.uint8)  # what diverged is black
+    pixels = candidate_pixels(images[:4, :6])
     first = own_rows(len(next(iter(scores.values())))).start
 
     def caption(p: int, i: int) -> str:

@@ -18,7 +18,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.editor import to_pixels
 from rcgrpo_jax.errors import UsageError, UserError, everywhere
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
@@ -26,7 +25,7 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.training.checkpoint import check_same_config
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
+from rcgrpo_jax.training.grid import GridRow, candidate_pixels, comparison_grid
 from rcgrpo_jax.training.pretrain_config import MAY_DIFFER, validate
 from rcgrpo_jax.training.run import StepFunction, finished, open_run, restore, run_steps
 from rcgrpo_jax.training.saved import saved_config
@@ -154,7 +153,7 @@ def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardi
         if not draw:
             return state, metrics, None
         few = from_main(jax.tree.map(lambda x: x[:PICTURED], examples))
-        pictures = to_pixels(draw_all(state.averaged, frozen, few))
+        pictures = candidate_pixels(draw_all(state.averaged, frozen, few).astype(np.float32) / 2 + 0.5)
         rows = [
             GridRow(text, source, mask, np.stack([target, made]), ["target", "made"])
             for text, source, mask, target, made in zip(

@@ -1,0 +1,201 @@
+"""The paths that a user names: `~` in them, and what may be written where."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.errors import UsageError, UserError
+
+PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
+STARTS = {
+    ".png": b"\x89PNG\r\n\x1a\n",
+    ".html": b"<!DOCTYPE html>",
+    ".json": b'{\n  "topology"',
+}  # of what is written here
+RUN = ("checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model",
+       "lora", "*.html")  # fmt: skip
+
+Inputs = Mapping[str, str | os.PathLike[str] | None]  # flag or field -> what is read; None and "": nothing
+
+
+def path_flag(name: str, about: str, values: flags.FlagValues, default: str | None = None) -> None:
+    """Defines a flag whose value is a path, or what stands for one (`tfds:PATH`, a hub id)."""
+    flags.DEFINE(PathParser(name), name, default, about, values, serializer=flags.ArgumentSerializer())
+
+
+class PathParser(flags.ArgumentParser):
+    """Reads a path with `expand_home`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        return expand_home(f"--{self._name}", argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def expand_home(field: str, path: Any) -> Any:
+    """A path with the home directory in the place of a leading `~` or `~user`, which shells leave after a "=".
+
+    Raises:
+        UsageError: There is no such user, or no home directory.
+    """
+    if not isinstance(path, str):  # of a configuration, whose check comes later
+        return path
+    if path.startswith("tfds:"):
+        return "tfds:" + expand_home(field, path.removeprefix("tfds:"))
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        name = path.partition("/")[0]
+        raise UsageError(
+            f"{field}: {path!r} found, and {name} is nobody's home directory here.",
+            f"Write ./{path} if the name itself begins with ~.",
+        )
+    return expanded
+
+
+def expand_fields(config: ConfigDict) -> None:
+    """Applies `expand_home` to the paths in a configuration, in place."""
+    for field in PATH_FIELDS:
+        group, name = field.split(".")
+        if group in config and name in config[group]:
+            config[group][name] = expand_home(f"config: {field}", config[group][name])
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a file that could not be written, before the work that it is for; its folder is made.
+
+    Raises:
+        UserError: If it is a folder, or lies in one that cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"--{flag}: {path} cannot be written ({error}).", "Name a file in a folder you can write to."
+        ) from None
+
+
+def check_file(flag: str, path: Path, suffix: str, inputs: Inputs | None = None) -> None:
+    """Refuses a file to write that could not be written, or in whose place another one would be lost.
+
+    Args:
+        flag: That names it.
+        path: The file.
+        suffix: That it must have, a key of `STARTS`.
+        inputs: Files that the command reads.
+
+    Raises:
+        UserError: It has another suffix, cannot be written, is an input, or holds something else.
+    """
+    if path.suffix.lower() != suffix:
+        raise UserError(
+            f"--{flag}: {path}: the suffix is {path.suffix!r}; {suffix!r} was wanted.",
+            f"Name the output NAME{suffix}.",
+        )
+    check_writable(flag, path)
+    for field, read in (inputs or {}).items():
+        if read and _same(path, Path(read)):
+            raise _overwrites(f"--{flag}", path, f"{field} {read}")
+    start = STARTS[suffix]
+    if path.is_file() and not start.startswith(found := _head(path, len(start))):
+        raise UserError(
+            f"--{flag}: {path} is there and begins with {found!r}; what this command writes begins with {start!r}.",
+            "Choose another name, or remove the file.",
+        )
+
+
+def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = ()) -> None:
+    """Refuses to write into a folder that is read, or into one in it.
+
+    Links count as what they lead to.
+
+    Args:
+        flag: That names the output, for the message.
+        output: The folder to write; it need not be there.
+        inputs: What the command reads. A `.jsonl` file stands for its folder: that of the examples.
+        own: Patterns of what the command writes: a folder in an input will do if it has nothing else.
+
+    Raises:
+        UsageError: It is or does.
+    """
+    for field, path in inputs.items():
+        read = _folder(str(path or ""))
+        if not path or not read.exists():
+            continue
+        if not _same(output, read):
+            inside = any(_same(parent, read) for parent in output.resolve().parents)
+            if not inside or (own and _has_only(output, own)):
+                continue
+        raise _overwrites(flag, output, f"{'' if _same(output, read) else 'in '}{field} {path}")
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Refuses the directory of a run over its model or data, or whose result would replace what the run starts from."""
+    check_apart("--workdir", workdir, {"model.path": config.model.path, "data.path": config.data.path}, RUN)
+    if "stage" in config:
+        starts = {"model.path": config.model.path, "lora.init": config.lora.get("init")}
+        check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), starts)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and makes its folder.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
+
+
+def _has_only(folder: Path, patterns: Collection[str]) -> bool:
+    """Whether a folder is new, or all that is in it has a name of these patterns."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return all(any(fnmatch(file.name, pattern) for pattern in patterns) for file in found)
+
+
+def _folder(path: str) -> Path:
+    """The file or folder that a value of `Inputs` reads."""
+    if path.startswith("tfds:"):
+        dataset, _, split = path.removeprefix("tfds:").rpartition("@")
+        return Path(path.removeprefix("tfds:") if not dataset or "/" in split else dataset)
+    return Path(path).parent if path.endswith(".jsonl") else Path(path)
+
+
+def _overwrites(flag: str, output: Path, read: str) -> UsageError:
+    return UsageError(
+        f"{flag}: {output} is {read}, which is read; another place was wanted.", "Write to a place of its own."
+    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names lead to one file or folder."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _head(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:  # it can be replaced all the same
+        return b""
