@@ -58,7 +58,7 @@ class Step:
         self._publish()
         options = self.config.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.master, options.learning_rate, (options.b1, options.b2), weight_decay=options.weight_decay, fused=True
+            self.master, options.learning_rate, (options.b1, options.b2), options.eps, options.weight_decay, fused=True
         )
         if self.config.model.remat == "full":
             self.transformer.enable_gradient_checkpointing()

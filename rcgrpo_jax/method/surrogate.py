@@ -237,7 +237,8 @@ def source_candidate(
 ) -> Float[Array, "... N C"]:
     """A candidate that keeps the source, y = M xbar + (1 - M) (x_src + sigma' / sigma (x - x_src)) (ours).
 
-    It joins the policy and Eq. 5 as candidate G + 1, with its own advantage and a ratio clipped like all others.
+    It joins the policy and Eq. 5 as candidate G + 1, with its own advantage and a ratio clipped like all others. Each
+    term of the plain mean still counts 1 / G: the source takes nothing from the others.
     Outside the mask it is where the straight line from the anchor's last state x to the source is after the step;
     inside it is the anchor itself, so that no distance sees the region.
 
