@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, cap
 
 
 def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatch):
-    """By one ruler for ACD, and with its polarity of masks, whatever a variant trains with."""
+    """By one ruler for ACD, and with its marks of the region in masks, whatever a variant trains with."""
     heard = []
 
     def measure(editor, *_, **__):
@@ -190,11 +190,11 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
         return Evaluation((), {}, np.zeros((0, 1, 1, 3), np.uint8), {})
 
     monkeypatch.setattr(ablation, "evaluate", measure)
-    monkeypatch.setattr(ablation, "open_source", lambda *named: heard.append(named) or [])
+    monkeypatch.setattr(ablation, "open_source", lambda *named, **options: heard.append((*named, options)) or [])
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: SimpleNamespace(averaged={}))
-    config = small_run.make_config(acd__layers=2, data__polarity="black")
+    config = small_run.make_config(acd__layers=2, data__polarity="black", data__mask_value="15")
     ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, Protocol("here"), tmp_path)
-    assert heard == [("here", "black"), 2]
+    assert heard == [("here", "black", {"mask_value": "15"}), 2]
 
 
 @pytest.mark.parametrize(

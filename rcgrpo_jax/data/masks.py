@@ -31,9 +31,9 @@ def read_mask(path: str | Path, polarity: Polarity = "white", mask_value: str = 
     """Reads an edit region from a file.
 
     Without a `mask_value` it is the picture's luminance (ITU-R 601: 0.299 R + 0.587 G + 0.114 B). Greys make a soft
-    mask and are not binarised. Label maps, of class numbers or class colours, are told from soft masks by their few
-    levels that fill areas without being black or white, and refused: as luminances they would be regions of hardly any
-    weight. With a `mask_value` the region is where the file stores one of these values.
+    mask and are not binarised. Label maps, of class numbers or class colours, are told from soft masks by their
+    colours, or by faint greys that fill areas, and refused: as luminances they would be regions of hardly any weight.
+    With a `mask_value` the region is where the file stores one of these values.
 
     The file is treated as by `read_image`, but for two things: colour profiles are no matter, and transparency is
     refused, since tools disagree on whether the transparent part of a mask is the region or its outside.
@@ -103,19 +103,13 @@ def edit_region(image: Image.Image, where: str, polarity: Polarity, mask_value: 
         where: Names the mask in messages.
     """
     values = parse_mask_value(mask_value)
-    if image.has_transparency_data and (not values or "A" in image.getbands()):
-        if image.mode.startswith("I"):
-            image = to_8_bits(image, where)
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise UserError(
-                f"{where}: the mask has transparent pixels; an opaque black and white image was wanted.",
-                "Flatten the mask, with the edit region in one of black and white and everything else in the other.",
-            )
+    if not values or "A" in image.getbands():
+        _check_opaque(image, where)
     if values:
         return _where_stored(image, where, values, mask_value)
     if image.mode.startswith("I"):
-        grey, stored, top, coloured = to_8_bits(image, where), np.asarray(image).astype(np.int64), _LARGEST, False
+        grey, top, coloured = to_8_bits(image, where).convert("L"), _LARGEST, False
+        stored = np.asarray(image).astype(np.int64)
     else:
         colours = without_alpha(image)
         grey, top, coloured = colours.convert("L"), 255, np.ptp(np.asarray(colours), axis=-1).max() > _CHROMA
@@ -131,6 +125,17 @@ def edit_region(image: Image.Image, where: str, polarity: Polarity, mask_value: 
         )
     white = np.asarray(grey, np.float32) / np.float32(255)
     return white if polarity == "white" else 1 - white
+
+
+def _check_opaque(image: Image.Image, where: str) -> None:
+    if not image.has_transparency_data:
+        return
+    image = to_8_bits(image, where) if image.mode.startswith("I") else image
+    if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise UserError(
+            f"{where}: the mask has transparent pixels; an opaque black and white image was wanted.",
+            "Flatten the mask, with the edit region in one of black and white and everything else in the other.",
+        )
 
 
 def _is_label_map(levels: Integer[np.ndarray, "H W"], top: int) -> bool:
