@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcgrpo_jax.borders import check_memory, read_object
@@ -215,7 +216,8 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
     path = path.absolute()
     with _damage(path):
         saved = flatten_dict(ocp.metadata(path).metadata)
-    wanted = {}
+    wanted: dict[keymap.Path, jax.ShapeDtypeStruct] = {}
+    bad: list[str] = []  # leaves that are not finite
     if unknown := sorted("/".join(p) for p in saved.keys() - flatten_dict(params).keys()):
         raise UserError(
             f"{path}: holds {unknown[0]}, which its config.json does not want.", "Run `rcgrpo convert` again."
@@ -234,21 +236,23 @@ def _load_converted(path: Path, params: dict, dtype: Any, sharding_of: ShardingO
         asked = {p: leaf if p in chosen else ocp.PLACEHOLDER for p, leaf in wanted.items()}
         with _damage(path):
             found = flatten_dict(ocp.load(path, unflatten_dict(asked)))
-        found = {p: found[p] for p in chosen}
-        if bad := sorted("/".join(p) for p, finite in _are_finite(found).items() if not finite):
-            raise UserError(f"{path}: NaN or inf in {', '.join(bad)}.", "Run `rcgrpo convert` again.")
-        return found
+        bad.extend("/".join(p) for p in chosen if not _is_finite(found[p]))
+        return {p: found[p] for p in chosen}
 
     kernels = {p for p in wanted if is_quantized(p, quantization)}
     loaded: dict[keymap.Path, jax.Array | QuantizedKernel] = read(wanted.keys() - kernels)
     for p in sorted(kernels):  # in one order in all processes
         loaded[p] = _quantize(p, read({p})[p], quantization, sharding_of)
+    if bad:  # said last: a process that saw none of it must not wait for this one's part of a read
+        raise UserError(f"{path}: NaN or inf in {', '.join(sorted(bad))}.", "Run `rcgrpo convert` again.")
     return unflatten_dict(loaded)
 
 
-@jax.jit
-def _are_finite(arrays: dict[keymap.Path, jax.Array]) -> dict[keymap.Path, jax.Array]:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), arrays)
+def _is_finite(array: jax.Array) -> bool:
+    """Whether this process' part of an array is finite; looked at on the host, a program a shape would take longer."""
+    first = (shard for shard in array.addressable_shards if shard.replica_id == 0)
+    copies = (jax.device_put(shard.data, shard.device, may_alias=False) for shard in first)  # keeps no host copy alive
+    return all(np.isfinite(np.asarray(copy)).all() for copy in copies)
 
 
 @contextmanager
