@@ -43,7 +43,7 @@ SHARED_RANGES: Ranges = {
     "train.image_every": (1, math.inf), "train.profile_steps": (0, math.inf),
     "mesh.data": (-1, math.inf), "mesh.fsdp": (-1, math.inf), "mesh.tensor": (-1, math.inf),
 }  # fmt: skip
-_WORDS = {bool: "True or False", str: "text", tuple: "a tuple"}  # of fields that have neither choices nor a range
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
 
 
 def check_fields(
