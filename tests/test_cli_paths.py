@@ -110,6 +110,23 @@ def test_every_path_of_a_configuration_is_known():
     assert paths <= set(PATH_FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        (["demo", "--out=a\udcff"], "--out"),
+        (["convert", "a", "a\udcff"], "DST"),
+        (["train", "--config=config.py", "--workdir=a\udcff"], "--workdir"),
+        (["ablate", "--config=config.py", "--out=a\udcff"], "--out"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_checkpoints_need_a_name_that_is_text(capsys, argv, field):
+    small_run.config_file(Path("config.py"))
+    code, problem, _ = small_run.fail(capsys, *argv)
+    assert (code, problem) == (2, f"{field}: 'a\\udcff' found; a name in UTF-8 was wanted.")
+    assert [path.name for path in Path().iterdir()] == ["config.py"]
+
+
 # Outputs
 
 

@@ -20,9 +20,11 @@ from rcgrpo_jax.cli.edit import check_fits
 from rcgrpo_jax.cli.paths import (
     PATH_FIELDS,
     check_apart,
+    check_for_checkpoints,
     expand_config_flag,
     expand_fields,
     expand_home,
+    path_fields,
     path_flag,
     write_text,
 )
@@ -84,9 +86,9 @@ def run(argv: list[str]) -> None:
     check_config("ablate", argv, "rcgrpo_jax.training.config")
     values, _ = parse("ablate", ABOUT, argv, lambda v: _flags(v, argv), required=("config", "out"))
     config, out = values.config, Path(values.out)
+    check_for_checkpoints("--out", values.out)
     expand_fields(config)
-    inputs = {"--data": values.data, "data.path": config.data.path, "model.path": config.model.path}
-    check_apart("--out", out, inputs, WRITTEN)
+    check_apart("--out", out, {"--data": values.data, **path_fields(config), "data.cache": None}, WRITTEN)
     open_devices()
     variants = [*TABLES.get(values.table, ()), *map(read_variant, values.variant)]
     names = [variant.name for variant in variants]
@@ -150,8 +152,8 @@ def read_variant(text: str) -> Variant:
     return Variant(
         name,
         {
-            field: expand_home(f"--variant: {field}", value) if field in PATH_FIELDS else value
-            for field, value in changes.items()
+            field: expand_home(f"--variant: {field}", x) if field in PATH_FIELDS and isinstance(x, str) else x
+            for field, x in changes.items()
         },
     )
 
