@@ -181,6 +181,10 @@ def test_an_output_replaces_what_the_command_wrote_before(home):
     (home / "empty.json").touch()
     check_file("json", home / "empty.json", ".json")
     check_file("json", home / "new" / "plan.json", ".json")
+    for number, plan in enumerate(sorted((small_run.ROOT / "docs" / "plans").glob("*.json"))):
+        copy = home / f"{number}.json"
+        copy.write_bytes(plan.read_bytes())
+        check_file("json", copy, ".json")
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.errors import UsageError, UserError
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
-STARTS = {
-    ".png": b"\x89PNG\r\n\x1a\n",
-    ".html": b"<!DOCTYPE html>",
-    ".json": b'{\n  "topology"',
-}  # of what is written here
+STARTS = {  # of the files that are written here; a plan and a search differ
+    ".png": (b"\x89PNG\r\n\x1a\n",),
+    ".html": (b"<!DOCTYPE html>",),
+    ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
+}
 RUN = ("checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model",
        "lora", "*.html")  # fmt: skip
 
@@ -125,10 +125,10 @@ def check_file(flag: str, path: Path, suffix: str, inputs: Inputs | None = None)
     for field, read in (inputs or {}).items():
         if read and _same(path, Path(read)):
             raise _overwrites(f"--{flag}", path, f"{field} {read}")
-    start = STARTS[suffix]
-    if path.is_file() and not start.startswith(found := _head(path, len(start))):
+    found = _head(path, max(map(len, STARTS[suffix]))) if path.is_file() else b""
+    if found and not found.startswith(STARTS[suffix]):
         raise UserError(
-            f"--{flag}: {path} is there and begins with {found!r}; what this command writes begins with {start!r}.",
+            f"--{flag}: {path} is there and begins with {found!r}; a file that this command has written was wanted.",
             "Choose another name, or remove the file.",
         )
 
