@@ -219,6 +219,9 @@ def test_a_run_does_not_replace_what_it_starts_from(home):
     with pytest.raises(UsageError, match=r"the run's result: run/model is model.path run/model, which is read"):
         check_workdir(Path("run"), given)
     check_workdir(Path("other"), given)
+    given.data.path = "."
+    check_workdir(Path("other"), given)
+    given.data.path = "scenes:train"
     with pytest.raises(UsageError, match=r"--workdir: run/model is model.path run/model"):
         check_workdir(Path("run/model"), given)
 

@@ -20,8 +20,10 @@ STARTS = {  # of the files that are written here; a plan and a search differ
     ".html": (b"<!DOCTYPE html>",),
     ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
 }
-RUN = ("checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model",
-       "lora", "*.html")  # fmt: skip
+RUN = (  # what lies in the directory of a run, logs of the shell among it
+    "checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model", "lora",
+    "evaluation", "*.html", "*.log", "*.out", "*.err", "*.lock", ".*",
+)  # fmt: skip
 
 Inputs = Mapping[str, str | os.PathLike[str] | None]  # flag or field -> what is read; None and "": nothing
 
@@ -171,12 +173,12 @@ def check_for_checkpoints(flag: str, folder: str) -> None:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Refuses the directory of a run over its model or data, or whose result would replace what the run starts from."""
+    """Refuses the directory of a run among its model or data, or whose result would replace what the run reads."""
     paths = path_fields(config)
     paths.pop("data.cache", None)  # which is written too
     check_apart("--workdir", workdir, paths, RUN)
     if "stage" in config:
-        check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths)
+        check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])
 
 
 def write_text(path: Path, text: str) -> None:
