@@ -110,6 +110,23 @@ def test_every_path_of_a_configuration_is_known():
     assert paths <= set(PATH_FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("argv", "field"),
+    [
+        (["demo", "--out=a\udcff"], "--out"),
+        (["convert", "a", "a\udcff"], "DST"),
+        (["train", "--config=config.py", "--workdir=a\udcff"], "--workdir"),
+        (["ablate", "--config=config.py", "--out=a\udcff"], "--out"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_checkpoints_need_a_name_that_is_text(capsys, argv, field):
+    small_run.config_file(Path("config.py"))
+    code, problem, _ = small_run.fail(capsys, *argv)
+    assert (code, problem) == (2, f"{field}: 'a\\udcff' found; a name in UTF-8 was wanted.")
+    assert [path.name for path in Path().iterdir()] == ["config.py"]
+
+
 # Outputs
 
 
@@ -164,6 +181,10 @@ def test_an_output_replaces_what_the_command_wrote_before(home):
     (home / "empty.json").touch()
     check_file("json", home / "empty.json", ".json")
     check_file("json", home / "new" / "plan.json", ".json")
+    for number, plan in enumerate(sorted((small_run.ROOT / "docs" / "plans").glob("*.json"))):
+        copy = home / f"{number}.json"
+        copy.write_bytes(plan.read_bytes())
+        check_file("json", copy, ".json")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +219,9 @@ def test_a_run_does_not_replace_what_it_starts_from(home):
     with pytest.raises(UsageError, match=r"the run's result: run/model is model.path run/model, which is read"):
         check_workdir(Path("run"), given)
     check_workdir(Path("other"), given)
+    given.data.path = "."
+    check_workdir(Path("other"), given)
+    given.data.path = "scenes:train"
     with pytest.raises(UsageError, match=r"--workdir: run/model is model.path run/model"):
         check_workdir(Path("run/model"), given)
 

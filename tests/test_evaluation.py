@@ -291,7 +291,8 @@ def evaluate_command(out, *argv: str) -> None:
 
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    of = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "lpips" in name else of(name, *rest))
     lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().transformer_params)
     out = tmp_path / "out"
     evaluate_command(out, f"--lora={lora}")

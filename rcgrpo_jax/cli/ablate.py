@@ -16,7 +16,16 @@ from rcgrpo_jax import __version__
 from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.edit import check_fits
-from rcgrpo_jax.cli.paths import PATH_FIELDS, check_apart, expand_fields, expand_home, path_flag, write_text
+from rcgrpo_jax.cli.paths import (
+    PATH_FIELDS,
+    check_apart,
+    check_for_checkpoints,
+    expand_fields,
+    expand_home,
+    path_fields,
+    path_flag,
+    write_text,
+)
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
@@ -73,9 +82,9 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.training.config")
     config, out = values.config, Path(values.out)
+    check_for_checkpoints("--out", values.out)
     expand_fields(config)
-    inputs = {"--data": values.data, "data.path": config.data.path, "model.path": config.model.path}
-    check_apart("--out", out, inputs, WRITTEN)
+    check_apart("--out", out, {"--data": values.data, **path_fields(config), "data.cache": None}, WRITTEN)
     open_devices()
     variants = [*TABLES.get(values.table, ()), *map(read_variant, values.variant)]
     names = [variant.name for variant in variants]
@@ -153,8 +162,8 @@ def read_variant(text: str) -> Variant:
     return Variant(
         name,
         {
-            field: expand_home(f"--variant: {field}", value) if field in PATH_FIELDS else value
-            for field, value in changes.items()
+            field: expand_home(f"--variant: {field}", x) if field in PATH_FIELDS and isinstance(x, str) else x
+            for field, x in changes.items()
         },
     )
 

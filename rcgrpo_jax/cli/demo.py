@@ -10,7 +10,7 @@ from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.export import export
-from rcgrpo_jax.cli.paths import path_flag
+from rcgrpo_jax.cli.paths import check_for_checkpoints, path_flag
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.loop import train_to_end
@@ -29,6 +29,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 def run(argv: list[str]) -> None:
     values, _ = parse("demo", ABOUT, argv, _flags, required=("out",))
+    check_for_checkpoints("--out", values.out)
     out = Path(values.out)
     config = small_editor()
     config.train.num_steps = config.optimizer.decay_steps = values.steps

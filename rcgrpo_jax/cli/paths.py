@@ -7,21 +7,23 @@ import tempfile
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError, UserError
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
-STARTS = {
-    ".png": b"\x89PNG\r\n\x1a\n",
-    ".html": b"<!DOCTYPE html>",
-    ".json": b'{\n  "topology"',
-}  # of what is written here
-RUN = ("checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model",
-       "lora", "*.html")  # fmt: skip
+STARTS = {  # of the files that are written here; a plan and a search differ
+    ".png": (b"\x89PNG\r\n\x1a\n",),
+    ".html": (b"<!DOCTYPE html>",),
+    ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
+}
+RUN = (  # what lies in the directory of a run, logs of the shell among it
+    "checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model", "lora",
+    "evaluation", "*.html", "*.log", "*.out", "*.err", "*.lock", ".*",
+)  # fmt: skip
 
 Inputs = Mapping[str, str | os.PathLike[str] | None]  # flag or field -> what is read; None and "": nothing
 
@@ -45,14 +47,12 @@ class PathParser(flags.ArgumentParser):
         return "path"
 
 
-def expand_home(field: str, path: Any) -> Any:
+def expand_home(field: str, path: str) -> str:
     """A path with the home directory in the place of a leading `~` or `~user`, which shells leave after a "=".
 
     Raises:
         UsageError: There is no such user, or no home directory.
     """
-    if not isinstance(path, str):  # of a configuration, whose check comes later
-        return path
     if path.startswith("tfds:"):
         return "tfds:" + expand_home(field, path.removeprefix("tfds:"))
     expanded = os.path.expanduser(path)
@@ -67,10 +67,14 @@ def expand_home(field: str, path: Any) -> Any:
 
 def expand_fields(config: ConfigDict) -> None:
     """Applies `expand_home` to the paths in a configuration, in place."""
-    for field in PATH_FIELDS:
-        group, name = field.split(".")
-        if group in config and name in config[group]:
-            config[group][name] = expand_home(f"config: {field}", config[group][name])
+    expanded = {field: expand_home(f"config: {field}", path) for field, path in path_fields(config).items()}
+    config.update_from_flattened_dict(expanded)
+
+
+def path_fields(config: ConfigDict) -> dict[str, str]:
+    """The paths in a configuration, by field; those that are no text are left for its check."""
+    fields = flatten_dict(config.to_dict(), sep=".")
+    return {field: fields[field] for field in PATH_FIELDS if isinstance(fields.get(field), str)}
 
 
 def check_writable(flag: str, path: Path) -> None:
@@ -111,10 +115,10 @@ def check_file(flag: str, path: Path, suffix: str, inputs: Inputs | None = None)
     for field, read in (inputs or {}).items():
         if read and _same(path, Path(read)):
             raise _overwrites(f"--{flag}", path, f"{field} {read}")
-    start = STARTS[suffix]
-    if path.is_file() and not start.startswith(found := _head(path, len(start))):
+    found = _head(path, max(map(len, STARTS[suffix]))) if path.is_file() else b""
+    if found and not found.startswith(STARTS[suffix]):
         raise UserError(
-            f"--{flag}: {path} is there and begins with {found!r}; what this command writes begins with {start!r}.",
+            f"--{flag}: {path} is there and begins with {found!r}; a file that this command has written was wanted.",
             "Choose another name, or remove the file.",
         )
 
@@ -144,12 +148,25 @@ def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = 
         raise _overwrites(flag, output, f"{'' if _same(output, read) else 'in '}{field} {path}")
 
 
+def check_for_checkpoints(flag: str, folder: str) -> None:
+    """Refuses a folder for checkpoints whose name is not UTF-8: Orbax could not write there, after the first steps.
+
+    Raises:
+        UsageError: It is not.
+    """
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag}: {folder!r} found; a name in UTF-8 was wanted.", "Choose another name.") from None
+
+
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Refuses the directory of a run over its model or data, or whose result would replace what the run starts from."""
-    check_apart("--workdir", workdir, {"model.path": config.model.path, "data.path": config.data.path}, RUN)
+    """Refuses the directory of a run among its model or data, or whose result would replace what the run reads."""
+    paths = path_fields(config)
+    paths.pop("data.cache", None)  # which is written too
+    check_apart("--workdir", workdir, paths, RUN)
     if "stage" in config:
-        starts = {"model.path": config.model.path, "lora.init": config.lora.get("init")}
-        check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), starts)
+        check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])
 
 
 def write_text(path: Path, text: str) -> None:
