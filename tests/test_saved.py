@@ -8,6 +8,7 @@ import pytest
 
 from rcgrpo_jax.cli.run_record import config_script, facts, read_run
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
 from rcgrpo_jax.training.config import default_config
@@ -91,13 +92,14 @@ def test_a_description_that_is_none_is_named(described, config):
 def test_a_run_that_is_older_than_a_field_has_its_default(described):
     old = with_value("seed", 3)
     del old["optimizer"]["ema_decay"], old["surrogate"]["weighting"], old["acd"], old["reward_options"]["oracle"]
-    old["objective"]["background_weight"] = 0.5  # which is no more
+    old["objective"]["background_weight"] = old["lora"]["dropout"] = 0.5  # which are no more
     found = saved_config(described(old))
     now = default_config().to_dict()
     assert found["optimizer"]["ema_decay"] == now["optimizer"]["ema_decay"]
     assert found["acd"] == now["acd"]
     assert found["rewards"] == now["rewards"]
     del found["objective"]["background_weight"]
+    assert LoRAConfig(**found["lora"]) == LoRAConfig(**now["lora"])
     check_same_config(found, now | {"seed": 3}, ("reward_options",))
 
 

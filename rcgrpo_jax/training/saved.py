@@ -22,7 +22,8 @@ def module_of(config: Mapping[str, Any]) -> ModuleType:
 def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[str, Any]:
     """The configuration that was saved with a step (the latest by default), with every field that there is now.
 
-    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept.
+    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept; fields
+    of `lora` that are no more are not: the group makes the adapter.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or a value is none of its field.
@@ -41,7 +42,7 @@ def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[st
             f"{checkpointer.directory / str(step)}: its configuration: " + "\n        ".join(problems),
             "Put that directory back from a copy, or move it away: then the one before it counts.",
         )
-    return config
+    return config | {"lora": {field: config["lora"][field] for field in module.default_config().lora}}
 
 
 def _complete(saved: Any, default: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
