@@ -22,8 +22,8 @@ def module_of(config: Mapping[str, Any]) -> ModuleType:
 def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[str, Any]:
     """The configuration that was saved with a step (the latest by default), with every field that there is now.
 
-    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept; fields
-    of `lora` that are no more are not: the group makes the adapter.
+    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept.
+    Fields of `lora` that are no more are left out: the group makes the adapter.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or a value is none of its field.
