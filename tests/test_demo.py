@@ -58,8 +58,8 @@ def test_says_where_everything_is(demo):
 def test_run_again_it_trains_nothing_and_compares_again(out, monkeypatch):
     ran = []
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(evaluate, "run", lambda argv: ran.append("evaluate"))
-    monkeypatch.setattr(report, "run", lambda argv: ran.append("report"))
+    monkeypatch.setattr(evaluate, "run", lambda argv, devices: ran.append("evaluate"))
+    monkeypatch.setattr(report, "run", lambda argv, devices: ran.append("report"))
     assert main(["demo", f"--out={out}", *ARGUMENTS]) == 0
     assert ran == ["evaluate", "report"]
 
