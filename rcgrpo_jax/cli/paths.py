@@ -13,16 +13,16 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.training.workdir import FOLDERS, LOCK
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
-STARTS = {  # of the files that are written here; a plan and a search differ
+STARTS = {  # how the files begin that commands write; a plan and a search begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
     ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
 }
 RUN = (  # what lies in the directory of a run, logs of the shell among it
-    "checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model", "lora",
-    "evaluation", "*.html", "*.log", "*.out", "*.err", "*.lock", ".*",
+    *FOLDERS, LOCK, "metrics.jsonl*", "start", "model", "lora", "evaluation", "*.html", "*.log", "*.out", "*.err", ".*",
 )  # fmt: skip
 
 Inputs = Mapping[str, str | os.PathLike[str] | None]  # flag or field -> what is read; None and "": nothing
