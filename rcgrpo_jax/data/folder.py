@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from rcgrpo_jax import filetypes
+from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import read_image
-from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text, short
+from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text
 from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
 from rcgrpo_jax.data.paths import Finder, composed, printable
 from rcgrpo_jax.errors import UserError
@@ -87,7 +88,7 @@ class EditFolder:
         try:
             self._entries = _find_entries(path, (polarity, mask_value), fields, needs_mask)
         except OSError as error:
-            which = short(str(error.filename))
+            which = shorten(str(error.filename))
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}: {which}).", "Check the path and its permissions."
             ) from None
