@@ -67,7 +67,7 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
 
 
 def _check_same_command(config: ConfigDict) -> None:
-    """Refuses a configuration that is not the one of process 0: with two seeds, say, the run would be that of neither."""
+    """Refuses a configuration that is not the one of process 0: of two seeds, the run would have neither."""
     main = json.loads(text_of_main(config.to_json()))
     with together():
         if differences := config_differences(main, config.to_dict(), saved_as="process 0"):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from rcgrpo_jax.borders import conform, read_object
+from rcgrpo_jax.borders import conform, parse_json, read_object
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
@@ -125,9 +125,9 @@ class TensorFiles:
         content = np.fromfile(file, np.uint8, math.prod(shape), offset=start + first)
         return content.view(FLOAT8[self.dtypes[key]]).reshape(shape)
 
-    def metadata(self, name: str) -> str | None:
-        """A text of the files' headers."""
-        return next((found[name] for file in self._handles.values() if name in (found := file.metadata() or {})), None)
+    def metadata(self) -> dict[str, str]:
+        """The texts of the files' headers, by name; of one name in several files, the first."""
+        return dict(ChainMap(*(handle.metadata() or {} for handle in self._handles.values())))
 
     def sha256(self) -> str:
         """A hash of the files' bytes."""
@@ -173,7 +173,7 @@ def _header(file: Path) -> tuple[int, dict]:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if start > min(size, MAX_HEADER):
             raise ValueError
-        return start, json.loads(stream.read(start - 8))
+        return start, parse_json(stream.read(start - 8))
 
 
 def _damage(file: Path, error: Exception) -> UserError:

@@ -111,7 +111,7 @@ class StoredNetwork:
 
     def _layers(self) -> dict[str, Any]:
         """What ComfyUI notes in a file's header of the kinds of its layers."""
-        noted = _json(self.files.metadata("_quantization_metadata") or "{}")
+        noted = _json(self.files.metadata().get("_quantization_metadata") or "{}")
         layers = noted.get("layers", {}) if isinstance(noted, dict) else noted
         return layers if isinstance(layers, dict) else {"": layers}
 
