@@ -117,7 +117,7 @@ def _object(text: str, where: str, table: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:  # numbers of thousands of digits, endless nesting
         raise UserError(
-            f"{where}: not readable as JSON ({str(error).split(";")[0]}); an object with texts was wanted.",
+            f"{where}: not readable as JSON ({str(error).split(';')[0]}); an object with texts was wanted.",
             "Write one example a line, in braces and double quotes.",
         ) from None
     if isinstance(row, dict):
