@@ -47,7 +47,7 @@ from rcgrpo_jax.training.ablation import (
     slug,
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.parts import check_model_fits
 from rcgrpo_jax.training.sizes import check_rollout
 from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
