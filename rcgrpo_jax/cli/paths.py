@@ -9,10 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from absl import flags
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data.sources import dataset_and_split
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.training.fields import flatten
 from rcgrpo_jax.training.workdir import FOLDERS, LOCK
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
@@ -73,7 +74,7 @@ def expand_fields(config: ConfigDict) -> None:
 
 def path_fields(config: ConfigDict) -> dict[str, str]:
     """The paths in a configuration, by field; those that are no text are left for its check."""
-    fields = flatten_dict(config.to_dict(), sep=".")
+    fields = flatten(config.to_dict())
     return {field: fields[field] for field in PATH_FIELDS if isinstance(fields.get(field), str)}
 
 
@@ -191,8 +192,7 @@ def _has_only(folder: Path, patterns: Collection[str]) -> bool:
 def _folder(path: str) -> Path:
     """The file or folder that a value of `Inputs` reads."""
     if path.startswith("tfds:"):
-        dataset, _, split = path.removeprefix("tfds:").rpartition("@")
-        return Path(path.removeprefix("tfds:") if not dataset or "/" in split else dataset)
+        return Path(dataset_and_split(path)[0])
     return Path(path).parent if path.endswith(".jsonl") else Path(path)
 
 
