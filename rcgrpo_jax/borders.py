@@ -46,7 +46,7 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
         raise UserError(f"{where}: {deep[0]}: lists or objects in more than {DEEPEST} others found.", remedy)
     adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
     try:
-        return adapter.validate_json(json.dumps(value), strict=True)  # where a list is what JSON has for a tuple
+        return adapter.validate_json(json.dumps(value), strict=True)  # as JSON, in which a tuple is a list
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors(include_url=False)]
         joined = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)

@@ -134,7 +134,7 @@ def compare(
     values: flags.FlagValues,
     out: Path,
 ) -> None:
-    """Does what is not there yet, and writes and prints all results."""
+    """Makes the runs and evaluations that are missing, and writes and prints all results."""
     sections: dict[str, Any] = {}
     facts = {x.name: ", ".join(f"{field} = {value}" for field, value in x.changes.items()) for x in variants}
     if values.seeds:

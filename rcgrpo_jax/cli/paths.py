@@ -162,16 +162,16 @@ def check_for_checkpoints(flag: str, folder: str) -> None:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Refuses the directory of a run among its model or data, or whose result would replace what the run reads."""
+    """Refuses a directory among the run's model or data, and one whose result would replace what the run reads."""
     paths = path_fields(config)
-    paths.pop("data.cache", None)  # which is written too
+    paths.pop("data.cache", None)  # which a run writes too
     check_apart("--workdir", workdir, paths, RUN)
     if "stage" in config:
         check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and makes its folder.
+    """Writes a file of `--out`, and makes its folder.
 
     Raises:
         UserError: If it cannot be written.

@@ -23,7 +23,7 @@ from rcgrpo_jax.errors import UserError
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
 _BY_SUFFIX = {".csv": SEPARATED, ".tsv": SEPARATED, ".json": "a JSON document"}
-_LOOKED_AT = 1000  # files of a folder without examples, to say what there is
+_LOOKED_AT = 1000  # most files whose kinds are looked up in a folder without examples, for the message
 
 Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
 
@@ -200,7 +200,7 @@ def _by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
 
 
 def _nothing(path: Path) -> UserError:
-    """The error for a folder without examples, which says what there is in it instead."""
+    """The error for a folder without examples; it names what else is there."""
     layouts = "metadata.jsonl, or images/, masks/ and instructions/, was wanted"
     if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
         return UserError(

@@ -1,4 +1,4 @@
-"""Rows of a `metadata.jsonl`: read, checked, and named by what is wrong with them."""
+"""Rows of a `metadata.jsonl`: read and checked; errors name the line, the field and what was found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _KNOWN_AS = {
 
 
 def likely(field: str, found: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The field that was found and probably holds what is wanted: by its name in other data sets, or its spelling."""
+    """Which of the fields found is probably the wanted one: by its name in other data sets, or by its spelling."""
     return next((name for name in _KNOWN_AS.get(field, ()) if name in found), None) or nearest(field, found)
 
 
@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
 
 
 def _decode(text: bytes, where: str) -> str:
-    """UTF-8, or a UserError that says what is not."""
+    """The text of UTF-8; a UserError for other bytes."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:

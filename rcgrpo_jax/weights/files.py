@@ -18,7 +18,7 @@ from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 SUFFIXES = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PLAIN = tuple(  # what diffusers and transformers call weights that are no variant
+PLAIN = tuple(  # names that diffusers and transformers give weights without a variant
     f"{stem}.safetensors{end}" for stem in ("diffusion_pytorch_model", "model") for end in (".index.json", "")
 )
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
