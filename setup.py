@@ -22,6 +22,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
+        "annotated-types>=0.6",
         "dm-pix>=0.4.4",
         "filelock>=4.0",
         "flax>=0.12.8",
@@ -46,6 +47,7 @@ setup(
         "tokenizers>=0.21",
         "tqdm>=4.66",
         "transformers>=5.0",
+        "typing_extensions>=4.12",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

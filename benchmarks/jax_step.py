@@ -23,7 +23,8 @@ from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontext, counts
 from rcgrpo_jax.plan.search import changed
-from rcgrpo_jax.training.loop import first_state, join, load_editor
+from rcgrpo_jax.training.loop import join
+from rcgrpo_jax.training.parts import first_state, load_editor
 from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
 from rcgrpo_jax.weights.load import ModelFolder, ShardingOf

@@ -10,15 +10,15 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 T = TypeVar("T")
-DEEPEST = 100  # levels that objects and lists may stand in each other; pydantic follows twice as many
+DEEPEST = 100  # levels of lists and objects within each other; pydantic follows twice as many
 STRICT: Any = {"strict": True, "allow_inf_nan": False}  # pydantic's options for values that nobody may reinterpret
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Reads a JSON text.
 
     Raises:
-        ValueError: If it is none, is nested deeper than Python can follow, or is no UTF-8.
+        ValueError: If it is not JSON or not UTF-8, or is nested deeper than Python can follow.
     """
     try:
         return json.loads(text)
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
-    """The value as a type's own, without conversion: no text or switch passes for a number, no 8.0 for a count.
+    """Checks a value against a type, and returns it as that type: no text or switch is a number, 8.0 is no count.
 
     Args:
         value: Of JSON: dicts, lists, texts, numbers, booleans, None.
@@ -46,7 +46,7 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
         raise UserError(f"{where}: {deep[0]}: lists or objects in more than {DEEPEST} others found.", remedy)
     adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
     try:
-        return adapter.validate_json(json.dumps(value), strict=True)  # where a list is what JSON has for a tuple
+        return adapter.validate_json(json.dumps(value), strict=True)  # as JSON, in which a tuple is a list
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors(include_url=False)]
         joined = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
@@ -54,7 +54,7 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects stand in each other more than so many levels deep."""
+    """Whether lists and objects are nested in more than so many levels."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels < 0 or any(_is_deeper(part, levels - 1) for part in inner)
 
@@ -72,7 +72,7 @@ def is_like(value: Any, default: Any) -> bool:
 
 
 def shorten(value: Any, length: int = 60) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """A value as a message shows it, cut if it is long."""
     try:
         text = repr(value)
     except RecursionError:

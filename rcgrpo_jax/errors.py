@@ -44,6 +44,11 @@ def is_everywhere(error: BaseException | None) -> bool:
     return getattr(error, "everywhere", False)
 
 
+def reason(error: BaseException, length: int = 200) -> str:
+    """What an exception of a library says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that one which is not known was probably meant to be."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

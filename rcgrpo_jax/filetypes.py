@@ -1,4 +1,4 @@
-"""What kind of file a file is, by its first bytes: for messages about files that are not what was wanted."""
+"""The kind of a file by its first bytes, for messages about files of the wrong kind."""
 
 from __future__ import annotations
 

@@ -31,8 +31,9 @@ from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.config import default_config, validate
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import Trainer, check_example
+from rcgrpo_jax.training.loop import Trainer
 from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.training.parts import check_example
 from rcgrpo_jax.training.state import TrainState, init_state
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.load import ModelFolder

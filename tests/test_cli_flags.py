@@ -8,6 +8,7 @@ from absl import flags
 from rcgrpo_jax import borders
 from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.edit import check_fits, read_noise
+from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.data.scenes import parse_scenes
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.slurm import whole_number
@@ -45,6 +46,13 @@ def define(values: flags.FlagValues) -> None:
 def test_values_that_are_refused(argv, problem):
     with pytest.raises(UsageError, match=problem):
         parse("test", "", argv, define)
+
+
+@pytest.mark.parametrize("argv", [["--lora=a", "--lora_scale=1", "--lora_scale=2"], ["--lora_scale=1"]])
+def test_each_lora_has_one_strength(argv):
+    values, _ = parse("test", "", argv, define_lora)
+    with pytest.raises(UsageError, match=r"--lora_scale: \d strengths for \d LoRAs"):
+        read_lora(values, None)
 
 
 def test_flags_that_take_several_values_do():

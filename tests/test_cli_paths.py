@@ -27,6 +27,7 @@ from rcgrpo_jax.cli.paths import (
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.report import Report, write_report
 from rcgrpo_jax.training import config, pretrain_config
+from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -76,7 +77,7 @@ def test_path_flags_and_fields_are_expanded(home):
 
 
 TEXTS = {  # flags and fields whose text is no path
-    "instruction", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
+    "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
 }  # fmt: skip
 
 
@@ -224,6 +225,19 @@ def test_a_run_does_not_replace_what_it_starts_from(home):
     given.data.path = "scenes:train"
     with pytest.raises(UsageError, match=r"--workdir: run/model is model.path run/model"):
         check_workdir(Path("run/model"), given)
+
+
+def test_a_run_below_its_data_goes_on(home):
+    config = ConfigDict({"model": {"path": "model"}, "data": {"path": "data"}})
+    run = home / "data" / "run"
+    make_folder(run, "workdir")
+    with hold(run):
+        pass
+    assert [file.name for file in run.iterdir()] == [LOCK]
+    check_workdir(run, config)
+    (run / "metadata.jsonl").touch()
+    with pytest.raises(UsageError, match=r"--workdir: .* is in data\.path data"):
+        check_workdir(run, config)
 
 
 def test_export_does_not_write_among_the_checkpoints(capsys, home):

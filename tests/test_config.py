@@ -15,7 +15,7 @@ from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.rewards.base import register
 from rcgrpo_jax.training import pretrain_config
 from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
-from rcgrpo_jax.training.loop import make_rewards
+from rcgrpo_jax.training.parts import make_rewards
 from rcgrpo_jax.training.recipes import as_in_paper
 
 DEVICES = {

@@ -40,7 +40,7 @@ def test_a_step_goes_on_without_the_group(monkeypatch, value):
     assert metrics["reward/judge"] == pytest.approx(scores[1].mean())
     assert [name for name, x in metrics.items() if not np.isfinite(x)] == []
     assert metrics["grad_norm"] > 0
-    assert not rows[0].candidates[2].any()  # black
+    assert (rows[0].candidates[2] == (255, 0, 255)).all()  # magenta
     assert "nan" in rows[0].captions[2]
 
 

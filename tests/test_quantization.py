@@ -20,7 +20,8 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.plan.programs import Workload, open_model, place
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import Trainer, load_editor, make_rewards, train
+from rcgrpo_jax.training.loop import Trainer, train
+from rcgrpo_jax.training.parts import load_editor, make_rewards
 from rcgrpo_jax.weights import load
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder

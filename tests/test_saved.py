@@ -10,7 +10,7 @@ from rcgrpo_jax.cli.run_record import config_script, facts, read_run
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config
+from rcgrpo_jax.training.checkpoint import ADDED, Checkpointer, check_same_config
 from rcgrpo_jax.training.config import default_config
 from rcgrpo_jax.training.metrics import read_metrics
 from rcgrpo_jax.training.run import restore
@@ -101,6 +101,14 @@ def test_a_run_that_is_older_than_a_field_has_its_default(described):
     del found["objective"]["background_weight"]
     assert LoRAConfig(**found["lora"]) == LoRAConfig(**now["lora"])
     check_same_config(found, now | {"seed": 3}, ("reward_options",))
+
+
+def test_a_run_that_is_older_than_a_field_has_what_runs_did_then(described, monkeypatch):
+    """Whatever the default is today."""
+    monkeypatch.setitem(ADDED, "optimizer.eps", 1e-6)
+    old = with_value("seed", 3)
+    del old["optimizer"]["eps"]
+    assert saved_config(described(old))["optimizer"]["eps"] == 1e-6
 
 
 def test_an_older_run_goes_on(described):

@@ -314,6 +314,7 @@ def test_tensorflow_is_never_imported_and_tfds_only_when_needed(root, tmp_path):
         ("scenes:train:600", "scenes:validation:600", False),
         ("tfds:edits", "tfds:edits@train", True),
         ("tfds:edits@train", "tfds:edits@test", False),
+        ("tfds:/data@home/edits", "tfds:/data@home/edits@train", True),
         ("tfds:edits@train[:90%]", "tfds:edits", True),
         ("tfds:edits@train[:90%]", "tfds:edits@train[90%:]", False),
         ("tfds:edits@train[:90%]", "tfds:edits@test", False),

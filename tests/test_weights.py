@@ -296,6 +296,13 @@ def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path, name):
     assert "git lfs pull" in error.value.remedy
 
 
+def test_an_endlessly_nested_header_is_called_damaged(tmp_path):
+    header = b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="the header of this safetensors file is damaged"):
+        TensorFiles(tmp_path)
+
+
 def test_a_page_that_was_saved_for_a_file_is_called_so(tmp_path):
     (tmp_path / "model.safetensors").write_text("<!DOCTYPE html><html>Access denied</html>")
     with pytest.raises(UserError, match=r"model\.safetensors: an HTML page, no safetensors"):

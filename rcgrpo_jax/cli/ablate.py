@@ -47,7 +47,7 @@ from rcgrpo_jax.training.ablation import (
     slug,
 )  # fmt: skip
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import check_model_fits
+from rcgrpo_jax.training.parts import check_model_fits
 from rcgrpo_jax.training.sizes import check_rollout
 from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
@@ -134,7 +134,7 @@ def compare(
     values: flags.FlagValues,
     out: Path,
 ) -> None:
-    """Does what is not there yet, and writes and prints all results."""
+    """Makes the runs and evaluations that are missing, and writes and prints all results."""
     sections: dict[str, Any] = {}
     facts = {x.name: ", ".join(f"{field} = {value}" for field, value in x.changes.items()) for x in variants}
     if values.seeds:

@@ -76,7 +76,7 @@ def check_given(values: flags.FlagValues) -> None:
         flag = values[name]
         several = isinstance(flag, flags.MultiFlag)
         if flag.present > 1 and not several:
-            raise UsageError(f"--{name}: given {flag.present} times; one value was wanted.", "Leave the others out.")
+            raise given_again(name, flag.present)
         if not flag.present or name.startswith("config."):
             continue
         for value in flag.value if several else [flag.value]:
@@ -84,6 +84,11 @@ def check_given(values: flags.FlagValues) -> None:
                 raise UsageError(f"--{name}: blank; a value was wanted.", f"Give one, or leave --{name} out.")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{name}: {value} found; a number was wanted.", "Give a finite number.")
+
+
+def given_again(name: str, count: int) -> UsageError:
+    """The error for several values of a flag that has one."""
+    return UsageError(f"--{name}: given {count} times; one value was wanted.", "Leave the others out.")
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from rcgrpo_jax.cli.arguments import one_line, parse
+from rcgrpo_jax.cli.arguments import given_again, one_line, parse
 from rcgrpo_jax.cli.config_import import neighbours
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import check_for_checkpoints, check_workdir, expand_fields, expand_home, path_flag
@@ -119,9 +119,7 @@ def _split(command: str, argv: Sequence[str]) -> tuple[str | None, list[str]]:
     except flags.Error:  # reported by `parse`
         return None, list(argv)
     if len(values.config) > 1:
-        raise UsageError(
-            f"--config: {' and '.join(values.config)} found; one file was wanted.", "Leave out the others."
-        )
+        raise given_again("config", len(values.config))
     return next(iter(values.config), None), others
 
 

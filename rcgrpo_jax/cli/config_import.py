@@ -17,7 +17,7 @@ _KEPT = {*sys.stdlib_module_names, "__main__", rcgrpo_jax.__name__}
 
 @contextmanager
 def neighbours(file: Path) -> Iterator[None]:
-    """Lets the block import what lies beside a file, whatever the current directory.
+    """Lets the block import the modules beside a file, whatever the current directory.
 
     Afterwards `sys.path` and `sys.modules` are as they were: files of one name in two folders are two modules, and the
     caller sees neither.

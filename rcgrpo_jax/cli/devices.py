@@ -1,4 +1,4 @@
-"""The devices that a command computes on, and what it says of them."""
+"""The devices that a command computes on: opened, named in a line, or left to a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 
 import jax
 
-REMEDIES = {  # of what JAX says, by how it begins
+REMEDIES = {  # beginning of a message of JAX -> the way out
     "An NVIDIA GPU": "pip install -e '.[cuda]'",
     "CUDA backend": "see that `nvidia-smi` lists it, with free memory",
     "A Google TPU": "pip install -e '.[tpu]', and let no other process hold it",
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Messages(logging.Handler):
-    """Keeps what is logged."""
+    """Keeps the messages that are logged."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -48,12 +48,8 @@ def open_devices() -> list[jax.Device]:
         print(f"devices: {describe(devices)}", file=sys.stderr, flush=True)
         for text in said.texts:
             remedy = next((remedy for sign, remedy in REMEDIES.items() if text.startswith(sign)), None)
-            logger.warning(
-                "%s",
-                text
-                if remedy is None
-                else f"{text} To use it: {remedy}. JAX_PLATFORMS=cpu says that the CPU is meant.",
-            )
+            way_out = f" To use it: {remedy}. JAX_PLATFORMS=cpu says that the CPU is meant." if remedy else ""
+            logger.warning("%s%s", text, way_out)
     return devices
 
 

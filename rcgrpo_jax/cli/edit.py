@@ -103,8 +103,6 @@ def open_editor(
 def run(argv: list[str]) -> None:
     required = ("model", "image", "instruction", "out")
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
-    if not values.instruction.strip():
-        raise UsageError("--instruction: blank; a sentence was wanted.", "Say what to change.")
     check_file("out", Path(values.out), ".png", {"--image": values.image, "--noise": values.noise})
     folder = ModelFolder(values.model)
     image = read_image(values.image)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from absl import flags
 
 from rcgrpo_jax.cli.paths import PathParser
@@ -24,15 +22,14 @@ def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
     """The adapter of all `--lora`, with every scale folded in; None without any.
 
     Raises:
-        UsageError: If there are not as many strengths as LoRAs, or one is not finite.
+        UsageError: If there are not as many strengths as LoRAs.
         UserError: As `load_lora`.
     """
     paths = values.lora or []
     strengths = values.lora_scale or [1.0] * len(paths)
-    if len(strengths) != len(paths) or not all(map(math.isfinite, strengths)):
+    if len(strengths) != len(paths):
         raise UsageError(
-            f"--lora_scale: {', '.join(map(str, strengths))} found; a finite number for each of {len(paths)} LoRAs was "
-            "wanted.",
+            f"--lora_scale: {len(strengths)} strengths for {len(paths)} LoRAs; one for each was wanted.",
             "Give it once for each --lora, in the same order.",
         )
     if not paths:

@@ -9,20 +9,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from absl import flags
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data.sources import dataset_and_split
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.training.fields import flatten
+from rcgrpo_jax.training.workdir import FOLDERS, LOCK
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
-STARTS = {  # of the files that are written here; a plan and a search differ
+STARTS = {  # how the files begin that commands write; a plan and a search begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
     ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
 }
 RUN = (  # what lies in the directory of a run, logs of the shell among it
-    "checkpoints", "metrics.jsonl*", "tensorboard", "images", "cache", "compiled", "profile", "start", "model", "lora",
-    "evaluation", "*.html", "*.log", "*.out", "*.err", "*.lock", ".*",
+    *FOLDERS, LOCK, "metrics.jsonl*", "start", "model", "lora", "evaluation", "*.html", "*.log", "*.out", "*.err", ".*",
 )  # fmt: skip
 
 Inputs = Mapping[str, str | os.PathLike[str] | None]  # flag or field -> what is read; None and "": nothing
@@ -73,7 +74,7 @@ def expand_fields(config: ConfigDict) -> None:
 
 def path_fields(config: ConfigDict) -> dict[str, str]:
     """The paths in a configuration, by field; those that are no text are left for its check."""
-    fields = flatten_dict(config.to_dict(), sep=".")
+    fields = flatten(config.to_dict())
     return {field: fields[field] for field in PATH_FIELDS if isinstance(fields.get(field), str)}
 
 
@@ -161,16 +162,16 @@ def check_for_checkpoints(flag: str, folder: str) -> None:
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Refuses the directory of a run among its model or data, or whose result would replace what the run reads."""
+    """Refuses a directory among the run's model or data, and one whose result would replace what the run reads."""
     paths = path_fields(config)
-    paths.pop("data.cache", None)  # which is written too
+    paths.pop("data.cache", None)  # which a run writes too
     check_apart("--workdir", workdir, paths, RUN)
     if "stage" in config:
         check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and makes its folder.
+    """Writes a file of `--out`, and makes its folder.
 
     Raises:
         UserError: If it cannot be written.
@@ -191,8 +192,7 @@ def _has_only(folder: Path, patterns: Collection[str]) -> bool:
 def _folder(path: str) -> Path:
     """The file or folder that a value of `Inputs` reads."""
     if path.startswith("tfds:"):
-        dataset, _, split = path.removeprefix("tfds:").rpartition("@")
-        return Path(path.removeprefix("tfds:") if not dataset or "/" in split else dataset)
+        return Path(dataset_and_split(path)[0])
     return Path(path).parent if path.endswith(".jsonl") else Path(path)
 
 

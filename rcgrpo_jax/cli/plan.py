@@ -22,7 +22,7 @@ from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import check_mesh, check_model_fits
+from rcgrpo_jax.training.parts import check_mesh, check_model_fits
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.

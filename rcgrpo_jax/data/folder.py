@@ -13,16 +13,17 @@ import numpy as np
 from PIL import Image
 
 from rcgrpo_jax import filetypes
+from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import read_image
-from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text, short
+from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text
 from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
 from rcgrpo_jax.data.paths import Finder, composed, printable
 from rcgrpo_jax.errors import UserError
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
 _BY_SUFFIX = {".csv": SEPARATED, ".tsv": SEPARATED, ".json": "a JSON document"}
-_LOOKED_AT = 1000  # files of a folder without examples, to say what there is
+_LOOKED_AT = 1000  # most files whose kinds are looked up in a folder without examples, for the message
 
 Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
 
@@ -87,7 +88,7 @@ class EditFolder:
         try:
             self._entries = _find_entries(path, (polarity, mask_value), fields, needs_mask)
         except OSError as error:
-            which = short(str(error.filename))
+            which = shorten(str(error.filename))
             raise UserError(
                 f"{path}: cannot be read ({error.strerror}: {which}).", "Check the path and its permissions."
             ) from None
@@ -199,7 +200,7 @@ def _by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
 
 
 def _nothing(path: Path) -> UserError:
-    """The error for a folder without examples, which says what there is in it instead."""
+    """The error for a folder without examples; it names what else is there."""
     layouts = "metadata.jsonl, or images/, masks/ and instructions/, was wanted"
     if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
         return UserError(

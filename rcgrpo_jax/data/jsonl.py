@@ -1,4 +1,4 @@
-"""Rows of a `metadata.jsonl`: read, checked, and named by what is wrong with them."""
+"""Rows of a `metadata.jsonl`: read and checked; errors name the line, the field and what was found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rcgrpo_jax import filetypes
+from rcgrpo_jax.borders import parse_json, shorten
 from rcgrpo_jax.errors import UserError, nearest
 
 WANTED = "a folder, a .jsonl file (JSON Lines), tfds:DATASET or scenes:SPLIT was wanted"
@@ -21,7 +22,6 @@ MAX_LINE = 2**24  # bytes: a line holds paths and sentences
 SEPARATED = "a table of separated values"
 _COCO = "a JSON document of COCO annotations"
 _OPTIONAL = ("caption", "target", "flawed", "mask_polarity", "mask_value")
-_SHOWN = 80  # characters of a value in a message
 
 # What other data sets call a field; InstructPix2Pix, MagicBrush, UltraEdit and the hubs' image folders among them.
 _KNOWN_AS = {
@@ -43,7 +43,7 @@ _KNOWN_AS = {
 
 
 def likely(field: str, found: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """The field that was found and probably holds what is wanted: by its name in other data sets, or its spelling."""
+    """Which of the fields found is probably the wanted one: by its name in other data sets, or by its spelling."""
     return next((name for name in _KNOWN_AS.get(field, ()) if name in found), None) or nearest(field, found)
 
 
@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
 
 
 def _decode(text: bytes, where: str) -> str:
-    """UTF-8, or a UserError that says what is not."""
+    """The text of UTF-8; a UserError for other bytes."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -107,7 +107,7 @@ def _decode(text: bytes, where: str) -> str:
 
 def _object(text: str, where: str, table: Path) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except json.JSONDecodeError as error:
         if kind := _document(table, text):
             raise UserError(f"{table}: this is {kind}; {WANTED}.", REMEDY) from None
@@ -115,9 +115,9 @@ def _object(text: str, where: str, table: Path) -> dict[str, Any]:
             f"{where}: {error.msg} at column {error.colno}; a JSON object was wanted.",
             "Write one example a line, in braces and double quotes.",
         ) from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+    except ValueError as error:  # numbers of thousands of digits, endless nesting
         raise UserError(
-            f"{where}: not readable as JSON ({str(error)[:_SHOWN]}); an object with texts was wanted.",
+            f"{where}: not readable as JSON ({str(error).split(';')[0]}); an object with texts was wanted.",
             "Write one example a line, in braces and double quotes.",
         ) from None
     if isinstance(row, dict):
@@ -141,8 +141,8 @@ def _document(table: Path, line: str) -> str | None:
     if table.stat().st_size > MAX_LINE:
         return "one JSON document" if table.suffix == ".json" else None
     try:
-        value = json.loads(table.read_bytes())
-    except (ValueError, RecursionError):
+        value = parse_json(table.read_bytes())
+    except ValueError:
         return None
     return _COCO if _is_coco(value) else f"one JSON {'list' if isinstance(value, list) else 'document'}"
 
@@ -174,11 +174,11 @@ def check_row(row: Mapping[str, Any], where: str, fields: Sequence[str], needed:
         if is_file and (value or field in needed):
             _check_file_name(field, value, where)
     if not isinstance(flawed := row.get("flawed", False), bool):
-        raise UserError(f"{where}: flawed is {short(flawed)}; true or false was wanted.", "Write it without quotes.")
+        raise UserError(f"{where}: flawed is {shorten(flawed)}; true or false was wanted.", "Write it without quotes.")
     value = mask_value_of(row)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise UserError(
-            f"{where}: mask_value is {short(value)}; a number or a text was wanted.", 'Write 15, "2,5" or "#800000".'
+            f"{where}: mask_value is {shorten(value)}; a number or a text was wanted.", 'Write 15, "2,5" or "#800000".'
         )
     for field in ("flawed", "mask_polarity", "mask_value"):  # misspelt, they would be passed over
         if field not in row and (near := get_close_matches(field, row, n=1, cutoff=0.9)):
@@ -207,7 +207,7 @@ def _missing(row: Mapping[str, Any], where: str, missing: Sequence[str], fields:
         remedies.append(f"Did you mean {_all([f'{old!r} for {new!r}' for old, new in meant.items()])}? Rename.")
     if absent:
         remedies.append(f"Add {_all([*map(repr, absent)])} to the line.")
-    listed = ", ".join(map(short, row)) or "none"
+    listed = ", ".join(map(shorten, row)) or "none"
     are = f"fields {_all([*map(repr, missing)])} are" if missing[1:] else f"field {missing[0]!r} is"
     return UserError(f"{where}: the {are} missing; found {listed}.", " ".join(remedies))
 
@@ -226,7 +226,7 @@ def _no_text(field: str, value: Any, where: str, is_file: bool) -> UserError:
             f"Such values are not read: save them as PNG files, masks white inside, and name these in {field}.",
         )
     wanted = "the path of a file" if is_file else "a string"
-    return UserError(f"{where}: {field} is {short(value)}; {wanted} was wanted.", f"Write {field} in double quotes.")
+    return UserError(f"{where}: {field} is {shorten(value)}; {wanted} was wanted.", f"Write {field} in double quotes.")
 
 
 def _annotation(value: Any) -> str | None:
@@ -236,7 +236,7 @@ def _annotation(value: Any) -> str | None:
             return "a run-length encoding of COCO"
         if "bytes" in value:
             return "an image within the row, as hubs give them"
-        return f"an object with {', '.join(map(short, value)) or 'nothing in it'}"
+        return f"an object with {', '.join(map(shorten, value)) or 'nothing in it'}"
     if isinstance(value, list) and value:
         inner = value[0]
         if isinstance(inner, dict):
@@ -255,17 +255,11 @@ def _check_file_name(field: str, value: str, where: str) -> None:
         raise UserError(f"{where}: {field} is empty; a path was wanted.", "Name the file, or leave the line out.")
     if re.match("[a-z][a-z0-9+]*://", value, re.IGNORECASE) or value.startswith("data:"):
         raise UserError(
-            f"{where}: {field} is {short(value)}; the path of a file on this machine was wanted.",
+            f"{where}: {field} is {shorten(value)}; the path of a file on this machine was wanted.",
             "Download the files, and write their paths relative to the table.",
         )
     if "\0" in value or any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in value.split("/")):
         raise UserError(
-            f"{where}: {field} is {short(value)}, which is no file's name; a path was wanted.",
+            f"{where}: {field} is {shorten(value)}, which is no file's name; a path was wanted.",
             "Save what stands there as a file, and write its path.",
         )
-
-
-def short(value: Any) -> str:
-    """A value as it stands in the row, cut to what fits a message."""
-    text = repr(value) if not isinstance(value, str) else repr(value[: 2 * _SHOWN])
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

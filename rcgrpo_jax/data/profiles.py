@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from rcgrpo_jax.errors import reason
+
 logger = logging.getLogger(__name__)
 
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode
@@ -42,8 +44,7 @@ def to_srgb(image: Image.Image, where: str) -> Image.Image:
     try:
         mode, transform = _transform(profile)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("%s: the colour profile cannot be used (%s); samples are taken as sRGB", where, reason)
+        logger.warning("%s: the colour profile cannot be used (%s); samples are taken as sRGB", where, reason(error))
         return rgb
     if transform is None:
         return rgb

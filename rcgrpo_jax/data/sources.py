@@ -34,12 +34,18 @@ def open_source(
         return parse_scenes(path.removeprefix("scenes:"))
     if not path.startswith("tfds:"):
         return EditFolder(path, polarity=polarity, mask_value=mask_value, needs_mask=needs_mask)
-    dataset, at, split = path.removeprefix("tfds:").rpartition("@")
-    if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
-        dataset, split = path.removeprefix("tfds:"), "train"
+    dataset, split = dataset_and_split(path)
     if not dataset or not split:
         raise UsageError(f"data.path: {path!r} found; tfds:DATASET[@SPLIT] was wanted.", "Write tfds:edits@train.")
     return TfdsSource(dataset, split=split, polarity=polarity, mask_value=mask_value, needs_mask=needs_mask)
+
+
+def dataset_and_split(path: str) -> tuple[str, str]:
+    """The two parts of `tfds:DATASET[@SPLIT]`."""
+    dataset, at, split = path.removeprefix("tfds:").rpartition("@")
+    if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
+        return path.removeprefix("tfds:"), "train"
+    return dataset, split
 
 
 def same_examples(path: str, other: str) -> bool:
@@ -55,6 +61,6 @@ def _examples_of(path: str) -> str:
     if path.startswith("scenes:"):
         return "scenes:" + re.split("[/:]", path)[1]
     if path.startswith("tfds:"):
-        return path if "@" in path else f"{path}@train"
+        return "tfds:" + "@".join(dataset_and_split(path))
     folder = Path(path).resolve()
     return str(folder.parent if folder.name == "metadata.jsonl" else folder)

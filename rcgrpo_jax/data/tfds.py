@@ -18,7 +18,7 @@ from rcgrpo_jax.data.example import EditExample, check_example
 from rcgrpo_jax.data.images import as_rgb, open_image
 from rcgrpo_jax.data.jsonl import likely
 from rcgrpo_jax.data.masks import Polarity, check_marking, edit_region
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
     from rcgrpo_jax.data.pipeline import Source
@@ -97,7 +97,7 @@ class TfdsSource:
             ) from None
         except ValueError as error:
             raise UserError(
-                f"{self._where}: the split cannot be read ({str(error).splitlines()[0]}).",
+                f"{self._where}: the split cannot be read ({reason(error)}).",
                 f"Choose one of {', '.join(builder.info.splits)}, or a slice of one such as train[:90%].",
             ) from None
 
@@ -237,9 +237,8 @@ def _open_folder(folder: Path):
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # protobuf's own and others, by what is damaged
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"tfds:{folder}: the description of the dataset cannot be read ({reason}).",
+            f"tfds:{folder}: the description of the dataset cannot be read ({reason(error)}).",
             "Copy or write the dataset again.",
         ) from error
 

@@ -23,7 +23,7 @@ from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.scenes import KINDS, Scenes
 from rcgrpo_jax.editor import Editor
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError, UserError, reason
 from rcgrpo_jax.evaluation.caption import caption_scores, read_region
 from rcgrpo_jax.evaluation.lpips import load_weights
 from rcgrpo_jax.evaluation.metrics import background_scores, edit_scores
@@ -126,8 +126,7 @@ class Evaluation:
         except UserError:
             raise
         except Exception as error:  # numpy and zipfile raise many types on damaged bytes, and no list is complete
-            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
-            raise UserError(f"{path}: not an evaluation ({reason}).", remedy) from None
+            raise UserError(f"{path}: not an evaluation ({reason(error)}).", remedy) from None
         conform(described, _Described, f"{path}: not an evaluation: described", remedy)
         images = arrays.pop("images", None)
         measures = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith("measures/")}

@@ -173,9 +173,7 @@ class CLIPTextConfig(Config):
     num_attention_heads: Size = 12
     max_position_embeddings: Annotated[int, Ge(77), Le(2**31 - 1)] = 77  # FLUX pads its texts to 77
     layer_norm_eps: Positive = 1e-5
-    eos_token_id: Annotated[int, Ge(0), Le(2**31 - 1)] = (
-        2  # released files say 2 for the token 49407; see `models.clip`
-    )
+    eos_token_id: Annotated[int, Ge(0), Le(2**31 - 1)] = 2  # in released files, for 49407; see `models.clip`
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
-from rcgrpo_jax.errors import UsageError, UserError, everywhere
+from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
 
@@ -59,7 +59,7 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError, OSError) as error:  # OSError: a TPU without Google's metadata server
         raise UserError(
-            f"distributed: {given['coordinator'] or 'the processes of this job'}: {' '.join(str(error).split())[:200]}",
+            f"distributed: {given['coordinator'] or 'the processes of this job'}: {reason(error)}",
             "Start the same command on every process, and let each reach the first one's port; a process that is alone "
             "can say so: --coordinator=localhost:8476 --num_processes=1 --process_id=0.",
         ) from None
@@ -185,7 +185,7 @@ def watch() -> Iterator[None]:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise UserError(
-            f"process {jax.process_index()}: another process is gone ({' '.join(str(error).split())[:200]}).",
+            f"process {jax.process_index()}: another process is gone ({reason(error)}).",
             "Its own log says why. The same command on all processes resumes from the last checkpoint.",
         ) from error
 

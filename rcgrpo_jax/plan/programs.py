@@ -25,7 +25,7 @@ from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.training.config import num_trained_steps
-from rcgrpo_jax.training.loop import load_editor
+from rcgrpo_jax.training.parts import load_editor
 from rcgrpo_jax.training.state import init_state
 from rcgrpo_jax.training.step import Programs
 from rcgrpo_jax.weights.load import ModelFolder

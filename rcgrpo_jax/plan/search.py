@@ -25,7 +25,7 @@ from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts,
 from rcgrpo_jax.plan.roofline import Time, roofline
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.training.fields import quantization_problems
-from rcgrpo_jax.training.loop import check_mesh
+from rcgrpo_jax.training.parts import check_mesh
 from rcgrpo_jax.weights.load import ModelFolder
 
 MICRO_BATCH = {

@@ -29,15 +29,9 @@ from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.training.checkpoint import config_differences
 from rcgrpo_jax.training.config import MAY_DIFFER, name_rewards
 from rcgrpo_jax.training.encode import Batches, encode
-from rcgrpo_jax.training.loop import (
-    Trainer,
-    check_example,
-    first_state,
-    load_editor,
-    make_rewards,
-    train_to_end,
-)
+from rcgrpo_jax.training.loop import Trainer, train_to_end
 from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.training.parts import check_example, first_state, load_editor, make_rewards
 from rcgrpo_jax.training.state import TrainState, start_lora
 from rcgrpo_jax.training.step_metrics import background_drift
 from rcgrpo_jax.weights.load import ModelFolder

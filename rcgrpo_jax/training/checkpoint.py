@@ -26,8 +26,8 @@ from rcgrpo_jax.orbax import is_of_files, ocp
 from rcgrpo_jax.parallel.distributed import together
 
 _SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
-# Fields that came later, and what runs did before: a configuration saved without one has this value.
-_ADDED = {"data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8}
+# Fields that came later, and what runs did before: a configuration that was saved without one has this value.
+ADDED = {"data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8}
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
 
@@ -307,7 +307,7 @@ def config_differences(
         Sorted lines such as `explore.alpha_edit: checkpoint 0.3, config 0.5`.
     """
     new = _flatten(current)
-    added = {name: value for name in new for field, value in _ADDED.items() if f".{name}".endswith(f".{field}")}
+    added = {name: value for name in new for field, value in ADDED.items() if f".{name}".endswith(f".{field}")}
     old = _flatten(added) | _flatten(saved)
     return [
         f"{name}: {saved_as} {old.get(name, 'absent')}, config {new.get(name, 'absent')}"

@@ -147,7 +147,7 @@ def default_config() -> ConfigDict:
     )
 
 
-FREE = ("rewards", "reward_options")  # groups whose fields are what rewards are registered
+FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
 _CHOICES = {
     **MODEL_CHOICES,
     "explore.kind": ("region", "global", "mixed"),

@@ -27,7 +27,7 @@ MODEL_CHOICES: Choices = {
     "data.polarity": ("white", "black"),
 }
 UPDATES = 2**31 - 1  # int32, in which updates are counted
-# Bounds of what has none of its own: above all that is meant, and far from what overflows or never ends.
+# Bounds for fields without a natural one: above every sensible value, and below what overflows or never ends.
 LARGE = 1e9  # of numbers, in float32
 COUNT = 2**20  # of candidates, examples or blocks
 STEPS = 10_000  # of a solver, or of an optimizer on one rollout

@@ -15,7 +15,7 @@ from rcgrpo_jax.parallel.distributed import own_rows
 
 _GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
-_LOST = (255, 0, 255)  # colour in the place of a picture that there is none of
+_LOST = (255, 0, 255)  # colour in the place of a picture that is not finite
 _PAPER, _INK, _FAINT = (255, 255, 255), (24, 24, 24), (104, 104, 104)
 
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.errors import UsageError, UserError, everywhere
+from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
@@ -179,7 +179,7 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
         return Path(text_of_main(str(written)))
     except (OSError, SafetensorError) as error:  # a full disk is either
         unwritten = UserError(
-            f"workdir: the result cannot be written to {stage.workdir} ({' '.join(str(error).split())[:200]}).",
+            f"workdir: the result cannot be written to {stage.workdir} ({reason(error)}).",
             "Free some space, then run the same command: training is done and its last checkpoint kept.",
         )
         raise everywhere(unwritten) from error  # the others have been told

@@ -22,10 +22,9 @@ from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, text_of_mai
 from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
 from rcgrpo_jax.training.metrics import METRICS, MetricsWriter, Progress, check_finite
 from rcgrpo_jax.training.saved import saved_config
-from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.training.workdir import FOLDERS, LOCK, hold, make_folder
 
 logger = logging.getLogger(__name__)
-FOLDERS = ("checkpoints", "images", "tensorboard", "profile", "cache", "compiled")  # in the directory of a run
 State = TypeVar("State")
 # (state, step, whether to draw) -> new state, metrics, and a picture if one was asked for
 StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UInt8[np.ndarray, "H W 3"] | None]]
@@ -68,7 +67,7 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
 
 
 def _check_same_command(config: ConfigDict) -> None:
-    """Refuses a configuration that is not the one of process 0: seeds apart, say, none of both runs would be had."""
+    """Refuses a configuration that is not the one of process 0: of two seeds, the run would have neither."""
     main = json.loads(text_of_main(config.to_json()))
     with together():
         if differences := config_differences(main, config.to_dict(), saved_as="process 0"):

@@ -10,7 +10,7 @@ from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.training import config as train_config
 from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.training.checkpoint import ADDED, Checkpointer
 from rcgrpo_jax.training.fields import flatten
 
 
@@ -22,8 +22,9 @@ def module_of(config: Mapping[str, Any]) -> ModuleType:
 def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[str, Any]:
     """The configuration that was saved with a step (the latest by default), with every field that there is now.
 
-    Fields newer than it are at their defaults. What has been saved beside, such as a digest of the data, is kept.
-    Fields of `lora` that are no more are left out: the group makes the adapter.
+    Fields newer than it have the value of `checkpoint.ADDED`, which is what runs did before, or else their default.
+    What was saved beside the configuration, such as a digest of the data, is kept. Fields of `lora` that no longer
+    exist are left out, since `LoRAConfig` is made of that group.
 
     Raises:
         UserError: There is no such checkpoint, it is damaged, or a value is none of its field.
@@ -46,15 +47,16 @@ def saved_config(checkpointer: Checkpointer, step: int | None = None) -> dict[st
 
 
 def _complete(saved: Any, default: Mapping[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
-    """A saved group with the defaults of what it lacks; a group for a value is a problem, and the reverse."""
+    """A saved group with values for what it lacks; a group for a value is a problem, and the reverse."""
     if not isinstance(saved, Mapping):
         problems.append(f"{name}: {shorten(saved)} found; a group of fields was wanted")
         return dict(default)
-    whole = {**default, **saved} if name not in train_config.FREE else dict(saved)
+    places = {field: f"{name}.{field}" if name else field for field in default}
+    lacked = {} if name in train_config.FREE else {field: ADDED.get(places[field], x) for field, x in default.items()}
+    whole = {**lacked, **saved}
     for field in default.keys() & whole.keys():
-        place = f"{name}.{field}" if name else field
         if isinstance(default[field], Mapping):
-            whole[field] = _complete(whole[field], default[field], place, problems)
+            whole[field] = _complete(whole[field], default[field], places[field], problems)
         elif isinstance(whole[field], Mapping):
-            problems.append(f"{place}: {shorten(whole[field])} found; a value was wanted")
+            problems.append(f"{places[field]}: {shorten(whole[field])} found; a value was wanted")
     return whole

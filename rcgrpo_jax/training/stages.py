@@ -30,7 +30,7 @@ from rcgrpo_jax.models.mmdit import Condition
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import load_editor
+from rcgrpo_jax.training.parts import load_editor
 from rcgrpo_jax.weights.export import save_folder
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora

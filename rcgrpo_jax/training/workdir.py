@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from rcgrpo_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+FOLDERS = ("checkpoints", "images", "tensorboard", "profile", "cache", "compiled")  # in the directory of a run
 LOCK = "lock"
 CACHES = ("cache", "compiled")  # which may be there for reading alone
 

@@ -99,10 +99,7 @@ def convert(
     readers, configs, folder = open_source(source, base)
     if folder is not None and folder.resolve() in destination.resolve().parents:
         raise UserError(f"{destination}: lies inside the source {folder}.", "Choose a directory outside of it.")
-    failures = [
-        (reader.name, reader.files.path, problems) for reader in readers.values() if (problems := reader.problems())
-    ]
-    _raise_all(failures)
+    _raise_all([(reader, reader.problems()) for reader in readers.values()])
     _check_space(destination, readers, dtype)
     partial_dir = destination.absolute().with_name(f".{destination.absolute().name}.incomplete")
     _remove(partial_dir)
@@ -112,13 +109,7 @@ def convert(
             (partial_dir / name).mkdir()
             (partial_dir / name / "config.json").write_text(json.dumps(configs[name], indent=2) + "\n")
             _save_network(partial_dir / name / "params", reader, dtype, sharding_of, progress)
-        _raise_all(
-            [
-                (r.name, r.files.path, [f"NaN or inf   {key}" for key in sorted(r.not_finite)])
-                for r in readers.values()
-                if r.not_finite
-            ]
-        )
+        _raise_all([(reader, reader.values_lost()) for reader in readers.values()])
         _copy_assets(folder, partial_dir)
         cast = f"-{jnp.dtype(dtype).name}" if dtype else ""
         fingerprints = {name: fingerprint(configs[name], reader.files) + cast for name, reader in readers.items()}
@@ -142,9 +133,9 @@ def _remove(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _raise_all(failures: list[tuple[str, Path, list[str]]]) -> None:
-    reports = [problem_report(*failure) for failure in failures]
-    if reports:
+def _raise_all(found: list[tuple[LeafReader, list[str]]]) -> None:
+    """Raises one error for the problems of all networks, if there are any."""
+    if reports := [problem_report(reader.name, reader.files.path, problems) for reader, problems in found if problems]:
         raise UserError("\n".join(report.problem for report in reports), reports[0].remedy + " Nothing was written.")
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from rcgrpo_jax.borders import conform, read_object
+from rcgrpo_jax.borders import conform, parse_json, read_object
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 
 SUFFIXES = (".safetensors", ".sft")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-PLAIN = tuple(  # what diffusers and transformers call weights that are no variant
+PLAIN = tuple(  # names that diffusers and transformers give weights without a variant
     f"{stem}.safetensors{end}" for stem in ("diffusion_pytorch_model", "model") for end in (".index.json", "")
 )
 FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
@@ -125,9 +125,9 @@ class TensorFiles:
         content = np.fromfile(file, np.uint8, math.prod(shape), offset=start + first)
         return content.view(FLOAT8[self.dtypes[key]]).reshape(shape)
 
-    def metadata(self, name: str) -> str | None:
-        """A text of the files' headers."""
-        return next((found[name] for file in self._handles.values() if name in (found := file.metadata() or {})), None)
+    def metadata(self) -> dict[str, str]:
+        """The texts of the files' headers, by name; of one name in several files, the first."""
+        return dict(ChainMap(*(handle.metadata() or {} for handle in self._handles.values())))
 
     def sha256(self) -> str:
         """A hash of the files' bytes."""
@@ -173,7 +173,7 @@ def _header(file: Path) -> tuple[int, dict]:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if start > min(size, MAX_HEADER):
             raise ValueError
-        return start, json.loads(stream.read(start - 8))
+        return start, parse_json(stream.read(start - 8))
 
 
 def _damage(file: Path, error: Exception) -> UserError:

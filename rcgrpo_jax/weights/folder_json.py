@@ -15,7 +15,7 @@ from rcgrpo_jax.models.config import Config, Size
 from rcgrpo_jax.weights.networks import NETWORKS
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL_TOKENS = {"bos_token", "eos_token", "pad_token", "unk_token"}
 COPY_SETTINGS = "Correct the file, or copy the folder of the model's release again."
 Shift = Annotated[float, Ge(-10), Le(10)]  # a logarithm: beyond, float32 tells the first or last times no longer apart
 
@@ -78,12 +78,18 @@ class TokenizerSettings:
                 content = read_object(file, COPY_SETTINGS)
                 known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
                 settings = conform(known, cls, f"{file}", COPY_SETTINGS)
-                for token, value in ((token, content[token]) for token in SPECIAL_TOKENS if token in content):
-                    text = value.get("content") if isinstance(value, dict) else value
-                    absent = value is None and file.name == "tokenizer_config.json"  # there null is none
-                    if not (absent or isinstance(text, str)):
-                        raise UserError(f"{file}: {token}: {shorten(value)} found, a text wanted.", COPY_SETTINGS)
+                _check_special_tokens(file, content)
         return settings
+
+
+def _check_special_tokens(file: Path, content: Mapping[str, Any]) -> None:
+    for token in sorted(SPECIAL_TOKENS & content.keys()):
+        value = content[token]
+        if value is None and file.name == "tokenizer_config.json":  # there null is none
+            continue
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise UserError(f"{file}: {token}: {shorten(value)} found, a text wanted.", COPY_SETTINGS)
 
 
 @dataclass(frozen=True)

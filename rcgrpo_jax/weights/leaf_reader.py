@@ -61,9 +61,13 @@ class LeafReader:
         if problems := self.problems():
             raise problem_report(self.name, self.files.path, problems)
 
+    def values_lost(self) -> list[str]:
+        """A line for every tensor read so far that holds a NaN or an infinity."""
+        return [f"NaN or inf   {key}" for key in sorted(self.not_finite)]
+
     def check_finite(self) -> None:
-        if self.not_finite:
-            raise problem_report(self.name, self.files.path, [f"NaN or inf   {key}" for key in sorted(self.not_finite)])
+        if lost := self.values_lost():
+            raise problem_report(self.name, self.files.path, lost)
 
     def read(self, leaf: keymap.Leaf, dtype: Any, sharding_of: ShardingOf) -> jax.Array:
         """The array of one leaf; `not_finite` gathers the tensors that hold a NaN or an infinity."""

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rcgrpo_jax.borders import check_memory, read_object
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, reason
 from rcgrpo_jax.models.clip import LEGACY_EOS
 from rcgrpo_jax.models.config import Config
 from rcgrpo_jax.models.quantization import NONE, QuantizedKernel, is_quantized, quantize
@@ -265,5 +265,6 @@ def _damage(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_of_files(error):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a complete Orbax checkpoint ({reason}).", "Run `rcgrpo convert` again.") from None
+        raise UserError(
+            f"{path}: not a complete Orbax checkpoint ({reason(error)}).", "Run `rcgrpo convert` again."
+        ) from None

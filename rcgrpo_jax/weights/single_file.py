@@ -19,7 +19,7 @@ from rcgrpo_jax.weights.stored import StoredNetwork
 logger = logging.getLogger(__name__)
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")  # of the one to read, where several are
-BESIDE = frozenset({  # what other networks' keys begin with, beside a transformer without a prefix
+BESIDE = frozenset({  # beginnings of other networks' keys, in files whose transformer has no prefix
     "vae", "first_stage_model", "text_encoder", "text_encoder_2", "text_encoders", "cond_stage_model", "conditioner",
     "clip_l", "t5xxl", "model_ema",
 })  # fmt: skip

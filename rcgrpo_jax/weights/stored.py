@@ -22,7 +22,7 @@ _SCALE = re.compile(r"\.(scale_weight|weight_scale)$")  # beside `.weight`, whic
 _UNUSED = re.compile(r"(\.scale_input|\.input_scale|\.comfy_quant|^scaled_fp8)$")  # for products in float8
 _NORM = re.compile(r"\.(query|key)_norm\.weight$")  # ComfyUI's newer name of BFL's `.scale`
 _CODES = ("I8", "U8", "I16", "I32", "I64")
-_FORMS = (  # what keys end with where weights are stored in other kinds, and what these are called
+_FORMS = (  # endings of keys that tell of weights in other kinds, and the names of these kinds
     (re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"), "NF4 of bitsandbytes"),
     (re.compile(r"\.(SCB|weight_format)$"), "int8 of bitsandbytes"),
     (re.compile(r"\.(wscales|wtscale|wcscales|smooth|smooth_factor|smooth_orig)$"), "4 bits of SVDQuant (nunchaku)"),
@@ -111,7 +111,7 @@ class StoredNetwork:
 
     def _layers(self) -> dict[str, Any]:
         """What ComfyUI notes in a file's header of the kinds of its layers."""
-        noted = _json(self.files.metadata("_quantization_metadata") or "{}")
+        noted = _json(self.files.metadata().get("_quantization_metadata") or "{}")
         layers = noted.get("layers", {}) if isinstance(noted, dict) else noted
         return layers if isinstance(layers, dict) else {"": layers}
 
@@ -131,7 +131,7 @@ def _json(text: str | bytes) -> Any:
 
 
 def _is_float8(options: Any) -> bool:
-    """Whether what ComfyUI notes of a layer says float8 times a scale and nothing more."""
+    """Whether ComfyUI's note of a layer asks for float8 times a scale, and for nothing more."""
     return isinstance(options, dict) and {
         name: value for name, value in options.items() if value and name != "full_precision_matrix_mult"
     } in ({"format": "float8_e4m3fn"}, {"format": "float8_e5m2"})

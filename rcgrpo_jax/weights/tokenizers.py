@@ -22,7 +22,7 @@ from annotated_types import Ge
 from jaxtyping import Int
 
 from rcgrpo_jax.borders import conform, read_object
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, reason
 from rcgrpo_jax.filetypes import LFS_POINTER, LFS_REMEDY, describe
 from rcgrpo_jax.weights.folder_json import COPY_SETTINGS, TokenizerSettings
 
@@ -213,9 +213,8 @@ def _load(class_name: str, folder: Path, alternatives: Sequence[tuple[str, ...]]
             folder, local_files_only=True, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # `tokenizers` raises bare Exceptions
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{folder}: not readable as a {class_name} ({reason}); wanted {wanted}.",
+            f"{folder}: not readable as a {class_name} ({reason(error)}); wanted {wanted}.",
             "Download the folder's files again; a spiece.model alone also needs `pip install sentencepiece protobuf`.",
         ) from error
     if found.pad_token is None:

@@ -1,4 +1,4 @@
-"""What the tensors of a LoRA file are called: the linear layer, in whoever's words, and the part that a tensor plays.
+"""Names of the tensors in LoRA files of all programs: which linear layer a tensor adapts, and which part it is.
 
 | program | a key |
 |---|---|
@@ -28,14 +28,14 @@ TEXT_ENCODERS = re.compile(
     r"(base_model\.model\.)?(text_encoders?(_[23])?[._]|lora_te[123]?_|lora_clip_|lora_prior_te_|bundle_emb\.|"
     r"(cond_stage_model|conditioner|text_model|t5xxl|clip_l)[._])"
 )
-# The part that a tensor plays -> how programs end its key; PEFT may put an adapter's name before `.weight`.
+# Part of a LoRA -> how programs end its key; PEFT may put an adapter's name before `.weight`.
 _ENDINGS = {
     "A": r"[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|down)((\.[^.]+)?\.weight)?",
     "B": r"[._](lora_B|lora_up|lora\.up|lora_linear_layer\.up|up)((\.[^.]+)?\.weight)?",
     "alpha": r"\.(alpha|lora_alpha)",
 }
 _PARTS = [(part, re.compile(rf"(.+?){ending}$")) for part, ending in _ENDINGS.items()]
-# What a tensor says that belongs to another kind of adapter -> its name.
+# Pattern of keys that belong to another kind of adapter -> the name of that kind.
 FOREIGN = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
     r"\.lokr_": "LoKr",

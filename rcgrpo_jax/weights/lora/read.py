@@ -23,7 +23,6 @@ from rcgrpo_jax.weights.lora.write import LORA_FILE
 logger = logging.getLogger(__name__)
 FILES = (LORA_FILE, "adapter_model.safetensors")  # what diffusers and PEFT call the file in a folder
 _ADDITIVE = re.compile(r"\.(diff|diff_b|bias)$")
-_DTYPES = {*FLOATS, "F8_E4M3", "F8_E5M2"}
 _FORMS = (
     "Give a LoRA of FLUX in the form of diffusers, PEFT, kohya, ComfyUI, ai-toolkit, fal or XLabs (README has a table)."
 )
@@ -63,12 +62,9 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
         UserError: If a tensor does not belong to this transformer, does not fit it or is not finite, or if the file
             asks for more than plain LoRA. Nothing is read in part.
     """
-    from safetensors import safe_open
-
-    file = find_file(Path(path).expanduser())
+    file = find_file(Path(path))
     files = TensorFiles(file)
-    with safe_open(file, framework="np") as handle:
-        header = handle.metadata() or {}
+    header = files.metadata()
     settings, trained = scales.read_settings(file, header), scales.read_trained(file, header)
     table = names.linear_layers(params)
     found: dict[keymap.Path, dict[int, Factors]] = {}
@@ -215,9 +211,9 @@ def _factors(
 
 
 def _read(files: TensorFiles, key: str) -> np.ndarray:
-    if files.dtypes[key] not in _DTYPES:
+    if files.dtypes[key] not in FLOATS:
         raise UserError(
-            f"lora: {key} in {files.path} is {files.dtypes[key]}; one of {', '.join(sorted(_DTYPES))} was wanted.",
+            f"lora: {key} in {files.path} is {files.dtypes[key]}; one of {', '.join(sorted(FLOATS))} was wanted.",
             "Save the LoRA in float16, bfloat16 or float32.",
         )
     array = files.read(key).astype(np.float32)

@@ -1,4 +1,4 @@
-"""How strong each layer of a LoRA is: alpha / r, by a tensor, by PEFT's settings in the header or beside the file."""
+"""The strength alpha / r of each layer of a LoRA: from a tensor, or from PEFT's settings in the header or a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUR_KEY = "rcgrpo_jax"  # the rank and alpha of the training, whose scale is fol
 PEFT_FILE = "adapter_config.json"  # the same settings in a file beside, as PEFT saves them
 AGAIN = "Export the LoRA again."
 Positive = Annotated[float, Gt(0)]
-_HARMLESS = {  # settings that say how it was made, or repeat what the tensors show
+_HARMLESS = {  # settings that do not change what the LoRA computes, or that the tensors show as well
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern",
     "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "loftq_config", "eva_config",

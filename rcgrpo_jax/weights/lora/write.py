@@ -43,9 +43,9 @@ def save_lora(
 ) -> Path:
     """Writes an adapter as other programs read it.
 
-    The scale alpha / r is folded into B, and alpha is written as r: who reads the tensors alone, their `.alpha` or
-    diffusers' metadata applies one and the same. The trained rank and alpha stand under `rcgrpo_jax` in the header, so
-    that `load_lora` gives the trained A and B back.
+    The scale alpha / r is folded into B, and alpha is written as r: programs that read the tensors alone, their
+    `.alpha`, or diffusers' metadata all apply the same scale. The trained rank and alpha stand under `rcgrpo_jax` in
+    the header, so that `load_lora` gives the trained A and B back.
 
     | form | keys |
     |---|---|
