@@ -162,6 +162,14 @@ def find_file(path: Path) -> Path:
     raise UserError(f"lora: {path} holds {len(others)} files ({listed}); one was wanted.", "Give the file itself.")
 
 
+def holds_lora(file: Path) -> bool:
+    """Whether a file has a tensor that is called as those of LoRAs are."""
+    try:
+        return any(names.split(key) for key in TensorFiles(file).shapes)
+    except UserError:
+        return False
+
+
 def _layers(files: TensorFiles, table: Mapping[str, list[names.Rows]]) -> dict[str, _Layer]:
     """The entries of the table that a file adapts.
 
