@@ -126,6 +126,8 @@ def check_patterns(file: Path, name: str, modules: Collection[str], settings: Se
         modules: What diffusers calls it; several, if it is fused.
         settings: Of `read_settings`.
     """
+    if name in modules:
+        return
     for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
         if not _matches(pattern, name) and any(_matches(pattern, module) for module in modules):
             raise UserError(
