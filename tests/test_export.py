@@ -9,6 +9,7 @@ import pytest
 import small_run
 from flax.traverse_util import flatten_dict
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.training import pretrain_config
@@ -102,6 +103,22 @@ def test_export_refuses(capsys, tmp_path, monkeypatch, workdir, argv, problem):
     _, found, _ = small_run.fail(capsys, "export", *flags)
     assert problem in found
     assert not Path("lora").exists()
+
+
+def test_export_keeps_a_file_that_is_no_lora(capsys, tmp_path, workdir):
+    base = tmp_path / "base.safetensors"
+    save_file({"x_embedder.weight": np.ones((2, 2), np.float32)}, base)
+    before = base.read_bytes()
+    _, problem, _ = small_run.fail(capsys, "export", f"--workdir={workdir}", f"--out={base}")
+    assert "base.safetensors is there and holds no LoRA" in problem
+    assert base.read_bytes() == before
+
+
+def test_export_leaves_nothing_where_it_cannot_write(capsys, tmp_path, workdir):
+    (tmp_path / "a.safetensors").mkdir()
+    _, problem, _ = small_run.fail(capsys, "export", f"--workdir={workdir}", f"--out={tmp_path / 'a.safetensors'}")
+    assert "cannot be written" in problem
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_factors_of_the_checkpoints_differ():

@@ -18,7 +18,7 @@ from rcgrpo_jax.training.checkpoint import Checkpointer
 from rcgrpo_jax.training.saved import saved_config
 from rcgrpo_jax.training.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.lora import FORMS, save_lora
+from rcgrpo_jax.weights.lora import FORMS, holds_lora, lora_file, save_lora
 from rcgrpo_jax.weights.networks import abstract_params
 
 ABOUT = """Writes a trained LoRA as other programs load it; the average, if one was kept.
@@ -59,8 +59,15 @@ def export(
         The file.
 
     Raises:
-        UserError: If there is no such checkpoint, its run trained no LoRA, or the file cannot be written.
+        UserError: If there is no such checkpoint, its run trained no LoRA, or the file cannot be written or is there
+            and holds something else.
     """
+    file = lora_file(Path(out), form)
+    if file.is_file() and file.stat().st_size and not holds_lora(file):
+        raise UserError(
+            f"--out: {file} is there and holds no LoRA; a file that this command has written was wanted.",
+            "Choose another name, or remove the file.",
+        )
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
     saved = saved_config(checkpointer, step)
     if saved.get("stage", "lora") != "lora":

@@ -86,7 +86,7 @@ def target_kernels(params: Mapping, targets: str) -> dict[tuple[str, ...], Any]:
     """
     try:
         pattern = re.compile(TARGETS.get(targets, targets))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(
             f"lora.targets: {targets!r} is not a regular expression ({error}).",
             f"Use one of {sorted(TARGETS)}, or an expression over paths such as '.*/attn/to_q'.",
@@ -149,7 +149,7 @@ def start_from(fresh: Mapping, given: Mapping, config: LoRAConfig) -> dict:
             f"{', '.join(outside[:4])}{', ...' if len(outside) > 4 else ''}.",
             "Choose targets that hold them all, such as all-linear.",
         )
-    rank = max(x.shape[-1] for path, x in others.items() if path[-1] == "A")
+    rank = max((x.shape[-1] for path, x in others.items() if path[-1] == "A"), default=0)
     if rank > config.rank:
         raise UsageError(
             f"lora.init: {config.init} has rank {rank}; lora.rank is {config.rank}.",

@@ -64,6 +64,11 @@ class Rows(NamedTuple):
         return self.leaf.path[:-1]
 
     @property
+    def module(self) -> str:
+        """What diffusers calls it."""
+        return keymap.diffusers_key(self.path, self.layer if self.leaf.stacked else None)
+
+    @property
     def fan_in_out(self) -> tuple[int, int]:
         return self.leaf.shape[-2:]
 

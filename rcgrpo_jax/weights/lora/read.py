@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from rcgrpo_jax.weights.lora.write import LORA_FILE
 logger = logging.getLogger(__name__)
 FILES = (LORA_FILE, "adapter_model.safetensors")  # what diffusers and PEFT call the file in a folder
 _ADDITIVE = re.compile(r"\.(diff|diff_b|bias)$")
+_NUMBERS = {*FLOATS, *(f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64))}  # what an alpha may be
 _FORMS = (
     "Give a LoRA of FLUX in the form of diffusers, PEFT, kohya, ComfyUI, ai-toolkit, fal or XLabs (README has a table)."
 )
@@ -43,6 +44,7 @@ class _Layer:
     keys: dict[str, str] = field(default_factory=dict)  # "A", "B", "alpha" -> key
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # what is not finite is refused
 def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
     """Reads a LoRA, in any form of `names`, into our tree.
 
@@ -70,6 +72,7 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
     found: dict[keymap.Path, dict[int, Factors]] = {}
     leaves, owner = {}, {}
     for entry, layer in _layers(files, table).items():
+        scales.check_patterns(file, _module(layer.name), [row.module for row in table[entry]], settings)
         a, b = _factors(files, layer, table[entry])
         alpha = _alpha(files, layer.keys.get("alpha"))
         b = b * np.float32(scales.scale_of(file, _module(layer.name), len(a), alpha, settings))
@@ -79,16 +82,18 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
             owner[row.path, row.layer] = layer.name
             found[row.path][row.layer] = factors
             leaves[row.path] = row.leaf
-    adapter = {path: _stack(leaves[path], layers) for path, layers in found.items()}
+    adapter = {path: _stack(leaves[path], factors) for path, factors in found.items()}
     ranks = {factors.a.shape[-1] for factors in adapter.values()}
     targets = "|".join("/".join(path) for path in sorted(adapter))
-    rank = max(ranks, default=0)
+    rank = max(ranks, default=1)  # none where all that is found is fused, and zero
     config = LoRAConfig(rank, float(rank), targets)
     if trained and ranks == {trained.rank}:
         config = LoRAConfig(trained.rank, trained.alpha, targets)
-    scale = np.float32(config.scale) if rank else 1
-    tree = {(*path, name): x for path, (a, b) in adapter.items() for name, x in (("A", a), ("B", b / scale))}
-    return unflatten_dict(tree), config
+    scale = np.float32(config.scale)
+    flat = {(*path, name): x for path, (a, b) in adapter.items() for name, x in (("A", a), ("B", b / scale))}
+    tree = unflatten_dict(flat)
+    _scaled(file, tree, config.scale)
+    return tree, config
 
 
 def load_loras(paths: Sequence[str | Path], strengths: Sequence[float], params: Mapping) -> dict:
@@ -105,10 +110,26 @@ def load_loras(paths: Sequence[str | Path], strengths: Sequence[float], params: 
     together: dict[keymap.Path, list[np.ndarray]] = {}
     for path, strength in zip(paths, strengths, strict=True):
         adapter, config = load_lora(path, params)
-        for leaf, factor in flatten_dict(scale_adapter(adapter, np.float32(config.scale * strength))).items():
+        for leaf, factor in flatten_dict(_scaled(path, adapter, config.scale * strength)).items():
             together.setdefault(leaf, []).append(factor)
     # A is [..., in, r] and B [..., r, out].
     return unflatten_dict({p: np.concatenate(x, axis=-1 if p[-1] == "A" else -2) for p, x in together.items()})
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _scaled(path: str | Path, adapter: Mapping, scale: float) -> dict:
+    """The adapter with its scale folded in.
+
+    Raises:
+        UserError: If a factor is not finite then, in float32.
+    """
+    scaled = scale_adapter(adapter, np.float32(scale))
+    if bad := next((leaf for leaf, x in flatten_dict(scaled, sep="/").items() if not np.isfinite(x).all()), None):
+        raise UserError(
+            f"lora: {bad} of {path} is not finite at a scale of {scale:g}; finite numbers were wanted.",
+            "Lower its strength, or export the LoRA again.",
+        )
+    return scaled
 
 
 def find_file(path: Path) -> Path:
@@ -117,12 +138,16 @@ def find_file(path: Path) -> Path:
     Raises:
         UserError: If there is none, or several.
     """
-    if not path.is_dir():
-        if not path.is_file():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise UserError(f"lora: {path} cannot be read ({error.strerror}).", "Check the path.") from None
+    if not is_folder:
+        if not is_file:
             raise UserError(f"lora: {path} does not exist.", f"Give a folder with {LORA_FILE}, or the file itself.")
         return path
     known = [path / name for name in FILES if (path / name).is_file()]
-    others = sorted(path.glob("*.safetensors"))
+    others = sorted(other for other in path.glob("*.safetensors") if not other.is_dir())
     if known or len(others) == 1:
         return (known or others)[0]
     if not others:
@@ -132,6 +157,14 @@ def find_file(path: Path) -> Path:
         )
     listed = ", ".join(other.name for other in others)
     raise UserError(f"lora: {path} holds {len(others)} files ({listed}); one was wanted.", "Give the file itself.")
+
+
+def holds_lora(file: Path) -> bool:
+    """Whether a file has a tensor that is called as those of LoRAs are."""
+    try:
+        return any(names.split(key) for key in TensorFiles(file).shapes)
+    except UserError:
+        return False
 
 
 def _layers(files: TensorFiles, table: Mapping[str, list[names.Rows]]) -> dict[str, _Layer]:
@@ -149,12 +182,12 @@ def _layers(files: TensorFiles, table: Mapping[str, list[names.Rows]]) -> dict[s
         found = names.split(key)
         entry = names.find(found[0], table) if found else None
         if entry is None:
-            if _ADDITIVE.search(key) and not files.read(key).any():
+            if _ADDITIVE.search(key) and files.dtypes[key] in FLOATS and not files.read(key).any():
                 continue  # zeros, which some trainers write beside, change nothing
             raise _refusal(files.path, key)
         layer = layers.setdefault(entry, _Layer(found[0]))
         if layer.name != found[0] or found[1] in layer.keys:
-            raise _twice(files.path, layer.name, found[0])
+            raise _twice(files.path, next(iter(layer.keys.values())), key)
         layer.keys[found[1]] = key
     if left_out:
         logger.warning(
@@ -197,7 +230,7 @@ def _factors(
         raise UserError(
             f"lora: {layer.name} in {files.path} has no {missing.pop()}; both factors were wanted.", scales.AGAIN
         )
-    a, b = (_read(files, layer.keys[part]) for part in "AB")
+    a, b = (_read_factor(files, layer.keys[part]) for part in "AB")
     fan_in, fan_out = rows[0].fan_in_out[0], sum(row.fan_in_out[1] for row in rows)
     rank = a.shape[0] if a.ndim else 0
     for factor, array, wanted in (("A", a, (rank, fan_in)), ("B", b, (fan_out, rank))):
@@ -210,13 +243,18 @@ def _factors(
     return a, b
 
 
-def _read(files: TensorFiles, key: str) -> np.ndarray:
-    if files.dtypes[key] not in FLOATS:
+def _read(files: TensorFiles, key: str, dtypes: Collection[str]) -> np.ndarray:
+    """A tensor in float32, if the file has it in one of these dtypes."""
+    if files.dtypes[key] not in dtypes:
         raise UserError(
-            f"lora: {key} in {files.path} is {files.dtypes[key]}; one of {', '.join(sorted(FLOATS))} was wanted.",
+            f"lora: {key} in {files.path} is {files.dtypes[key]}; one of {', '.join(sorted(dtypes))} was wanted.",
             "Save the LoRA in float16, bfloat16 or float32.",
         )
-    array = files.read(key).astype(np.float32)
+    return files.read(key).astype(np.float32)
+
+
+def _read_factor(files: TensorFiles, key: str) -> np.ndarray:
+    array = _read(files, key, FLOATS)
     if not np.isfinite(array).all():
         raise UserError(f"lora: {key} in {files.path} holds NaN or inf.", "Export another step of the run.")
     return array.reshape(array.shape[:2]) if array.ndim == 4 and array.shape[2:] == (1, 1) else array  # 1 x 1 kernels
@@ -225,12 +263,12 @@ def _read(files: TensorFiles, key: str) -> np.ndarray:
 def _alpha(files: TensorFiles, key: str | None) -> float | None:
     if key is None:
         return None
-    found = files.read(key)
+    found = _read(files, key, _NUMBERS)
     if found.size != 1:
         raise UserError(
             f"lora: {key} in {files.path} has shape {list(found.shape)}; one number was wanted.", scales.AGAIN
         )
-    return float(found.astype(np.float32).reshape(()))
+    return float(found.reshape(()))
 
 
 def _targets(params: Mapping, trained: scales.Trained | None) -> tuple[set[keymap.Path], int] | None:
@@ -248,10 +286,13 @@ def _parts(
     """
     if len(rows) == 1:
         return [(rows[0], Factors(a.T, rows[0].source.cut(b).T))]
-    if trained and len(a) == trained[1] * len(own := [row for row in rows if row.path in trained[0]]):
-        columns = [slice(i * trained[1], (i + 1) * trained[1]) for i in range(len(own))]
-        return [(row, Factors(a[c].T, _cut(b, row, rows)[:, c].T)) for row, c in zip(own, columns, strict=True)]
     parts = [(row, _cut(b, row, rows)) for row in rows]
+    if trained and len(a) == trained[1] * len(own := [row for row in rows if row.path in trained[0]]):
+        columns = [range(i * trained[1], (i + 1) * trained[1]) for i in range(len(own))]
+        own_columns = {row.path: c for row, c in zip(own, columns, strict=True)}
+        others = (np.delete(part, own_columns.get(row.path, ()), axis=1) for row, part in parts)
+        if not any(other.any() for other in others):  # else another program has changed B
+            return [(row, Factors(a[c].T, part[:, c].T)) for row, part in parts if (c := own_columns.get(row.path))]
     return [(row, Factors(a[used].T, part[:, used].T)) for row, part in parts if (used := part.any(axis=0)).any()]
 
 

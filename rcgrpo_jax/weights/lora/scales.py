@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from rcgrpo_jax.errors import UserError
 DIFFUSERS_KEY = "lora_adapter_metadata"  # of a safetensors header: PEFT's settings, each name after "transformer."
 OUR_KEY = "rcgrpo_jax"  # the rank and alpha of the training, whose scale is folded into B
 PEFT_FILE = "adapter_config.json"  # the same settings in a file beside, as PEFT saves them
+PEFT_ALPHA = 8.0  # PEFT's alpha where its settings name none
 AGAIN = "Export the LoRA again."
 Positive = Annotated[float, Gt(0)]
 _HARMLESS = {  # settings that do not change what the LoRA computes, or that the tensors show as well
@@ -74,7 +76,8 @@ def read_settings(file: Path, header: Mapping[str, str]) -> Settings:
     _check_supported(where, found)
     if missing := {"r", "lora_alpha"} & {name for name, value in found.items() if value is None}:
         raise UserError(f"lora: {where}: {missing.pop()} is null; a number above 0 was wanted.", AGAIN)
-    known = {name: found[name] for name in _STRENGTH if found.get(name) is not None}
+    defaults = {"lora_alpha": PEFT_ALPHA} if found else {}
+    known = defaults | {name: found[name] for name in _STRENGTH if found.get(name) is not None}
     return conform(known, Settings, f"lora: {where}", AGAIN)
 
 
@@ -114,6 +117,26 @@ def _check_supported(where: str, settings: Mapping[str, Any]) -> None:
     )
 
 
+def check_patterns(file: Path, name: str, modules: Collection[str], settings: Settings) -> None:
+    """Refuses a rank or an alpha that diffusers would find for a layer by its own names, and the file's name hides.
+
+    Args:
+        file: For the message.
+        name: Of the layer, in the file.
+        modules: What diffusers calls it; several, if it is fused.
+        settings: Of `read_settings`.
+    """
+    if name in modules:
+        return
+    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
+        if not _matches(pattern, name) and any(_matches(pattern, module) for module in modules):
+            raise UserError(
+                f"lora: {file}: its settings give {pattern!r} a rank or alpha of its own, by diffusers' names; the "
+                f"file calls that layer {name}.",
+                "Save the LoRA in diffusers' form, with the program that trained it.",
+            )
+
+
 def scale_of(file: Path, name: str, rank: int, alpha: float | None, settings: Settings) -> float:
     """The number that a layer's A B is multiplied by: alpha / r, or 1 where nothing gives an alpha.
 
@@ -147,7 +170,16 @@ def scale_of(file: Path, name: str, rank: int, alpha: float | None, settings: Se
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with, as PEFT looks it up."""
+    return next((x for pattern, x in patterns.items() if _matches(pattern, name)), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return _compile(pattern).match(name) is not None
+
+
+@cache  # there may be one for each layer, more than `re` remembers
+def _compile(pattern: str) -> re.Pattern:
     try:
-        return next((x for key, x in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-    except re.error as error:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"lora: a pattern of the settings is no regular expression ({error}).", AGAIN) from None

@@ -88,11 +88,19 @@ def save_lora(
             "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
         }  # fmt: skip
         header[DIFFUSERS_KEY] = _json({f"transformer.{name}": value for name, value in settings.items()})
-    file = target if target.suffix == ".safetensors" else target / FORMS[form]
+    file = lora_file(target, form)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(_serialize(tensors, header))
-    return partial.replace(file)
+    try:
+        partial.write_bytes(_serialize(tensors, header))
+        return partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def lora_file(target: Path, form: str) -> Path:
+    """The file that `save_lora` writes."""
+    return target if target.suffix == ".safetensors" else target / FORMS[form]
 
 
 def adapter_fingerprint(adapter: Mapping) -> str:
