@@ -25,6 +25,7 @@ from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, targ
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import FORMS, LORA_FILE, load_lora, load_loras, save_lora
+from rcgrpo_jax.weights.lora.names import TEXT_ENCODERS
 from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -250,6 +251,19 @@ def test_text_encoders_beside_are_named_and_left_out(tmp_path, caplog):
     save_file(tensors, tmp_path / "a.safetensors", metadata)
     load_lora(tmp_path / "a.safetensors", SHAPES)
     assert "1 tensors of text encoders are left out (lora_te1_text_model_encoder_layers_0_mlp_fc1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_te_text_model", "lora_te2_encoder", "text_encoder.text_model", "text_encoder_2.encoder",
+        "text_encoders.clip_l.transformer", "te1_text_model", "clip_g.transformer", "base_model.model.text_model",
+        "lycoris_te1_text_model", "conditioner.embedders", "bundle_emb.name", "lora_t5xxl_encoder",
+    ],
+)  # fmt: skip
+def test_text_encoders_are_known_by_all_their_names(name):
+    assert TEXT_ENCODERS.match(f"{name}.0.lora_down.weight")
+    assert not any(map(TEXT_ENCODERS.match, FOUND_FORMS.shapes))
 
 
 def test_zeros_of_other_kinds_beside_change_nothing(tmp_path):

@@ -25,8 +25,8 @@ from rcgrpo_jax.weights import keymap
 PREFIXES = ("base_model_model_", "model_", "diffusion_model_", "transformer_", "lora_unet_", "lora_transformer_",
             "lycoris_", "unet_")  # fmt: skip
 TEXT_ENCODERS = re.compile(
-    r"(base_model\.model\.)?(text_encoders?(_[23])?[._]|lora_te[123]?_|lora_clip_|lora_prior_te_|bundle_emb\.|"
-    r"(cond_stage_model|conditioner|text_model|t5xxl|clip_l)[._])"
+    r"(base_model\.model\.)?(lora_|lycoris_)?((prior_)?te[123]?_|text_encoders?(_[23])?[._]|bundle_emb\.|"
+    r"(cond_stage_model|conditioner|text_model|t5xxl|clip(_[lg])?)[._])"
 )
 # Part of a LoRA -> how programs end its key; PEFT may put an adapter's name before `.weight`.
 _ENDINGS = {
