@@ -366,6 +366,12 @@ def test_overrides_that_do_not_fit(capsys, config_file, tmp_path, override, mess
     assert not (tmp_path / "w").exists()
 
 
+def test_the_fields_of_a_group_are_told(capsys, config_file, tmp_path):
+    code, lines = run_train(capsys, f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--config.lora.path=a")
+    assert code == 2
+    assert lines[1].endswith("lists the fields; those of lora are alpha, init, rank, targets.")
+
+
 def test_overrides_reach_the_check(capsys, config_file, tmp_path):
     code, lines = run_train(
         capsys, "--config", str(config_file), f"--workdir={tmp_path}", "--config.explore.alpha_edit", "2",

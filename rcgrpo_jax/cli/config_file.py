@@ -128,9 +128,12 @@ def _check_overrides(config: ConfigDict, names: Sequence[str], defaults: str) ->
     for name in names:
         if not any(f"{field}.".startswith(f"{name}.") for field in fields):
             near = nearest(name, {*fields, *(reward_fields() if "rewards" in config else ())} - {name})
+            group = name.rpartition(".")[0]
+            beside = ", ".join(field.removeprefix(f"{group}.") for field in fields if field.startswith(f"{group}."))
             raise UsageError(
                 f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
-                f"`default_config` in {defaults.replace('.', '/')}.py lists the fields.",
+                f"`default_config` in {defaults.replace('.', '/')}.py lists the fields"
+                + (f"; those of {group} are {beside}." if beside else "."),
             )
 
 
