@@ -434,7 +434,8 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(stage, tmp_path,
         raise OSError(28, "No space left on device")
 
     workdir = Path(shutil.copytree(trained(stage).parent, tmp_path / "run"))
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)  # of networks
+    monkeypatch.setattr(Path, "write_bytes", full)  # of LoRAs
     with pytest.raises(UserError, match=r"result cannot be written to .*No space left") as error:
         pretrain(make_config(stage), workdir, jax.devices()[:1])
     assert "run the same command" in error.value.remedy
