@@ -68,6 +68,7 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
     files = TensorFiles(file)
     header = files.metadata()
     settings, trained = scales.read_settings(file, header), scales.read_trained(file, header)
+    own = (set(target_kernels(params, trained.targets)), trained.rank) if trained else None
     table = names.linear_layers(params)
     found: dict[keymap.Path, dict[int, Factors]] = {}
     leaves, owner = {}, {}
@@ -76,7 +77,7 @@ def load_lora(path: str | Path, params: Mapping) -> tuple[dict, LoRAConfig]:
         a, b = _factors(files, layer, table[entry])
         alpha = _alpha(files, layer.keys.get("alpha"))
         b = b * np.float32(scales.scale_of(file, _module(layer.name), len(a), alpha, settings))
-        for row, factors in _parts(a, b, table[entry], _targets(params, trained)):
+        for row, factors in _parts(a, b, table[entry], own):
             if row.layer in found.setdefault(row.path, {}):
                 raise _twice(file, owner[row.path, row.layer], layer.name)
             owner[row.path, row.layer] = layer.name
@@ -269,11 +270,6 @@ def _alpha(files: TensorFiles, key: str | None) -> float | None:
             f"lora: {key} in {files.path} has shape {list(found.shape)}; one number was wanted.", scales.AGAIN
         )
     return float(found.reshape(()))
-
-
-def _targets(params: Mapping, trained: scales.Trained | None) -> tuple[set[keymap.Path], int] | None:
-    """The kernels that our own file was trained on, and its rank."""
-    return (set(target_kernels(params, trained.targets)), trained.rank) if trained else None
 
 
 def _parts(
