@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rcgrpo_jax", "rcgrpo_jax.*"]),
-    package_data={"rcgrpo_jax": ["assets/**/*"], "rcgrpo_jax.evaluation": ["*.j2"]},
+    package_data={"rcgrpo_jax": ["assets/**/*"], "rcgrpo_jax.report": ["*.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

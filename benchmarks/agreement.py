@@ -26,14 +26,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.experiments.ablation import Variant, configure, parse_variant, untrained
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.plan.report import align
-from rcgrpo_jax.training import recipes
-from rcgrpo_jax.training.ablation import Variant, configure, parse_variant, untrained
-from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import Sample, Trainer
-from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.rl import recipes
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.trainer import Sample, Trainer
+from rcgrpo_jax.runs.state import TrainState
 
 TOTAL = "total"  # all rewards, as they are weighed in training
 
@@ -107,7 +107,7 @@ def lines(name: str, stds: Mapping[str, float], found: Mapping[str, Agreement]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.agreement", description=__doc__)
-    parser.add_argument("--variant", action="append", default=[], help="fields of training.recipes.small_editor")
+    parser.add_argument("--variant", action="append", default=[], help="fields of rl.recipes.small_editor")
     parser.add_argument("--batches", type=int, default=8, help="independent batches, 3 or more")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The step as `rcgrpo train` runs it: the programs of `training.step`, with the arguments that its loop gives them."""
+"""The step as `rcgrpo train` runs it: the programs of `rl.programs`, with the arguments that its loop gives them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontext, counts
 from rcgrpo_jax.plan.search import changed
-from rcgrpo_jax.training.loop import join
-from rcgrpo_jax.training.parts import first_state, load_editor
-from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.setup import first_state
+from rcgrpo_jax.rl.trainer import join
+from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
 from rcgrpo_jax.weights.load import ModelFolder, ShardingOf
 from rcgrpo_jax.weights.networks import abstract_params
@@ -68,7 +69,7 @@ class Step:
         self.objective = given["advantages"], given["log_old"], jnp.asarray(False)
 
     def rollout(self) -> None:
-        """All candidates, as `training.loop.Trainer.sample` rolls them out."""
+        """All candidates, as `rl.trainer.Trainer.sample` rolls them out."""
         options = self.config.rollout
         at_a_time = options.micro_batch // options.prompts or options.group_size
         with jax.set_mesh(self.mesh):

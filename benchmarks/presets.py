@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.config import MMDiTConfig
-from rcgrpo_jax.training.config import default_config, num_trained_steps, validate
-from rcgrpo_jax.training.fields import get_field
+from rcgrpo_jax.rl.config import default_config, num_trained_steps, validate
+from rcgrpo_jax.runs.fields import get_field
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 
 Integers = TypeVar("Integers")  # int32 array of NumPy or JAX, or tensor of torch

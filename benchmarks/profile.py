@@ -15,7 +15,7 @@ from statistics import median
 from jax.profiler import ProfileData
 
 from rcgrpo_jax.plan.report import align
-from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.runs.metrics import read_metrics
 
 PHASES = ("data", "rollout", "reward", "update")
 Interval = tuple[float, float]  # start and end

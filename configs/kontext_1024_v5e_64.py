@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 10.0 of 15.75 GiB a chip, 63.2 s a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_1024
+from rcgrpo_jax.rl.recipes import kontext_1024
 
 
 def get_config() -> ConfigDict:

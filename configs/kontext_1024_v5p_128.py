@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 11.3 of 95.74 GiB a chip, 27.0 s a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_1024
+from rcgrpo_jax.rl.recipes import kontext_1024
 
 
 def get_config() -> ConfigDict:

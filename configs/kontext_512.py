@@ -10,7 +10,7 @@ h100 and 8xh100; of v5p_64 with 8 prompts; of v5e_4 (int8) and 24gb (NF4) with a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

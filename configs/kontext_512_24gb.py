@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 17.5 of 22.08 GiB a GPU, 263.0 s a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 14.5 of 72.78 GiB a GPU, 5.5 s a s
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

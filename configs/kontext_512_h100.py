@@ -10,7 +10,7 @@ docs/performance.md has it.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ machine has confirmed it. docs/plan.md says what these rest on.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import as_in_paper, kontext_512
+from rcgrpo_jax.rl.recipes import as_in_paper, kontext_512
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a LoRA for FLUX.1-Kontext-dev at 512 x 512, on your own triples.
 
     rcgrpo convert black-forest-labs/FLUX.1-Kontext-dev /data/kontext --dtype bfloat16
-    rcgrpo pretrain --config configs/kontext_512_sft.py --workdir runs/kontext_512_sft \
+    rcgrpo sft --config configs/kontext_512_sft.py --workdir runs/kontext_512_sft \
         --config.model.path=/data/kontext --config.data.path=/data/triples --config.mesh.fsdp=8
 
 Sizes, by count: the frozen base is 11.9 G parameters, 22.2 GiB in bfloat16 over `mesh.fsdp`; the LoRA is 104.6 M
@@ -14,7 +14,7 @@ The data need a target for every example; docs/pretraining.md shows the layout.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.pretrain_config import default_config
+from rcgrpo_jax.sft.config import default_config
 
 
 def get_config() -> ConfigDict:

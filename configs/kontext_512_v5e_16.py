@@ -8,7 +8,7 @@ and compute in balance), 12,510 samples an hour. docs/plan.md says what these re
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

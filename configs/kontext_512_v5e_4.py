@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 11.7 of 15.75 GiB a chip, 55.6 s a
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

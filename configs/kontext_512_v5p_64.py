@@ -8,7 +8,7 @@ By that plan, which no machine has confirmed: 5.7 of 95.74 GiB a chip, 8.1 s a s
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import kontext_512
+from rcgrpo_jax.rl.recipes import kontext_512
 
 
 def get_config() -> ConfigDict:

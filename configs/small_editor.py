@@ -7,7 +7,7 @@ The recipe of docs/findings.md; `rcgrpo demo` runs fewer and larger steps of it 
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import small_editor
+from rcgrpo_jax.rl.recipes import small_editor
 
 
 def get_config() -> ConfigDict:

@@ -7,7 +7,7 @@
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import small_editor_balanced
+from rcgrpo_jax.rl.recipes import small_editor_balanced
 
 
 def get_config() -> ConfigDict:

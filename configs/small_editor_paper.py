@@ -7,7 +7,7 @@ What the paper leaves open is as in `configs/small_editor_balanced.py`.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.recipes import as_in_paper, small_editor_balanced
+from rcgrpo_jax.rl.recipes import as_in_paper, small_editor_balanced
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """Transformer and text encoders of the small editor that ships with the package, after its autoencoder.
 
-    rcgrpo pretrain --config configs/small_flow.py --workdir runs/1 --config.model.path=runs/vae/model
+    rcgrpo sft --config configs/small_flow.py --workdir runs/1 --config.model.path=runs/vae/model
 
 This is the first leg; docs/pretraining.md has what the others change. 30 % of the targets are flawed: half of these
 spill, the others have the wrong shape or colour or leave a ghost.
@@ -8,7 +8,7 @@ spill, the others have the wrong shape or colour or leave a ghost.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.pretrain_config import default_config
+from rcgrpo_jax.sft.config import default_config
 
 
 def get_config() -> ConfigDict:

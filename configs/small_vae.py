@@ -1,11 +1,11 @@
 """The autoencoder of the small editor that ships with the package: stage 1 of 2.
 
-rcgrpo pretrain --config configs/small_vae.py --workdir runs/small_vae
+rcgrpo sft --config configs/small_vae.py --workdir runs/small_vae
 """
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.training.pretrain_config import default_config
+from rcgrpo_jax.sft.config import default_config
 
 
 def get_config() -> ConfigDict:

@@ -35,7 +35,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 LONGEST = [
     f"test_{name}"
     for name in (
-        "distributed", "experiment", "step", "pretrain", "demo", "resume", "quantization", "plan", "training",
+        "distributed", "experiment", "step", "sft", "demo", "resume", "quantization", "plan", "training",
         "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "ablation", "benchmarks",
         "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
     )

@@ -22,19 +22,19 @@ from safetensors.numpy import load_file
 from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.cli.main import main
-from rcgrpo_jax.data.pipeline import EditBatch
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.encoding.batches import EditBatch
+from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
 from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
-from rcgrpo_jax.training.config import default_config, validate
-from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import Trainer
-from rcgrpo_jax.training.metrics import read_metrics
-from rcgrpo_jax.training.parts import check_example
-from rcgrpo_jax.training.state import TrainState, init_state
+from rcgrpo_jax.rl.config import default_config, validate
+from rcgrpo_jax.rl.setup import check_scorable
+from rcgrpo_jax.rl.trainer import Trainer
+from rcgrpo_jax.runs.metrics import read_metrics
+from rcgrpo_jax.runs.state import TrainState, init_state
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -130,7 +130,7 @@ def make_config(**changes) -> ConfigDict:
 
 @functools.cache
 def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
-    """The editor on the first devices, as `training.loop.train` loads it."""
+    """The editor on the first devices, as `rl.trainer.train` loads it."""
     mesh = make_mesh(dict(zip(AXES, mesh_shape, strict=True)), jax.devices()[: math.prod(mesh_shape)])
     config = make_config()
     return Editor(
@@ -157,7 +157,7 @@ def make_batch(trainer: Trainer, step: int = 0) -> EditBatch:
     mesh = trainer.programs.mesh
     with jax.set_mesh(mesh):
         config, folder = trainer.config, ModelFolder(model_folder())
-        check = functools.partial(check_example, trainer.rewards)
+        check = functools.partial(check_scorable, trainer.rewards)
         return encode(config, folder, workspace(), mesh, config.rollout.prompts, check)[step]
 
 
@@ -238,10 +238,10 @@ def config_file(path: Path, body: str = "", config: ConfigDict | None = None, **
     The configuration is written out as JSON: a subprocess has another workspace.
     """
     config = make_config(**changes) if config is None else config
-    values, module = json.dumps(config.to_dict()), "pretrain_config" if "stage" in config else "config"
+    values, room = json.dumps(config.to_dict()), "sft" if "stage" in config else "rl"
     path.write_text(
         "import json, os\n"
-        f"from rcgrpo_jax.training.{module} import default_config\n"
+        f"from rcgrpo_jax.{room}.config import default_config\n"
         f"{body}\n"
         "def get_config():\n"
         "    config = default_config()\n"
@@ -261,7 +261,7 @@ def signal_after(step: int, signal: str, checkpoint: Path | None = None, process
         process: The one that gets it, where there are several.
     """
     return f"""
-from rcgrpo_jax.training.metrics import MetricsWriter
+from rcgrpo_jax.runs.metrics import MetricsWriter
 import jax, os, signal, time
 scalars = MetricsWriter.scalars
 def interrupt(self, step, metrics):

@@ -10,10 +10,11 @@ import small_run
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
-from rcgrpo_jax.training import ablation, loop
-from rcgrpo_jax.training.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
-from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.metrics import read_metrics
+from rcgrpo_jax.experiments import ablation
+from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
+from rcgrpo_jax.rl import trainer as rl_trainer
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,7 +24,7 @@ def run(tmp_path_factory):
     """Two variants, two seeds, two steps each; the directory and what was printed."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "config.py").write_text(
-        "from rcgrpo_jax.training.config import default_config\n\n\ndef get_config():\n    c = default_config()\n"
+        "from rcgrpo_jax.rl.config import default_config\n\n\ndef get_config():\n    c = default_config()\n"
         f"    c.model.update(path={str(small_run.model_folder())!r}, dtype='float32', max_text_tokens=16)\n"
         "    c.data.update(path='scenes:train:4', size=(64, 64))\n"
         "    c.lora.update(rank=2, alpha=4.0)\n"
@@ -175,7 +176,7 @@ def test_what_was_made_otherwise_is_not_taken_for_it(run, change, field, capsys,
 def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, capsys):
     _, arguments = run
     stopped = SimpleNamespace(step=1)
-    monkeypatch.setattr(loop, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr(rl_trainer, "train", lambda *_, **__: stopped)
     assert main(small_run.last_of_each(*again(arguments), f"--out={tmp_path}")) == 1
     assert "step 1 of 2" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "evaluations").rglob("*.npz")] == ["base.npz"]

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.orbax import ocp
-from rcgrpo_jax.training import checkpoint
-from rcgrpo_jax.training.checkpoint import Checkpointer, check_same_config, config_differences
+from rcgrpo_jax.runs import checkpoint
+from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
 
 CONFIG = {"explore": {"alpha_edit": 0.3, "steps": (1, 2)}, "seed": 0}
 
@@ -187,8 +187,8 @@ from pathlib import Path
 import jax
 sys.path.insert(0, sys.argv[3])
 from test_checkpoint import CONFIG, make_state
-from rcgrpo_jax.training import checkpoint
-from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.runs import checkpoint
+from rcgrpo_jax.runs.checkpoint import Checkpointer
 
 directory, moment = Path(sys.argv[1]), sys.argv[2]
 size = 1 << 15 if moment == "write" else 16

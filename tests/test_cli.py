@@ -16,7 +16,7 @@ from PIL import Image
 from rcgrpo_jax.cli import main as entry
 from rcgrpo_jax.cli.config_file import keep_compilations
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_lora
 
@@ -133,7 +133,7 @@ def test_commands_for_one_process_refuse_to_be_several(capsys, monkeypatch, envi
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     code, problem, _ = small_run.fail(capsys, "demo", "--out=nowhere")
-    assert (code, problem) == (2, "one of 2 processes; train and pretrain alone spread their work over several.")
+    assert (code, problem) == (2, "one of 2 processes; train and sft alone spread their work over several.")
 
 
 def test_interruption_from_the_keyboard_is_quiet(capsys, monkeypatch):

@@ -9,7 +9,7 @@ import small_run
 from PIL import Image
 
 from rcgrpo_jax.data.images import read_image, resize_image
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora

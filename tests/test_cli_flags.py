@@ -7,9 +7,10 @@ from absl import flags
 
 from rcgrpo_jax import borders
 from rcgrpo_jax.cli.arguments import parse, parse_size
-from rcgrpo_jax.cli.edit import check_fits, read_noise
+from rcgrpo_jax.cli.edit import read_noise
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
-from rcgrpo_jax.data.scenes import parse_scenes
+from rcgrpo_jax.data.scenes.source import parse_scenes
+from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.slurm import whole_number
 from rcgrpo_jax.plan.topology import open_topology

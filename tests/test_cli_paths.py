@@ -25,9 +25,10 @@ from rcgrpo_jax.cli.paths import (
     path_flag,
 )
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.report import Report, write_report
-from rcgrpo_jax.training import config, pretrain_config
-from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.report.page import Report, write_report
+from rcgrpo_jax.rl import config
+from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.sft import config as sft_config
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -105,7 +106,7 @@ def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
 
 
 def test_every_path_of_a_configuration_is_known():
-    defaults = (module.default_config().to_dict() for module in (config, pretrain_config))
+    defaults = (module.default_config().to_dict() for module in (config, sft_config))
     fields = [field for default in defaults for field in flatten_dict(default, sep=".")]
     paths = {field for field in fields if field.rpartition(".")[2] in ("path", "cache", "init", "folder", "file")}
     assert paths <= set(PATH_FIELDS)

@@ -12,7 +12,7 @@ from rcgrpo_jax.method import concentration
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.plan.programs import FluxKontext, Plan, Workload
 from rcgrpo_jax.plan.topology import open_topology
-from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.rl.config import default_config
 
 N_TXT, N_IMG, H, D = 5, 7, 3, 4
 SCALE = D**-0.5

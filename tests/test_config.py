@@ -13,10 +13,10 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.rewards.base import register
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.config import MAY_DIFFER, default_config, validate
-from rcgrpo_jax.training.parts import make_rewards
-from rcgrpo_jax.training.recipes import as_in_paper
+from rcgrpo_jax.rl.config import MAY_DIFFER, default_config, validate
+from rcgrpo_jax.rl.recipes import as_in_paper
+from rcgrpo_jax.rl.setup import make_rewards
+from rcgrpo_jax.sft import config as sft_config
 
 DEVICES = {
     "kontext_512_v5e_16": 16, "kontext_512_v5p_8": 4, "kontext_512_v5p_64": 32, "kontext_512_v6e_8": 8,
@@ -56,7 +56,7 @@ def test_the_defaults_are_valid():
 def test_the_configs_that_come_with_the_package_are_valid(file):
     config = runpy.run_path(str(file))["get_config"]()
     config.model.path = config.data.path = "somewhere"
-    (pretrain_config.validate if "stage" in config else validate)(config, DEVICES.get(file.stem, 8))
+    (sft_config.validate if "stage" in config else validate)(config, DEVICES.get(file.stem, 8))
 
 
 def test_the_papers_settings_do_not_follow_the_defaults():
@@ -337,7 +337,7 @@ def run_train(capsys, *argv: str) -> tuple[int, list[str]]:
 def config_file(tmp_path):
     file = tmp_path / "config.py"
     file.write_text(
-        "from rcgrpo_jax.training.config import default_config\n\n\ndef get_config():\n    return default_config()\n"
+        "from rcgrpo_jax.rl.config import default_config\n\n\ndef get_config():\n    return default_config()\n"
     )
     return file
 
@@ -408,7 +408,7 @@ def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
         ("def get_config():\n    return {'seed': 1}", "TypeError: get_config() gave a dict; a ConfigDict was wanted."),
         ("def get_config():\n    return 1 / 0", ", line 2: ZeroDivisionError: division by zero."),
         ("import nothing_of_the_name", ", line 1: ModuleNotFoundError: No module named 'nothing_of_the_name'."),
-        ("from rcgrpo_jax.training.config import default_config\ndef get_config():\n    c = default_config()\n"
+        ("from rcgrpo_jax.rl.config import default_config\ndef get_config():\n    c = default_config()\n"
          "    c.explorer.sigma = 1\n    return c", ", line 4: AttributeError: "),
     ],
     ids=["missing", "no-get_config", "syntax", "not-a-ConfigDict", "failing", "import", "group"],

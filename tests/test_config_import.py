@@ -9,11 +9,11 @@ import small_run
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.cli.config_file import load_config
-from rcgrpo_jax.cli.run_record import config_script
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training.recipes import small_editor
+from rcgrpo_jax.report.run_record import config_script
+from rcgrpo_jax.rl.recipes import small_editor
 
-DEFAULTS = "rcgrpo_jax.training.config"
+DEFAULTS = "rcgrpo_jax.rl.config"
 MINE = "from common_settings import base\n\ndef get_config():\n    return base()\n"
 THEIRS = "from configs.small_editor import get_config\n"
 
@@ -22,7 +22,7 @@ def write_base(folder: Path, seed: int = 0, name: str = "common_settings.py") ->
     """A folder with a configuration that imports its neighbour; the file."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(
-        "from rcgrpo_jax.training.config import default_config\n\ndef base():\n    c = default_config()\n"
+        "from rcgrpo_jax.rl.config import default_config\n\ndef base():\n    c = default_config()\n"
         f"    c.seed = {seed}\n    return c\n"
     )
     (folder / "mine.py").write_text(MINE)
@@ -163,7 +163,7 @@ def test_other_names_of_rewards_are_still_refused(capsys, tmp_path):
 
 
 def test_a_variant_of_an_ablation_gives_weights_too():
-    from rcgrpo_jax.training.ablation import Variant, configure
+    from rcgrpo_jax.experiments.ablation import Variant, configure
 
     changed = configure(small_editor(), Variant("colour", {"rewards.colour": 1}), 0)
     assert changed.rewards.colour == 1.0

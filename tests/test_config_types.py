@@ -7,7 +7,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from test_config import make, problems
 
-from rcgrpo_jax.training.config import default_config
+from rcgrpo_jax.rl.config import default_config
 
 FIELDS = flatten_dict(default_config().to_dict(), sep=".")
 WRONG = {  # type of the default -> values of other types

@@ -15,12 +15,12 @@ import small_run
 from safetensors.numpy import load_file
 
 from rcgrpo_jax.cli.export import export
+from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.encode import encode
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.rl.trainer import train
+from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import ModelFolder
@@ -209,8 +209,8 @@ def test_another_configuration_on_one_process_is_refused(tmp_path):
 
 # The pictures of a supervised run take longer to compile than its update.
 NO_PICTURES = """
-from rcgrpo_jax.editor import to_unit
-from rcgrpo_jax.training.stages import FlowStage
+from rcgrpo_jax.editors.flux_kontext import to_unit
+from rcgrpo_jax.sft.stages import FlowStage
 FlowStage.picture = lambda self, trained, frozen, example: to_unit(example.source)
 """
 
@@ -218,7 +218,7 @@ FlowStage.picture = lambda self, trained, frozen, example: to_unit(example.sourc
 def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
     shallow = {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
     before = random_folder.build(tmp_path / "before", configs=small_run.TINY | shallow)
-    config = pretrain_config.default_config()
+    config = sft_config.default_config()
     config.stage = "flow"  # which trains weights that are spread over the devices of both
     config.model.update(path=str(before), dtype="float32", max_text_tokens=24, remat="none")
     config.data.update(path="scenes:train:16", size=(32, 32))
@@ -230,7 +230,7 @@ def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     one, two = tmp_path / "one", tmp_path / "two"
     for count, workdir in ((1, one), (2, two)):
-        ended = finish(start(file, workdir, count, "pretrain", **cache), tmp_path)
+        ended = finish(start(file, workdir, count, "sft", **cache), tmp_path)
         assert [code for code, _, _ in ended] == [0] * count, ended
         assert [f"{workdir / 'model'}" in output for _, output, _ in ended] == [True] + [False] * (count - 1)
         assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "3"]

@@ -7,11 +7,11 @@ import pytest
 import small_run
 
 from rcgrpo_jax import rewards
-from rcgrpo_jax.data.pipeline import EditBatch
+from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.rewards import RewardInputs
-from rcgrpo_jax.training.loop import Trainer
-from rcgrpo_jax.training.step import Rollout
-from rcgrpo_jax.training.step_metrics import drift_metrics
+from rcgrpo_jax.rl.programs import Rollout
+from rcgrpo_jax.rl.step_metrics import drift_metrics
+from rcgrpo_jax.rl.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

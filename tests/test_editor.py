@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.data import astronaut
 
 from rcgrpo_jax.data.images import resize_image
-from rcgrpo_jax.editor import Editor, to_pixels, to_unit
+from rcgrpo_jax.editors.flux_kontext import Editor, to_pixels, to_unit
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import ModelFolder

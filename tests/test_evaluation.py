@@ -12,8 +12,8 @@ import small_run
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.lpips import MISSING

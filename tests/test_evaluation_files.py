@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rcgrpo_jax import borders
-from rcgrpo_jax.editor import to_pixels
+from rcgrpo_jax.editors.flux_kontext import to_pixels
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
-from rcgrpo_jax.training.grid import candidate_pixels
+from rcgrpo_jax.runs.grid import candidate_pixels
 
 SETTINGS = {
     "steps": 2, "guidance": 2.5, "seed": 7, "size": [8, 8], "acd_layers": 2, "text_tokens": 16, "dtype": "float32",

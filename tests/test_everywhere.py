@@ -9,19 +9,21 @@ import pytest
 import small_run
 from flax import struct
 
-from rcgrpo_jax.data import pipeline
+from rcgrpo_jax.encoding import cache as pipeline
 from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.training import loop, pretrain, run
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.metrics import MetricsWriter
+from rcgrpo_jax.rl import trainer as rl_trainer
+from rcgrpo_jax.runs import run
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.metrics import MetricsWriter
+from rcgrpo_jax.sft import train as sft
 
 CONFIG = small_run.make_config()
 
 
 def test_rewards_that_all_failed():
-    trainer = object.__new__(loop.Trainer)
-    trainer.unscored = loop.UNSCORED_STEPS - 1
+    trainer = object.__new__(rl_trainer.Trainer)
+    trainer.unscored = rl_trainer.UNSCORED_STEPS - 1
     with pytest.raises(UserError, match="no group of the last") as lost:
         trainer._check_scored({"judge": np.full((2, 3), np.nan)})
     assert is_everywhere(lost.value)
@@ -99,5 +101,5 @@ def test_a_result_of_supervised_training_that_cannot_be_written(tmp_path):
         arrays=lambda batch: batch, save=save, workdir=tmp_path, mesh=make_mesh({}, jax.devices()[:1])
     )
     with pytest.raises(UserError, match="the result cannot be written") as lost:
-        pretrain._save(stage, SimpleNamespace(averaged={}), [np.zeros(1)])
+        sft._save(stage, SimpleNamespace(averaged={}), [np.zeros(1)])
     assert is_everywhere(lost.value)

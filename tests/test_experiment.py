@@ -11,9 +11,9 @@ import small_run
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.evaluation.evaluate import Evaluation
 from rcgrpo_jax.evaluation.statistics import paired_interval
-from rcgrpo_jax.training import ablation
-from rcgrpo_jax.training.ablation import COMPONENTS, group_statistics
-from rcgrpo_jax.training.recipes import small_editor, small_editor_balanced
+from rcgrpo_jax.experiments import ablation
+from rcgrpo_jax.experiments.ablation import COMPONENTS, group_statistics
+from rcgrpo_jax.rl.recipes import small_editor, small_editor_balanced
 
 SEEDS = 8  # of the recipe, kept in docs/evaluations
 

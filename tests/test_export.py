@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from rcgrpo_jax.models.lora import LoRAConfig
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.checkpoint import Checkpointer
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.weights.lora import FORMS, LORA_FILE, load_lora
 
 STEPS = (2, 4)
@@ -71,7 +71,7 @@ def test_export_writes_a_file_of_the_given_name_and_dtype(capsys, tmp_path, work
 
 
 def supervised(stage: str) -> dict:
-    config, ours = pretrain_config.default_config(), small_run.make_config()
+    config, ours = sft_config.default_config(), small_run.make_config()
     config.stage, config.model, config.data, config.lora = stage, ours.model, ours.data, ours.lora
     config.optimizer = ours.optimizer
     return config.to_dict()

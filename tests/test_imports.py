@@ -14,16 +14,18 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 # What a layer may import besides itself and the ground. Names side by side do not use each other.
-GROUND = ("borders", "errors", "filetypes", "orbax")
+GROUND = ("borders", "errors", "filetypes", "orbax", "progress")
 LAYERS = [
     ("method",),
-    ("flow", "models"),
+    ("flow", "models", "data"),
     ("rewards", "parallel", "weights"),
-    ("editor",),
-    ("data",),
-    ("evaluation",),
-    ("training",),
-    ("plan",),
+    ("editors",),
+    ("encoding",),
+    ("evaluation", "runs"),
+    ("rl",),
+    ("sft",),
+    ("experiments",),
+    ("report", "plan"),
     ("cli",),
 ]
 MAX_LINES = 400

@@ -12,9 +12,10 @@ from test_lora_files import assert_equal, deltas
 
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
-from rcgrpo_jax.training import loop, pretrain
-from rcgrpo_jax.training.pretrain_config import default_config
-from rcgrpo_jax.training.stages import LoRAStage
+from rcgrpo_jax.rl import trainer as rl_trainer
+from rcgrpo_jax.sft import train as sft
+from rcgrpo_jax.sft.config import default_config
+from rcgrpo_jax.sft.stages import LoRAStage
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
 from rcgrpo_jax.weights.networks import abstract_params
@@ -86,16 +87,16 @@ def test_training_starts_from_it_and_a_resumed_run_needs_it_no_more(tmp_path, mo
         return state
 
     for name in ("encode", "load_editor", "Trainer"):  # what no step is taken with
-        monkeypatch.setattr(loop, name, lambda *_: SimpleNamespace(source=SimpleNamespace(digest="0")))
-    monkeypatch.setattr(loop, "run_steps", save_at_once)
-    state = loop.train(config, tmp_path / "run", jax.devices()[:1])
+        monkeypatch.setattr(rl_trainer, name, lambda *_: SimpleNamespace(source=SimpleNamespace(digest="0")))
+    monkeypatch.setattr(rl_trainer, "run_steps", save_at_once)
+    state = rl_trainer.train(config, tmp_path / "run", jax.devices()[:1])
     for adapter in (state.params, state.ema):
         assert_equal(deltas(adapter, 2.0), deltas(given(4, "attention"), 2.0))
     file.unlink()
-    resumed = loop.train(config, tmp_path / "run", jax.devices()[:1])
+    resumed = rl_trainer.train(config, tmp_path / "run", jax.devices()[:1])
     jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
     with pytest.raises(UserError, match="does not exist"):
-        loop.train(config, tmp_path / "another", jax.devices()[:1])
+        rl_trainer.train(config, tmp_path / "another", jax.devices()[:1])
 
 
 def test_supervised_training_starts_from_it_too(tmp_path, monkeypatch):
@@ -103,10 +104,10 @@ def test_supervised_training_starts_from_it_too(tmp_path, monkeypatch):
     config.stage, config.model, config.lora, config.data = "lora", ours.model, ours.lora, ours.data
     config.data.path, config.batch.size = "scenes:train:4", 2
     monkeypatch.setattr(LoRAStage, "batches", lambda self: SimpleNamespace(source=SimpleNamespace(digest="0")))
-    monkeypatch.setattr(pretrain, "make_step", lambda *_: None)
-    monkeypatch.setattr(pretrain, "run_steps", lambda state, *_: state.replace(step=np.int32(100)))
-    monkeypatch.setattr(pretrain, "_save", lambda stage, state, batches: state)
-    state = pretrain.pretrain(config, tmp_path / "run", jax.devices()[:1])
+    monkeypatch.setattr(sft, "make_step", lambda *_: None)
+    monkeypatch.setattr(sft, "run_steps", lambda state, *_: state.replace(step=np.int32(100)))
+    monkeypatch.setattr(sft, "_save", lambda stage, state, batches: state)
+    state = sft.train_supervised(config, tmp_path / "run", jax.devices()[:1])
     assert_equal(deltas(state.params, 2.0), deltas(given(4, "attention"), 2.0))
 
 
@@ -114,4 +115,4 @@ def test_a_stage_without_a_lora_refuses_it():
     config = default_config()
     config.stage, config.lora.init, config.data.path = "vae", "a.safetensors", "scenes:train:4"
     with pytest.raises(UsageError, match=r"lora.init: 'a.safetensors' found; stage vae trains no LoRA"):
-        pretrain.validate(config, 1)
+        sft.validate(config, 1)

@@ -10,8 +10,8 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.nn import functional as F
 
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.data.shapes import COLOURS, SHAPES, render
+from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, render
+from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.evaluation.caption import caption_scores, read_region
 from rcgrpo_jax.evaluation.lpips import load_weights, lpips
 from rcgrpo_jax.evaluation.metrics import PSNR_CAP, background_scores, edit_scores

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rcgrpo_jax.errors import UserError, is_everywhere
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
-from rcgrpo_jax.training.metrics import MetricsWriter, Progress, check_finite, read_metrics
+from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.runs.grid import GridRow, comparison_grid
+from rcgrpo_jax.runs.metrics import MetricsWriter, check_finite, read_metrics
 
 
 def write(workdir, steps, resume_step=0, **extra):

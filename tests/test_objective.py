@@ -14,8 +14,8 @@ import small_run
 
 from rcgrpo_jax.models.mmdit import Condition
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.training.state import new_state
-from rcgrpo_jax.training.step import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.runs.state import new_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

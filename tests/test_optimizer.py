@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rcgrpo_jax.training.config import default_config
-from rcgrpo_jax.training.state import apply_gradients, new_state
+from rcgrpo_jax.rl.config import default_config
+from rcgrpo_jax.runs.state import apply_gradients, new_state
 
 
 @pytest.mark.parametrize(("eps", "share"), [(None, 10 / 11), (1e-15, 1.0), (1e-7, 0.5)])

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from rcgrpo_jax import rewards
-from rcgrpo_jax.data import flaws
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.data.shapes import COLOURS, SHAPES, render, signed_distance
+from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, render, signed_distance
+from rcgrpo_jax.data.scenes.source import Scenes, flaws
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.rewards.oracle import Oracle, oracle_scores
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from PIL import Image
 
-from rcgrpo_jax.data.photographs import find_photographs
+from rcgrpo_jax.data.scenes.photographs import find_photographs
 from rcgrpo_jax.errors import UserError
 
 

@@ -10,8 +10,9 @@ import small_run
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
-from rcgrpo_jax.data.pipeline import Batches, EncodedSource
-from rcgrpo_jax.editor import Editor, TextEncoding
+from rcgrpo_jax.editors.flux_kontext import Editor, TextEncoding
+from rcgrpo_jax.encoding.batches import Batches
+from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder

@@ -21,7 +21,7 @@ from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Workload,
 from rcgrpo_jax.plan.roofline import roofline
 from rcgrpo_jax.plan.search import changed
 from rcgrpo_jax.plan.topology import Topology, open_topology
-from rcgrpo_jax.training.config import default_config, validate
+from rcgrpo_jax.rl.config import default_config, validate
 
 GIB = 2**30
 

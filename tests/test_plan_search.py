@@ -14,7 +14,7 @@ from rcgrpo_jax.plan.cost import Cost
 from rcgrpo_jax.plan.programs import NAMES, Memory, Plan, Workload, open_model
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed
 from rcgrpo_jax.plan.topology import Topology
-from rcgrpo_jax.training.config import validate
+from rcgrpo_jax.rl.config import validate
 
 GIB = 2**30
 

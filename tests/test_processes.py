@@ -12,7 +12,7 @@ from rcgrpo_jax.errors import UsageError, UserError, is_everywhere
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import join, split
-from rcgrpo_jax.training.parts import check_mesh
+from rcgrpo_jax.rl.setup import check_mesh
 
 # How processes find each other
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import profile
-from rcgrpo_jax.training.run import traced
+from rcgrpo_jax.runs.run import traced
 
 
 def write_metrics(folder, steps: int) -> None:

@@ -19,9 +19,10 @@ from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.plan.programs import Workload, open_model, place
 from rcgrpo_jax.plan.topology import Topology
-from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.loop import Trainer, train
-from rcgrpo_jax.training.parts import load_editor, make_rewards
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import make_rewards
+from rcgrpo_jax.rl.trainer import Trainer, train
+from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.weights import load
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder

@@ -20,20 +20,19 @@ from diffusers.models.transformers import transformer_flux
 from PIL import Image
 
 from rcgrpo_jax.cli import report as command
-from rcgrpo_jax.cli import run_record
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation import heatmaps, plots
 from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
-from rcgrpo_jax.evaluation.report import Report, Row, data_url, render, write_report
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.config import default_config
-from rcgrpo_jax.training.metrics import MetricsWriter
+from rcgrpo_jax.report import heatmaps, plots, run_record
+from rcgrpo_jax.report.page import Report, Row, data_url, render, write_report
+from rcgrpo_jax.rl.config import default_config
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.metrics import MetricsWriter
+from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint, save_lora
 
@@ -367,12 +366,12 @@ def test_facts_name_what_was_perturbed(kind):
     ("stage", "result"), [("flow", ["--model=again/model"]), ("lora", ["--model=/models/a", "--lora=again/lora"])]
 )
 def test_the_commands_evaluate_what_a_stage_of_supervised_training_leaves(tmp_path, stage, result):
-    config = pretrain_config.default_config()
+    config = sft_config.default_config()
     config.stage, config.model.path = stage, "/models/a"
     write_evaluation(tmp_path)
     settings = Evaluation.load(tmp_path / "base.npz").settings
     train, evaluate = run_record.commands(config.to_dict(), "DATA", settings, "black")
-    assert train.startswith("rcgrpo pretrain ")
+    assert train.startswith("rcgrpo sft ")
     assert evaluate.split()[-1] == "--polarity=black"
     assert run_record.commands(config.to_dict(), "DATA", settings, "white", "15")[-1].endswith(" --mask_value=15")
     config.data.mask_value = "2,5"
@@ -458,7 +457,7 @@ def test_the_configuration_file_gives_the_configuration_again():
     post = small_run.make_config(explore__kind="global", seed=3)
     post.rewards = {"oracle": 1.0}
     post.reward_options.oracle.noise = 0.25
-    supervised = pretrain_config.default_config()
+    supervised = sft_config.default_config()
     supervised.update(stage="flow")
     supervised.data.size = (128, 64)
     for config in (post, supervised, default_config()):

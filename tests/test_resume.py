@@ -15,10 +15,10 @@ import pytest
 import small_run
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.loop import Trainer, train
-from rcgrpo_jax.training.metrics import MetricsWriter
-from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.rl.trainer import Trainer, train
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.metrics import MetricsWriter
+from rcgrpo_jax.runs.state import TrainState
 from rcgrpo_jax.weights import random_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -130,7 +130,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(interrupted, chang
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
-    monkeypatch.setattr("rcgrpo_jax.training.checkpoint.Checkpointer._free_bytes", lambda self: 10)
+    monkeypatch.setattr("rcgrpo_jax.runs.checkpoint.Checkpointer._free_bytes", lambda self: 10)
     with pytest.raises(UserError, match="No space left on device: the checkpoint of step 4") as error:
         train(small_run.make_config(**SETTINGS), interrupted)
     assert error.value.remedy.endswith("it resumes from step 2.")
@@ -141,7 +141,7 @@ def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     def full(*_):
         raise UserError("images: no space", "Free some.")
 
-    monkeypatch.setattr("rcgrpo_jax.training.run.save_image", full)
+    monkeypatch.setattr("rcgrpo_jax.runs.run.save_image", full)
     with pytest.raises(UserError, match="images: no space"):
         train(small_run.make_config(**SETTINGS, train__num_steps=2), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
@@ -197,7 +197,7 @@ def test_another_model_is_refused(interrupted, tmp_path):
 
 
 def test_processes_that_do_not_share_their_directory_are_told(interrupted, monkeypatch):
-    monkeypatch.setattr("rcgrpo_jax.training.run.gather", lambda found: np.append(found, 0))
+    monkeypatch.setattr("rcgrpo_jax.runs.run.gather", lambda found: np.append(found, 0))
     with pytest.raises(UserError, match="checkpoints of different steps, 2, 0; one directory for all was wanted"):
         train(small_run.make_config(**SETTINGS), interrupted)
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rcgrpo_jax.cli.run_record import config_script, facts, read_run
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.models.lora import LoRAConfig
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.checkpoint import ADDED, Checkpointer, check_same_config
-from rcgrpo_jax.training.config import default_config
-from rcgrpo_jax.training.metrics import read_metrics
-from rcgrpo_jax.training.run import restore
-from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.report.run_record import config_script, facts, read_run
+from rcgrpo_jax.rl import config as rl_config
+from rcgrpo_jax.rl.config import default_config
+from rcgrpo_jax.runs.checkpoint import ADDED, Checkpointer, check_same_config
+from rcgrpo_jax.runs.metrics import read_metrics
+from rcgrpo_jax.runs.run import restore
+from rcgrpo_jax.sft import config as sft_config
 
 NESTED = "[" * 100_000 + "]" * 100_000
 
@@ -57,7 +58,7 @@ def with_value(field: str, value) -> dict:
 
 def test_what_was_saved_comes_back(described):
     saved = json.loads(json.dumps(default_config().to_dict())) | {"data_digest": "d"}
-    assert saved_config(described(saved)) == saved
+    assert read_saved_config(described(saved)) == saved
 
 
 WRONG = {
@@ -78,7 +79,7 @@ WRONG = {
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
 def test_a_value_that_is_none_of_its_field_is_named(described, field, value):
     with pytest.raises(UserError) as refused:
-        saved_config(described(with_value(field, value)))
+        read_saved_config(described(with_value(field, value)))
     assert f"checkpoints/1: its configuration: {field}: " in refused.value.problem
     assert " wanted" in refused.value.problem
 
@@ -86,14 +87,14 @@ def test_a_value_that_is_none_of_its_field_is_named(described, field, value):
 @pytest.mark.parametrize("config", [with_value("seed", "NESTED"), None, 1, [], "text"])
 def test_a_description_that_is_none_is_named(described, config):
     with pytest.raises(UserError, match=r"checkpoints/1: the checkpoint cannot be read"):
-        saved_config(described(config))
+        read_saved_config(described(config))
 
 
 def test_a_run_that_is_older_than_a_field_has_its_default(described):
     old = with_value("seed", 3)
     del old["optimizer"]["ema_decay"], old["surrogate"]["weighting"], old["acd"], old["reward_options"]["oracle"]
     old["objective"]["background_weight"] = old["lora"]["dropout"] = 0.5  # which are no more
-    found = saved_config(described(old))
+    found = read_saved_config(described(old))
     now = default_config().to_dict()
     assert found["optimizer"]["ema_decay"] == now["optimizer"]["ema_decay"]
     assert found["acd"] == now["acd"]
@@ -108,31 +109,31 @@ def test_a_run_that_is_older_than_a_field_has_what_runs_did_then(described, monk
     monkeypatch.setitem(ADDED, "optimizer.eps", 1e-6)
     old = with_value("seed", 3)
     del old["optimizer"]["eps"]
-    assert saved_config(described(old))["optimizer"]["eps"] == 1e-6
+    assert read_saved_config(described(old))["optimizer"]["eps"] == 1e-6
 
 
 def test_an_older_run_goes_on(described):
     old = json.loads(json.dumps(default_config().to_dict()))
     del old["optimizer"]["ema_decay"]
     checkpointer = described(old)
-    assert restore(checkpointer, {"x": np.ones(1)}, default_config().to_dict(), ())["x"] == 0
+    assert restore(checkpointer, {"x": np.ones(1)}, default_config().to_dict(), rl_config, ())["x"] == 0
 
 
 def test_rewards_are_those_of_the_run(described):
     """A file that replaces them, or a program that registers its own, leaves others."""
-    saved = saved_config(described(with_value("rewards", {"mine": 1})))
+    saved = read_saved_config(described(with_value("rewards", {"mine": 1})))
     assert saved["rewards"] == {"mine": 1}
     assert "mine (weight 1)" in facts(read_run(described(saved).directory.parent))["Rewards"]
 
 
 def test_supervised_training_has_its_own_fields(described):
-    old = json.loads(json.dumps(pretrain_config.default_config().to_dict()))
+    old = json.loads(json.dumps(sft_config.default_config().to_dict()))
     del old["save_dtype"]
     checkpointer = described(old)
-    assert saved_config(checkpointer)["save_dtype"] == "float32"
-    assert "from rcgrpo_jax.training.pretrain_config import" in config_script(saved_config(checkpointer))
+    assert read_saved_config(checkpointer)["save_dtype"] == "float32"
+    assert "from rcgrpo_jax.sft.config import" in config_script(read_saved_config(checkpointer))
     with pytest.raises(UserError, match=r"its configuration: stage: 'vea' found; one of vae, flow, lora"):
-        saved_config(described(old | {"stage": "vea"}))
+        read_saved_config(described(old | {"stage": "vea"}))
 
 
 # metrics.jsonl

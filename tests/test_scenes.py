@@ -11,11 +11,21 @@ from PIL import Image
 
 from rcgrpo_jax.cli import data as data_command
 from rcgrpo_jax.cli.data import run
-from rcgrpo_jax.data import EditFolder, check_example, flaws, wording
-from rcgrpo_jax.data.backgrounds import TEXTURES
-from rcgrpo_jax.data.composition import HELD_OUT, SEEN
-from rcgrpo_jax.data.scenes import KINDS, SPLITS, Scenes, parse_scenes
-from rcgrpo_jax.data.shapes import COLOURS, SHAPES, SIZES, SceneObject, coverage, footprint, render, signed_distance
+from rcgrpo_jax.data import EditFolder, check_example
+from rcgrpo_jax.data.scenes import flaws, wording
+from rcgrpo_jax.data.scenes.backgrounds import TEXTURES
+from rcgrpo_jax.data.scenes.composition import HELD_OUT, SEEN
+from rcgrpo_jax.data.scenes.shapes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    SceneObject,
+    coverage,
+    footprint,
+    render,
+    signed_distance,
+)
+from rcgrpo_jax.data.scenes.source import KINDS, SPLITS, Scenes, parse_scenes
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards.colour import named_colour
 
@@ -305,7 +315,9 @@ def test_flaws_change_targets_alone_at_the_stated_shares():
 
 def test_wrong_edits_never_show_a_combination_of_the_other_splits(monkeypatch):
     drawn = []
-    monkeypatch.setattr("rcgrpo_jax.data.scenes.render", lambda objects, background: drawn.append(objects) or source)
+    monkeypatch.setattr(
+        "rcgrpo_jax.data.scenes.source.render", lambda objects, background: drawn.append(objects) or source
+    )
     source = np.zeros((32, 32, 3), np.uint8)
     scenes, wrong = Scenes("train", 300, 32, flaws=1.0), 0
     for i in range(300):

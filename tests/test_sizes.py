@@ -6,10 +6,12 @@ import small_run
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import target_kernels
-from rcgrpo_jax.training import pretrain_config
-from rcgrpo_jax.training.loop import train
-from rcgrpo_jax.training.sizes import adapter_numbers, candidate_bytes, check_rollout, check_stage
-from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.rl.setup import check_rollout
+from rcgrpo_jax.rl.trainer import train
+from rcgrpo_jax.runs.sizes import adapter_numbers, candidate_bytes
+from rcgrpo_jax.runs.state import init_state
+from rcgrpo_jax.sft import config as sft_config
+from rcgrpo_jax.sft.sizes import check_stage
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -64,7 +66,7 @@ def test_post_training_that_cannot_fit_names_its_field(monkeypatch, tmp_path, ch
     ],
 )
 def test_supervised_training_too(changes, words):
-    config = pretrain_config.default_config()
+    config = sft_config.default_config()
     for group, fields in changes.items():
         config[group].update(fields)
     with pytest.raises(UserError) as refused:

@@ -7,8 +7,8 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.editor import Editor, to_pixels, to_unit
+from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.editors.flux_kontext import Editor, to_pixels, to_unit
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 

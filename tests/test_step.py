@@ -18,8 +18,8 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
-from rcgrpo_jax.training.loop import UNSCORED_STEPS, Trainer
-from rcgrpo_jax.training.parts import first_state
+from rcgrpo_jax.rl.setup import first_state
+from rcgrpo_jax.rl.trainer import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
 

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.training.loop import Trainer, train
-from rcgrpo_jax.training.metrics import read_metrics
-from rcgrpo_jax.training.state import TrainState
+from rcgrpo_jax.rl.trainer import Trainer, train
+from rcgrpo_jax.runs.metrics import read_metrics
+from rcgrpo_jax.runs.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,8 +8,8 @@ import small_run
 
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import resize_image, resize_mask
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.data.triples import TripleBatches
+from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.encoding.triples import TripleBatches
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights.tokenizers import load_tokenizers
 

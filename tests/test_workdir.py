@@ -14,11 +14,11 @@ import pytest
 import small_run
 from PIL import Image
 
-from rcgrpo_jax.cli.run_record import read_run
 from rcgrpo_jax.errors import UserError, is_everywhere
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.run import FOLDERS, open_run
-from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.report.run_record import read_run
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.run import FOLDERS, open_run
+from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
 
 CONFIG = small_run.make_config()
 
@@ -43,7 +43,7 @@ def refused(workdir: Path) -> str:
 HOLD = """
 import sys, time
 from pathlib import Path
-from rcgrpo_jax.training.workdir import hold
+from rcgrpo_jax.runs.workdir import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -177,7 +177,7 @@ def test_checkpoints_that_nobody_may_read(monkeypatch, tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr("rcgrpo_jax.training.checkpoint.ocp.path.step.standard_name_format", fail)
+    monkeypatch.setattr("rcgrpo_jax.runs.checkpoint.ocp.path.step.standard_name_format", fail)
     with pytest.raises(UserError, match="checkpoints: cannot be read: PermissionError"):
         read_run(tmp_path)
 

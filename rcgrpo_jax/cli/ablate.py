@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import __version__
 from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.edit import check_fits
 from rcgrpo_jax.cli.paths import (
     PATH_FIELDS,
     check_apart,
@@ -27,12 +26,11 @@ from rcgrpo_jax.cli.paths import (
     write_text,
 )
 from rcgrpo_jax.data.sources import open_source, same_examples
+from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.evaluate import Evaluation
-from rcgrpo_jax.evaluation.plots import as_file, distributions
-from rcgrpo_jax.evaluation.report import Report, write_report
 from rcgrpo_jax.evaluation.tables import differences, group_table, make_tables, markdown, notes, plain
-from rcgrpo_jax.training.ablation import (
+from rcgrpo_jax.experiments.ablation import (
     BASE,
     COMPONENTS,
     TAUS,
@@ -46,10 +44,11 @@ from rcgrpo_jax.training.ablation import (
     run_variant,
     slug,
 )  # fmt: skip
-from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.parts import check_model_fits
-from rcgrpo_jax.training.sizes import check_rollout
-from rcgrpo_jax.training.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.report.page import Report, write_report
+from rcgrpo_jax.report.plots import as_file, distributions
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import check_model_fits, check_rollout
+from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.
@@ -80,7 +79,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def run(argv: list[str]) -> None:
-    values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.training.config")
+    values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.rl.config")
     config, out = values.config, Path(values.out)
     check_for_checkpoints("--out", values.out)
     expand_fields(config)

@@ -67,7 +67,7 @@ def parse(
 def check_given(values: flags.FlagValues) -> None:
     """Refuses what absl lets pass: a second value where the first would be dropped, a blank one, NaN and infinity.
 
-    Fields of a configuration may be blank or infinite: `training.config.validate` says which.
+    Fields of a configuration may be blank or infinite: `rl.config.validate` says which.
 
     Raises:
         UsageError: For the first flag of that kind.

@@ -18,8 +18,8 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import check_for_checkpoints, check_workdir, expand_fields, expand_home, path_flag
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
-from rcgrpo_jax.training.config import name_rewards, reward_fields
-from rcgrpo_jax.training.fields import flatten
+from rcgrpo_jax.rl.config import name_rewards, reward_fields
+from rcgrpo_jax.runs.fields import flatten
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:

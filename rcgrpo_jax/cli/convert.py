@@ -9,7 +9,7 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import check_for_checkpoints, expand_home, path_flag
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import on_default_device
 

@@ -16,10 +16,10 @@ from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import leave_devices_alone
 from rcgrpo_jax.cli.paths import path_flag
-from rcgrpo_jax.data.pipeline import Source
-from rcgrpo_jax.data.scenes import KINDS, MIN_SIZE, SPLITS, Scenes
+from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.scenes.source import KINDS, MIN_SIZE, SPLITS, Scenes
 from rcgrpo_jax.errors import UsageError, UserError, nearest
-from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.progress import Progress
 
 ABOUT = """Writes a data set as a folder of PNG files and a metadata.jsonl, which data.path of a configuration takes.
 

@@ -12,10 +12,10 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.export import export
 from rcgrpo_jax.cli.paths import check_for_checkpoints, path_flag
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.loop import train_to_end
-from rcgrpo_jax.training.recipes import small_editor
-from rcgrpo_jax.training.saved import saved_config
+from rcgrpo_jax.experiments.saved_runs import read_saved_config
+from rcgrpo_jax.rl.recipes import small_editor
+from rcgrpo_jax.rl.trainer import train_to_end
+from rcgrpo_jax.runs.checkpoint import Checkpointer
 
 ABOUT = """Post-trains the editor that ships with the package on synthetic edits, exports the LoRA, compares it with the
 base on held-out edits, and writes a page about it. Run again with the same flags, it resumes the training."""
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     data = f"scenes:heldout:{values.examples}"
 
     found = Checkpointer(out / "run" / "checkpoints", save_every=1, keep=1)
-    if found.latest_step() is not None and (before := saved_config(found)["train"]["num_steps"]) != values.steps:
+    if found.latest_step() is not None and (before := read_saved_config(found)["train"]["num_steps"]) != values.steps:
         raise UsageError(
             f"--steps: {values.steps} found; {out} holds a run of {before}.",
             f"Write --steps={before}, or another --out.",

@@ -8,21 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
-from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.cli.arguments import dtype_of, parse, parse_size
+from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_file, path_flag
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.editors.open import check_fits, open_editor
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.models.attention import AUTO, choose
-from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = "Edits one image by an instruction. Target and reference share one size, so nothing is shifted or cropped."
@@ -64,40 +59,9 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
     return np.array(noise)
 
 
-def check_fits(
-    folder: ModelFolder, size: tuple[int, int], steps: int, dtype: str, count: int = 1, field: str = "--size"
-) -> None:
-    """Refuses pictures or solver steps of which no memory here holds the largest arrays.
-
-    They are the decoder's last features, `[count, H, W, C]`, and the solver's states, float32 `[count, K+1, N, C]`.
-
-    Args:
-        folder: The model.
-        size: (height, width) in pixels.
-        steps: K.
-        dtype: Of the features.
-        count: Pictures at a time.
-        field: That the size is from.
-
-    Raises:
-        UserError: With the size or the number of steps.
-    """
-    (height, width), vae = size, folder.config("vae")
-    features = height * width * vae.block_out_channels[0] * dtype_of(dtype).itemsize
-    check_memory(f"{field}: {width}x{height}", count * features, "Edit smaller pictures, or fewer at a time.")
-    tokens = height * width // (2 * vae.downscale) ** 2
-    states = (steps + 1) * tokens * folder.config("transformer").in_channels * 4
-    check_memory(f"--steps: {steps}", count * states, "Take fewer steps: 28 are FLUX's own.")
-
-
-def open_editor(
-    values: flags.FlagValues, folder: ModelFolder, mesh: Mesh, acd_layers: int = 1, **options: Any
-) -> Editor:
-    """The editor that `--dtype`, `--quantization` and `--text_tokens` ask for, with the fastest attention here."""
-    dtype = dtype_of(values.dtype)
-    attention = AttentionOptions(choose(AUTO, jax.default_backend(), dtype), acd_layers)
-    options |= {"quantization": values.quantization, "attention": attention}
-    return Editor(folder, dtype, values.text_tokens, parameter_sharding(mesh), **options)
+def editor_options(values: flags.FlagValues) -> dict[str, Any]:
+    """What `--dtype`, `--quantization` and `--text_tokens` ask of `open_editor`."""
+    return {"dtype": values.dtype, "quantization": values.quantization, "max_text_tokens": values.text_tokens}
 
 
 def run(argv: list[str]) -> None:
@@ -118,7 +82,7 @@ def run(argv: list[str]) -> None:
     lora = read_lora(values, folder)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1}, devices)
-    editor = open_editor(values, folder, mesh, keep_text_encoders=False)
+    editor = open_editor(folder, mesh, **editor_options(values), keep_text_encoders=False)
     shape = (height * width // side**2, editor.transformer.config.in_channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))

@@ -13,18 +13,19 @@ from absl import flags
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.edit import check_fits, open_editor
+from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_apart, check_file, path_flag, write_text
+from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
-from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.open import check_fits, open_editor
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
 from rcgrpo_jax.evaluation.tables import make_tables, markdown, notes, plain
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.training.grid import GridRow, comparison_grid
-from rcgrpo_jax.training.metrics import Progress
+from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
@@ -71,7 +72,7 @@ def run(argv: list[str], devices: list[jax.Device] | None = None) -> None:
     source = open_source(values.data, values.polarity, mask_value=values.mask_value)
     mesh = make_mesh({"fsdp": -1}, devices)
     check_all_fit(folder, source, size, values)
-    editor = open_editor(values, folder, mesh, values.acd_layers)
+    editor = open_editor(folder, mesh, **editor_options(values), acd_layers=values.acd_layers)
     evaluations = {}
     for name, lora in adapters.items():
         with Progress(len(source), description=name, lines=10) as progress:

@@ -13,10 +13,10 @@ from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import leave_devices_alone
 from rcgrpo_jax.cli.paths import check_apart, path_flag
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.models.lora import LoRAConfig
-from rcgrpo_jax.training.checkpoint import Checkpointer
-from rcgrpo_jax.training.saved import saved_config
-from rcgrpo_jax.training.state import init_state
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import FORMS, holds_lora, lora_file, save_lora
 from rcgrpo_jax.weights.networks import abstract_params
@@ -48,7 +48,7 @@ def export(
     """Writes the LoRA of a run's checkpoint.
 
     Args:
-        workdir: Of `rcgrpo train`, or of `rcgrpo pretrain` with stage lora.
+        workdir: Of `rcgrpo train`, or of `rcgrpo sft` with stage lora.
         out: Folder or `.safetensors` file.
         step: Of the checkpoint; the latest by default.
         model: Where the base is, if it has moved.
@@ -69,7 +69,7 @@ def export(
             "Choose another name, or remove the file.",
         )
     checkpointer = Checkpointer(Path(workdir) / "checkpoints", save_every=1, keep=1)
-    saved = saved_config(checkpointer, step)
+    saved = read_saved_config(checkpointer, step)
     if saved.get("stage", "lora") != "lora":
         raise UserError(
             f"--workdir: {workdir} is a run of stage {saved['stage']}, which trains no LoRA.",

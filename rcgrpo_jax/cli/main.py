@@ -15,7 +15,7 @@ from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
     "edit": "edit one image",
-    "pretrain": "supervised training: autoencoder, flow, or a LoRA on your own triples",
+    "sft": "supervised training: autoencoder, flow, or a LoRA on your own triples",
     "train": "post-train a LoRA with RC-GRPO",
     "plan": "whether a run fits on TPUs or GPUs and what it takes, by the compiler",
     "evaluate": "how well a model edits, with and without a LoRA",
@@ -25,7 +25,8 @@ COMMANDS = {
     "data": "write a data set of synthetic editing tasks",
     "demo": "the whole way on the small editor that ships with the package",
 }
-DISTRIBUTED = ("train", "pretrain")  # commands of which several processes make one run
+ALIASES = {"pretrain": "sft"}  # earlier name -> command
+DISTRIBUTED = ("train", "sft")  # commands of which several processes make one run
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
 )
@@ -50,7 +51,7 @@ def _main(argv: list[str], debug: bool) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE + "\n\n`rcgrpo COMMAND --help` lists the flags of a command.")
         return 0 if argv else 2
-    code = _run(argv, debug)
+    code = _run([ALIASES.get(argv[0], argv[0]), *argv[1:]], debug)
     if code not in (0, STOPPED):  # processes that stop do so together, in order
         _leave(code)
     return code

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import dataset_and_split
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.training.fields import flatten
-from rcgrpo_jax.training.workdir import FOLDERS, LOCK
+from rcgrpo_jax.runs.fields import flatten
+from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
 PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
 STARTS = {  # how the files begin that commands write; a plan and a search begin differently

@@ -21,8 +21,8 @@ from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Wor
 from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
 from rcgrpo_jax.plan.topology import Topology, open_topology
-from rcgrpo_jax.training.config import validate
-from rcgrpo_jax.training.parts import check_mesh, check_model_fits
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import check_mesh, check_model_fits
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
@@ -45,7 +45,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 
 def run(argv: list[str]) -> None:
-    values = parse_with_config("plan", ABOUT, argv, _flags, ("topology",), "rcgrpo_jax.training.config")
+    values = parse_with_config("plan", ABOUT, argv, _flags, ("topology",), "rcgrpo_jax.rl.config")
     config = changed(values.config, {})
     expand_fields(config)
     if values.json:

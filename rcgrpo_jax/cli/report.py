@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -17,20 +16,18 @@ from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_file, path_flag
-from rcgrpo_jax.cli.run_record import SCRIPT, commands, config_script, facts, read_run
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_mask
-from rcgrpo_jax.data.pipeline import Source
 from rcgrpo_jax.data.sources import open_source
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
-from rcgrpo_jax.evaluation.heatmaps import attention_maps, overlay
-from rcgrpo_jax.evaluation.report import Report, Row, write_report
 from rcgrpo_jax.evaluation.tables import COLUMNS, differences, make_tables
-from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.report.heatmaps import attention_maps, overlay
+from rcgrpo_jax.report.page import Report, Row, write_report
+from rcgrpo_jax.report.run_record import SCRIPT, commands, config_script, facts, read_run
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
@@ -194,13 +191,14 @@ def attention_rows(
     Edits start from the noise of the evaluation.
     """
     mesh = make_mesh({"fsdp": -1}, devices)
-    editor = Editor(
+    editor = open_editor(
         folder,
-        jnp.dtype(settings["dtype"]),
-        settings["text_tokens"],
-        parameter_sharding(mesh),
+        mesh,
+        dtype=settings["dtype"],
+        max_text_tokens=settings["text_tokens"],
         quantization=settings["quantization"],
-        attention=AttentionOptions(acd_layers=settings["acd_layers"]),
+        attention="xla",  # the one that gives maps
+        acd_layers=settings["acd_layers"],
     )
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
     grid = editor.grid(*images.shape[1:3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rcgrpo_jax.cli.config_file import parse_run, print_records
 from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.parallel.distributed import is_main
-from rcgrpo_jax.training.loop import train
+from rcgrpo_jax.rl.trainer import train
 
 ABOUT = f"""Post-trains a LoRA.
 
@@ -13,7 +13,7 @@ The same command resumes an interrupted run. SIGTERM saves and stops; the exit s
 
 
 def run(argv: list[str]) -> int:
-    config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.training.config")
+    config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.rl.config")
     state = train(config, workdir)
     if is_main():
         print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")

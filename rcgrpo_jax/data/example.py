@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -77,3 +78,10 @@ def check_example(example: EditExample) -> EditExample:
             "It was cut within a character: write it again.",
         )
     return example
+
+
+class Source(Protocol):
+    """Random access to examples; `data.folder.EditFolder` is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> EditExample: ...

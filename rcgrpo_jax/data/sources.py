@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.masks import Polarity
-from rcgrpo_jax.data.scenes import Scenes, parse_scenes
+from rcgrpo_jax.data.scenes.source import Scenes, parse_scenes
 from rcgrpo_jax.data.tfds import TfdsSource
 from rcgrpo_jax.errors import UsageError
 

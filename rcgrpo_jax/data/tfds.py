@@ -21,7 +21,7 @@ from rcgrpo_jax.data.masks import Polarity, check_marking, edit_region
 from rcgrpo_jax.errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
-    from rcgrpo_jax.data.pipeline import Source
+    from rcgrpo_jax.data.example import Source
 
 VERSION = "1.0.0"  # of every dataset written here
 _LOOKED_AT = 16  # files of a dataset that are looked at for pointers: of Git LFS's, none or most are

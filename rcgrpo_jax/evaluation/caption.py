@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import ImageColor
 
-from rcgrpo_jax.data.scenes import Scenes
-from rcgrpo_jax.data.shapes import COLOURS, SHAPES, SceneObject, render
+from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, SceneObject, render
+from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.rewards.colour import lab_from_srgb
 from rcgrpo_jax.rewards.oracle import VISIBLE
 

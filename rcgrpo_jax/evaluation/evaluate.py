@@ -18,11 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.borders import STRICT, check_memory, conform, parse_json
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
-from rcgrpo_jax.data.pipeline import Source
-from rcgrpo_jax.data.scenes import KINDS, Scenes
-from rcgrpo_jax.editor import Editor
+from rcgrpo_jax.data.scenes.source import KINDS, Scenes
+from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.errors import UsageError, UserError, reason
 from rcgrpo_jax.evaluation.caption import caption_scores, read_region
 from rcgrpo_jax.evaluation.lpips import load_weights

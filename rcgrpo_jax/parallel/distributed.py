@@ -53,7 +53,7 @@ def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.
         options = {}
     else:
         return
-    # JAX's service would take SIGTERM for itself, from now on; `training.run.termination` answers to it.
+    # JAX's service would take SIGTERM for itself, from now on; `runs.run.termination` answers to it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.lora import target_kernels
-from rcgrpo_jax.training.config import num_trained_steps
+from rcgrpo_jax.rl.config import num_trained_steps
 from rcgrpo_jax.weights.networks import abstract_params
 
 # Path of a kernel -> the tokens that pass through it; the first match counts.

@@ -24,10 +24,10 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
 from rcgrpo_jax.plan.topology import Topology
-from rcgrpo_jax.training.config import num_trained_steps
-from rcgrpo_jax.training.parts import load_editor
-from rcgrpo_jax.training.state import init_state
-from rcgrpo_jax.training.step import Programs
+from rcgrpo_jax.rl.config import num_trained_steps
+from rcgrpo_jax.rl.programs import Programs
+from rcgrpo_jax.runs.model import load_editor
+from rcgrpo_jax.runs.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
@@ -118,7 +118,7 @@ class Workload:
         return _trees(self.programs, self.model)
 
     def arguments(self, name: str) -> tuple:
-        """Shapes, dtypes and shardings of a program's arguments, as `training.loop.Trainer` gives them."""
+        """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
         return {
             "rollout": (t.params, t.state.params, t.prompts, t.noise),

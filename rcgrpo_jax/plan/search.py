@@ -24,8 +24,8 @@ from rcgrpo_jax.plan.chips import Chip
 from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, micro_batches, place
 from rcgrpo_jax.plan.roofline import Time, roofline
 from rcgrpo_jax.plan.topology import Topology
-from rcgrpo_jax.training.fields import quantization_problems
-from rcgrpo_jax.training.parts import check_mesh
+from rcgrpo_jax.rl.setup import check_mesh
+from rcgrpo_jax.runs.fields import quantization_problems
 from rcgrpo_jax.weights.load import ModelFolder
 
 MICRO_BATCH = {

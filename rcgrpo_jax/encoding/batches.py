@@ -1,0 +1,63 @@
+"""Batches of encoded examples: what a training step reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.prefetch import Prefetch
+from rcgrpo_jax.parallel import distributed
+
+
+class EditBatch(NamedTuple):
+    """What a training step reads: one row a prompt, on the host."""
+
+    reference: Float[np.ndarray, "P N C"]  # packed latents of the source
+    text: Float[np.ndarray, "P N_txt D"]  # T5 sequence
+    pooled: Float[np.ndarray, "P D_pool"]  # CLIP vector
+    text_weights: Float[np.ndarray, "P N_txt"]  # 1 for the instruction's own tokens, 0 for padding
+    pixels: UInt8[np.ndarray, "P H W 3"]  # source, resized
+    mask: Float[np.ndarray, "P H W"]  # edit region, resized
+    instructions: tuple[str, ...]
+    targets: UInt8[np.ndarray, "P H W 3"] | None = None  # reference edits, where every example has one
+
+
+class Batches:
+    """Batches of P prompts as a function of the step alone, so that a resumed run needs no iterator state.
+
+    Each process gets its own rows of the P: which examples a step sees does not depend on how many processes there are.
+    The batch of the next step is read in a thread while the device works on this one.
+
+    Args:
+        source: Encoded examples.
+        prompts: P.
+        seed: Of the order, which is drawn anew each epoch.
+    """
+
+    def __init__(self, source: EncodedSource, prompts: int, seed: int):
+        import grain
+
+        self.source, self._prompts = source, prompts
+        self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._prefetch = Prefetch(self._read)
+
+    def __getitem__(self, step: int) -> EditBatch:
+        """The batch of a step.
+
+        Raises:
+            UserError: If an entry of the cache cannot be read.
+        """
+        return self._prefetch[step]
+
+    def _read(self, step: int) -> EditBatch:
+        rows = [self._dataset[step * self._prompts + i] for i in distributed.own_rows(self._prompts)]
+
+        def stack(name: str) -> np.ndarray:
+            return np.stack([row[name] for row in rows])
+
+        arrays = [stack(name) for name in EditBatch._fields[:6]]
+        targets = stack("target") if all("target" in row for row in rows) else None
+        return EditBatch(*arrays, tuple(row["instruction"] for row in rows), targets)

@@ -1,0 +1,53 @@
+"""The data of a run through the text and image encoders, once, before the transformer is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.open import open_editor
+from rcgrpo_jax.encoding.batches import Batches
+from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.parallel.distributed import own_share
+from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.weights.load import ModelFolder
+
+
+def encode(
+    config: ConfigDict,
+    folder: ModelFolder,
+    workdir: Path,
+    mesh: Mesh,
+    batch_size: int,
+    check: Callable[[EditExample], None],
+    needs_mask: bool = True,
+) -> Batches:
+    """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
+
+    Args:
+        config: With the groups `data` and `model`, and `seed`.
+        folder: The model.
+        workdir: Has the cache, unless `data.cache` says where.
+        mesh: The mesh of all processes.
+        batch_size: Examples in a batch.
+        check: Raises if an example cannot be used.
+        needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
+    """
+    source = open_source(config.data.path, config.data.polarity, needs_mask, config.data.mask_value)
+    mesh = mesh.local_mesh  # each process encodes its own share of the examples
+    with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
+        encoded = EncodedSource(
+            source,
+            open_editor(folder, mesh, dtype=config.model.dtype, max_text_tokens=config.model.max_text_tokens),
+            tuple(config.data.size),
+            config.data.cache or workdir / "cache",
+            check,
+            lambda done, _: progress.update(),
+        )
+    return Batches(encoded, batch_size, config.seed)

@@ -1,0 +1,248 @@
+"""The paper's ablations: variants of one run, several training seeds each, evaluated on the same held-out edits.
+
+Every piece (a run, an evaluation) is kept on disk and made once, so that an interrupted ablation goes on where it was.
+All is done on one device.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.encoding.encode import Batches, encode
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
+from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards
+from rcgrpo_jax.rl.setup import check_scorable, first_state, make_rewards
+from rcgrpo_jax.rl.step_metrics import background_drift
+from rcgrpo_jax.rl.trainer import Trainer, train_to_end
+from rcgrpo_jax.runs.checkpoint import config_differences
+from rcgrpo_jax.runs.model import load_editor
+from rcgrpo_jax.runs.state import TrainState, start_lora
+from rcgrpo_jax.weights.load import ModelFolder
+
+
+class Variant(NamedTuple):
+    """A row of a table: what it changes in the common configuration."""
+
+    name: str
+    changes: Mapping[str, Any]  # dotted field -> value
+
+
+BASE = "base"  # the row without training
+COMPONENTS = (  # Table 2
+    Variant("GRPO (global)", {"explore.kind": "global", "acd.weight": 0.0}),
+    Variant("GRPO + RDP", {"explore.kind": "region", "acd.weight": 0.0}),
+    Variant("RDP + ACD", {"explore.kind": "region"}),
+)
+TAUS = tuple(  # Table 3, of the region metric
+    Variant(
+        f"tau {edit} / {base}",
+        {"surrogate.distance": "region", "surrogate.tau_edit": edit, "surrogate.tau_base": base},
+    )
+    for edit, base in ((1.0, 1.0), (0.9, 1.1), (0.8, 1.2), (1.2, 0.8))
+)
+# Fields of a run that do not touch what it learns.
+_INCIDENTAL = (
+    *(field for field in MAY_DIFFER if field != "train"),
+    "model.path",  # its fingerprint counts
+    *(f"train.{field}" for field in ("save_every", "keep", "image_every", "profile_steps")),
+)
+
+
+class Protocol(NamedTuple):
+    """How variants are evaluated: fresh noise, no perturbation."""
+
+    data: str  # held-out examples with targets, as `data.path` names them
+    num_steps: int = 28  # K
+    seed: int = 0  # of the noise
+
+
+def parse_variant(text: str) -> Variant:
+    """A variant from `NAME: FIELD=VALUE FIELD=VALUE ...`.
+
+    Raises:
+        UsageError: For another form.
+    """
+    name, colon, changes = text.partition(":")
+    fields = dict(re.findall(r"([\w.]+)=(\S+)", changes))
+    if not colon or not name.strip() or len(fields) != len(changes.split()):
+        raise UsageError(
+            f"--variant: {text!r} found; NAME: FIELD=VALUE FIELD=VALUE ... was wanted.",
+            "Write --variant 'strong RDP: explore.alpha_edit=0.5 acd.weight=0'.",
+        )
+    return Variant(name.strip(), {field: _value(value) for field, value in fields.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
+    """The configuration of one run.
+
+    Raises:
+        UsageError: The variant names an unknown field, or a value of another type.
+    """
+    changed = config.copy_and_resolve_references()
+    name_rewards(changed, variant.changes)
+    changed.lock()  # against new fields
+    try:
+        if common := {"seed", "model.path"} & variant.changes.keys():
+            raise TypeError(f"{', '.join(common)} found; all variants share seeds and base")
+        if None in variant.changes.values():
+            raise TypeError("a field without a value found")
+        changed.update_from_flattened_dict({**variant.changes, "seed": seed})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"variant {variant.name!r}: {' '.join(str(error).split())}.", "Name fields of the configuration."
+        ) from None
+    return changed
+
+
+def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Protocol, out: Path) -> Evaluation:
+    """Trains one variant from one seed and evaluates its adapter.
+
+    Args:
+        config: Common to all variants.
+        variant: What is changed.
+        seed: Of the training.
+        protocol: Of the evaluation.
+        out: Gets `runs/VARIANT/SEED` and `evaluations/VARIANT/SEED.npz`.
+
+    Raises:
+        UserError: The training was stopped, or an evaluation is there that was made otherwise.
+    """
+    file = out / "evaluations" / slug(variant.name) / f"{seed}.npz"
+    changed = configure(config, variant, seed)
+    origin = _origin(config, protocol, changed)
+    if file.exists():
+        return _load(file, origin)
+    state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), jax.devices()[:1])
+    adapter = scale_adapter(state.averaged, LoRAConfig(**changed.lora).scale)
+    return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, adapter)
+
+
+def run_base(config: ConfigDict, protocol: Protocol, out: Path) -> Evaluation:
+    """Evaluates the model without an adapter."""
+    file, origin = out / "evaluations" / f"{BASE}.npz", _origin(config, protocol)
+    return _load(file, origin) if file.exists() else _evaluate(config, protocol, file, BASE, origin)
+
+
+def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
+    """What an evaluation is an evaluation of, and how it is made."""
+    common = {name: config[name].to_dict() for name in ("model", "data", "acd")}
+    model = {"fingerprint": ModelFolder(config.model.path).whole_fingerprint()}
+    evaluated = {
+        "protocol": protocol._asdict(),
+        "model": model | {name: common["model"][name] for name in ("dtype", "quantization", "guidance")},
+        "data": {name: common["data"][name] for name in ("size", "polarity", "mask_value")},
+        "acd": {name: common["acd"][name] for name in ("layers", "reference_keys")},
+    }
+    return {"evaluation": evaluated, "run": run.to_dict() if run else {}}
+
+
+def _load(file: Path, origin: Mapping[str, Any]) -> Evaluation:
+    """Reads an evaluation of that origin."""
+    evaluation = Evaluation.load(file)
+    ignored = [f"run.{field}" for field in _INCIDENTAL]
+    if differences := config_differences(evaluation.origin, origin, ignored, saved_as="there"):
+        raise UserError(
+            f"{file} was made otherwise: {'; '.join(differences)}.", "Use another --out, or put the values back."
+        )
+    return evaluation
+
+
+def _evaluate(
+    config: ConfigDict, protocol: Protocol, file: Path, name: str, origin: Mapping[str, Any], lora: dict | None = None
+) -> Evaluation:
+    mesh = make_mesh({}, jax.devices()[:1])
+    source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
+    with Progress(len(source), description=f"evaluate {name}", lines=5) as progress:
+        evaluation = evaluate(
+            load_editor(config, ModelFolder(config.model.path), mesh),
+            source,
+            range(len(source)),
+            num_steps=protocol.num_steps,
+            guidance=config.model.guidance,
+            seed=protocol.seed,
+            lora=lora,
+            size=tuple(config.data.size),
+            mesh=mesh,
+            progress=progress.update,
+        )
+    evaluation = replace(evaluation, origin=origin, images=evaluation.images[:0])  # the adapters make them again
+    evaluation.save(file)
+    return evaluation
+
+
+def untrained(config: ConfigDict, mesh: Mesh, cache: Path) -> tuple[Trainer, TrainState, Batches]:
+    """What the first step of a run starts from: its trainer, its state, and its prompts, encoded.
+
+    Args:
+        config: Of the run.
+        mesh: Of one device, set by `jax.set_mesh`.
+        cache: Has the cache of encodings.
+    """
+    folder, rewards = ModelFolder(config.model.path), make_rewards(config)
+    batches = encode(config, folder, cache, mesh, config.rollout.prompts, partial(check_scorable, rewards))
+    trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
+    state = start_lora(first_state(config, folder, mesh), config, trainer.params, mesh)
+    return trainer, state, batches
+
+
+class GroupStatistics(NamedTuple):
+    """What a perturbation does before any training, one value a group (Fig. 5), over the perturbed candidates."""
+
+    drift: Float[np.ndarray, " Q"]  # of the background, between candidates
+    reward_std: Mapping[str, Float[np.ndarray, " Q"]]  # of each reward, within the group
+
+
+def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batches: int) -> GroupStatistics:
+    """Groups of the untrained model under a variant's perturbation; equal seeds see equal prompts and references.
+
+    Candidate 0 is left out: RDP does not perturb it, and global perturbation does.
+
+    Args:
+        config: Common to all variants.
+        variant: What is changed.
+        seed: Of prompts and noise.
+        out: Has the cache of encodings.
+        num_batches: Batches of `rollout.prompts` groups.
+    """
+    config = configure(config, variant, seed)
+    config.acd.weight = 0.0  # as in the paper: task reward only
+    drifts, stds = [], []
+    mesh = make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer, state, batches = untrained(config, mesh, out)
+        for step in range(num_batches):
+            ready = trainer.prepare(batches[step])
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), ready)
+            drifts.append(np.asarray(background_drift(ready.compared(edited=sample.images))))
+            stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
+    return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))
+
+
+def slug(name: str) -> str:
+    """A name as a directory."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")

@@ -1,0 +1,101 @@
+"""What a run is put together from: rewards and first state, and whether data, model and mesh go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.models.attention import choose
+from rcgrpo_jax.models.config import MMDiTConfig
+from rcgrpo_jax.models.lora import target_kernels
+from rcgrpo_jax.parallel.mesh import check_parts
+from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
+from rcgrpo_jax.runs.state import TrainState, init_state
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+
+def make_rewards(config: ConfigDict) -> dict[str, Any]:
+    """The rewards that have a weight, by name."""
+    return {
+        name: reward_registry.make(name, **config.reward_options.get(name, {}))
+        for name, weight in config.rewards.items()
+        if weight
+    }
+
+
+def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
+    """The state before the first step, on every device."""
+    shapes = abstract_params("transformer", folder.config("transformer"))
+    return jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
+    """Refuses a mesh that splits a group over processes, and what `check_parts` and `attention.choose` refuse."""
+    count = len({device.process_index for device in mesh.devices.flat})
+    if config.rollout.prompts % count:
+        raise UsageError(
+            f"config: rollout.prompts: {config.rollout.prompts}; each of {count} processes scores whole groups.",
+            f"Choose a multiple of {count}.",
+        )
+    check_parts(mesh, sizes.num_attention_heads)
+    choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+
+
+def check_model_fits(config: ConfigDict, folder: ModelFolder) -> None:
+    """Refuses settings that the model at hand cannot serve, before any weight is read."""
+    blocks = folder.config("transformer").num_blocks
+    if config.acd.weight and config.acd.layers > blocks:
+        raise UsageError(
+            f"config: acd.layers: {config.acd.layers}; the model has {blocks} blocks.", "Lower acd.layers."
+        )
+    downscale = 2 * folder.config("vae").downscale
+    if any(side % downscale for side in config.data.size):
+        raise UsageError(
+            f"config: data.size: {tuple(config.data.size)}; this model's tokens are {downscale} pixels a side.",
+            f"Choose multiples of {downscale}.",
+        )
+    target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
+
+
+def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
+    """Refuses post-training whose groups or LoRA are larger than the memory of all that takes part.
+
+    Raises:
+        UserError: With the field that asks for it.
+    """
+    options, candidate = config.rollout, candidate_bytes(config, folder, config.rollout.num_steps)
+    check_picture(config, folder)
+    check_memory(
+        f"rollout: {options.prompts} prompts x {options.group_size} candidates of {options.num_steps} steps",
+        options.prompts * options.group_size * candidate,
+        "Lower rollout.prompts, rollout.group_size, rollout.num_steps or data.size.",
+    )
+    check_lora(config, folder)
+
+
+def check_scorable(rewards: Mapping[str, Any], example: EditExample) -> None:
+    """Refuses an example that a reward cannot score."""
+    for name, reward in rewards.items():
+        reward.validate(example.instruction)
+        if not getattr(reward, "needs_target", False):
+            continue
+        if example.target is None:
+            raise UserError(
+                f"{example.name}: no target image; the reward {name!r} compares with one.",
+                f"Add targets, or set --config.rewards.{name}=0.",
+            )
+        if example.flawed:
+            raise UserError(
+                f"{example.name}: its target is flawed on purpose; the reward {name!r} takes targets for right.",
+                "Leave the share of flaws out of data.path.",
+            )

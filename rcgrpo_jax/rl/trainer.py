@@ -1,0 +1,287 @@
+"""`rcgrpo train`: from a configuration to checkpoints, metrics and image grids. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.encoding.batches import EditBatch
+from rcgrpo_jax.encoding.encode import encode
+from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.method import grpo
+from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
+from rcgrpo_jax.parallel.mesh import make_mesh
+from rcgrpo_jax.rl import config as schema
+from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS, validate
+from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.setup import (
+    check_mesh,
+    check_model_fits,
+    check_rollout,
+    check_scorable,
+    first_state,
+    make_rewards,
+)
+from rcgrpo_jax.rl.step_metrics import drift_metrics, reward_metrics
+from rcgrpo_jax.runs.checkpoint import check_same_config
+from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
+from rcgrpo_jax.runs.model import load_editor
+from rcgrpo_jax.runs.run import finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.saved import saved_config
+from rcgrpo_jax.runs.state import TrainState, start_lora
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.networks import abstract_params
+
+UNSCORED_STEPS = 3  # without a group that could be scored, in a row, before a run gives up
+
+
+def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
+    """Post-trains a LoRA; called again on the same `workdir` it goes on from the last checkpoint.
+
+    `workdir` receives `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `images/` and (by default) `cache/`. SIGTERM
+    saves a checkpoint and returns.
+
+    Args:
+        config: As `rl.config.default_config` lays it out.
+        workdir: Directory of the run; created if missing.
+        devices: Devices of the mesh; all by default.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UserError: For every mistake in configuration, model, data or resume that can be told.
+    """
+    workdir = Path(workdir)
+    devices = jax.devices() if devices is None else devices
+    validate(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    rewards = make_rewards(config)
+    folder = ModelFolder(config.model.path)
+    check_mesh(config, mesh, folder.config("transformer"))
+    check_model_fits(config, folder)
+    check_rollout(config, folder)
+    with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
+        described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
+        state = first_state(config, folder, mesh)
+        if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
+            state = start_lora(state, config, abstract_params("transformer", folder.config("transformer")), mesh)
+        else:
+            check_same_config(saved_config(checkpointer, schema), described, (*MAY_DIFFER, *PATHS, "data_digest"))
+        batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_scorable, rewards))
+        described["data_digest"] = batches.source.digest
+        state = restore(checkpointer, state, described, schema, (*MAY_DIFFER, *PATHS))
+        if finished(state, config):
+            return state
+        trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
+        ready = None
+
+        def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
+            nonlocal ready
+            start = time.monotonic()
+            with together():  # a thread has read it during the step before
+                batch = batches[index] if ready is None else ready.batch
+                upcoming = batches[index + 1] if index + 1 < config.train.num_steps else None
+            metrics = {"seconds/data": time.monotonic() - start}
+            state, measured, rows, ready = trainer.step(state, ready or trainer.prepare(batch), upcoming, draw)
+            return state, metrics | measured, comparison_grid(rows, f"step {index + 1}") if draw else None
+
+        def shown(metrics: Mapping[str, float]) -> dict[str, float]:
+            return {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
+
+        samples = config.rollout.prompts * config.rollout.group_size
+        return run_steps(state, step, config, described, workdir, checkpointer, "train", samples, shown)
+
+
+def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
+    """As `train`, for what comes after a whole run.
+
+    Raises:
+        UserError: Also if SIGTERM stopped the run before its last step.
+    """
+    state = train(config, workdir, devices)
+    if int(state.step) < config.train.num_steps:
+        raise UserError(
+            f"{workdir}: stopped on request at step {int(state.step)} of {config.train.num_steps}.",
+            "The same command goes on from there.",
+        )
+    return state
+
+
+class Ready(NamedTuple):
+    """A batch whose copies are on the devices, or on their way."""
+
+    batch: EditBatch
+    prompts: Prompts  # of all processes
+    compared: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
+
+
+class Sample(NamedTuple):
+    """The groups of one step."""
+
+    prompts: Prompts
+    exploration: Exploration
+    rollout: Rollout
+    images: Float[Array, "p G H W 3"] | None  # this process' own rows, in [0, 1]
+    scores: dict[str, Float[np.ndarray, "P G"]]
+    rolled_out: float  # when the pictures were there, seconds of `time.monotonic`
+
+
+class Trainer:
+    """Model, programs and rewards of a run; `step` is one step of Section 4.
+
+    Args:
+        config: The run's configuration.
+        editor: Transformer and VAE, loaded onto the mesh.
+        mesh: The mesh.
+        rewards: Name -> reward.
+    """
+
+    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict):
+        self.config, self.rewards = config, rewards
+        self.params = editor.transformer_params
+        self.decoder = {"decoder": editor.vae_params["decoder"]}
+        self.programs = Programs(config, editor, mesh)
+        self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
+        self.own_prompts = len(own_rows(config.rollout.prompts))
+        self.unscored = 0  # steps in a row without a group to learn from
+        self.weights = {name: float(config.rewards[name]) for name in rewards}
+        if config.acd.weight:
+            self.weights["acd"] = float(config.acd.weight)
+
+    def prepare(self, batch: EditBatch) -> Ready:
+        """Copies this process' rows of a batch to the devices, and does not wait for them."""
+        return Ready(batch, self.programs.prompts(batch), self.compared(batch))
+
+    def step(
+        self, state: TrainState, ready: Ready, upcoming: EditBatch | None = None, draw: bool = False
+    ) -> tuple[TrainState, dict[str, float], list[GridRow], Ready | None]:
+        """Explore, roll out, score, update.
+
+        Args:
+            state: Donated.
+            ready: The step's batch.
+            upcoming: That of the next step, prepared while the devices compute the update.
+            draw: Whether to return rows for the image grid, of this process' own.
+
+        Returns:
+            The new state, metrics, the rows, and the next step's batch.
+
+        Raises:
+            UserError: Rewards have failed in every group for `UNSCORED_STEPS` steps.
+        """
+        start, batch = time.monotonic(), ready.batch
+        sample = self.sample(state, ready)
+        scores, times = sample.scores, [start, sample.rolled_out]
+        self._check_scored(scores)
+        with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
+            total = grpo.combine_rewards(scores, self.weights)
+            advantages = grpo.group_advantages(
+                total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
+            )
+            rows = grid_rows(batch, sample.images, scores) if draw else []
+            measured = reward_metrics(scores, total) | drift_metrics(ready.compared(edited=sample.images))
+        sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
+        times.append(time.monotonic())
+
+        state, learned = self.learn(state, sample, advantages)
+        state = state.replace(step=state.step + 1)
+        following = None if upcoming is None else self.prepare(upcoming)
+        metrics = measured | {name: float(x) for name, x in learned.items()}  # waits for the update
+        times.append(time.monotonic())
+
+        metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
+        metrics["samples_per_second"] = total.size / (times[-1] - times[0])
+        return state, metrics, rows, following
+
+    def _check_scored(self, scores: Mapping[str, np.ndarray]) -> None:
+        """Gives up after `UNSCORED_STEPS` steps in a row in which no group has all its scores."""
+        scored = {name: np.isfinite(score).all(axis=-1) for name, score in scores.items()}  # [P]
+        self.unscored = 0 if np.all([*scored.values()], axis=0).any() else self.unscored + 1
+        if self.unscored == UNSCORED_STEPS:
+            failed = ", ".join(name for name, groups in scored.items() if not groups.all())
+            lost = UserError(
+                f"rewards: no group of the last {UNSCORED_STEPS} steps has all its scores; {failed} failed.",
+                "Look at what computes them; the same command resumes from the last checkpoint.",
+            )
+            raise everywhere(lost)  # scores are those of all processes
+
+    def sample(self, state: TrainState, ready: Ready) -> Sample:
+        """Groups of candidates under the present adapter, and their rewards."""
+        programs, options = self.programs, self.config.rollout
+        _, prompts, compared = ready
+        exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
+        at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
+        rollouts, pictures = [], []
+        for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
+            rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
+            pictures.append(self.own(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
+        with together():  # all is dispatched: the devices roll out the next part while one is scored
+            scores = [self.score(compared, images) for images in pictures[:-1]]
+            jax.block_until_ready(pictures[-1])
+            rolled_out = time.monotonic()
+            scores.append(self.score(compared, pictures[-1]))
+        rollout = join(*rollouts)
+        scores = gather(jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *scores))
+        if "acd" in self.weights:
+            scores["acd"] = np.asarray(rollout.acd)
+        with jax.set_mesh(self.own_mesh):
+            images = join(*pictures)
+        return Sample(prompts, exploration, rollout, images, scores, rolled_out)
+
+    def learn(
+        self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """The updates on a sample; the state is donated. Does not wait for them."""
+        programs = self.programs
+        advantages = put(advantages, programs.mesh)
+        log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
+        for update in range(self.config.objective.updates):
+            state, log_pi, metrics = programs.update(
+                self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,
+                jnp.asarray(update == 0),
+            )  # fmt: skip
+            log_old = log_pi if update == 0 else log_old
+        return state, metrics
+
+    def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
+        """This process' rows of pictures that are spread over the mesh."""
+        rows = spread_rows(images, self.programs.mesh)
+        with jax.set_mesh(self.own_mesh):
+            return rows.reshape(self.own_prompts, -1, *rows.shape[1:])
+
+    def compared(self, batch: EditBatch) -> Callable[..., reward_registry.RewardInputs]:
+        """What this process' rewards compare edits with, all but `edited`."""
+        with jax.set_mesh(self.own_mesh):
+            source = jnp.asarray(batch.pixels, jnp.float32) / 255
+            targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
+            return partial(
+                reward_registry.RewardInputs, source=source, mask=jnp.asarray(batch.mask),
+                instructions=batch.instructions, targets=targets,
+            )  # fmt: skip
+
+    def score(
+        self, compared: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]
+    ) -> dict[str, Float[np.ndarray, "p g"]]:
+        """Every reward of this process' candidates; NaN where one could not be scored."""
+        with jax.set_mesh(self.own_mesh):
+            return reward_registry.refuse_broken(
+                reward_registry.score_all(self.rewards, compared(edited=images)), images
+            )
+
+
+def join(*parts: Any) -> Any:
+    """Trees of `[P, g, ...]`, side by side."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)

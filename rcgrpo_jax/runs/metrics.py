@@ -1,0 +1,152 @@
+"""What a run reports while it trains: `metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, Self
+
+import jax
+import numpy as np
+from annotated_types import Interval
+from jaxtyping import UInt8
+from typing_extensions import TypedDict
+
+from rcgrpo_jax.borders import STRICT, conform, parse_json
+from rcgrpo_jax.errors import UserError, everywhere
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends the scalars of each step to `<workdir>/metrics.jsonl` and to TensorBoard (`<workdir>/tensorboard`).
+
+    Steps after `resume_step`, which a killed run wrote and the resumed one will repeat, are dropped from both, so
+    that a curve has one value a step. In a multi-process run only process 0 writes.
+
+    Args:
+        workdir: Directory of the run.
+        resume_step: Step of the checkpoint that the run resumes from; 0 for a new run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = Path(workdir) / METRICS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _rewind(path, resume_step)
+        self._lines = path.open("a", encoding="utf-8")
+        unique = f".{time.time_ns()}"  # the file's name only counts seconds: a quick restart would overwrite it
+        board = str(path.parent / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=resume_step + 1, filename_suffix=unique)
+
+    def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one step, on disk when this returns; a value that is not finite becomes `null` in the JSON.
+
+        Args:
+            step: Training steps done.
+            metrics: Name -> scalar (a number or a 0-dimensional array).
+        """
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        try:
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._lines.name}: cannot be written ({error}).",
+                "Free some space, then run the same command: it resumes from the last checkpoint.",
+            ) from None
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Sends images, uint8 `[height, width, 3]`, to TensorBoard."""
+        if not self._active:
+            return
+        for name, image in images.items():
+            self._board.add_image(name, image, step, dataformats="HWC")
+        self._board.flush()
+
+    def close(self) -> None:
+        if self._active:
+            self._lines.close()
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Line(TypedDict):
+    """What a line of `metrics.jsonl` says beside its metrics."""
+
+    __pydantic_config__ = STRICT
+    step: Annotated[int, Interval(ge=0)]
+    time: NotRequired[Annotated[float, Interval(ge=0, le=253_402_300_799)]]  # seconds; the last of the year 9999
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The steps of a `metrics.jsonl`, in file order, without a last line that a kill tore off.
+
+    Raises:
+        UserError: The file cannot be read, another line is not a JSON object with a step, or a value is no number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}).", "Correct the path.") from None
+    steps = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = parse_json(line)
+            steps[f"line {number}"] = {**entry, "step": entry["step"]}
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}.",
+                "Delete that line; the file holds one object a line.",
+            ) from error
+    remedy = "Correct or delete that line."
+    conform(steps, dict[str, dict[str, float | None]], str(path), remedy)
+    conform(steps, dict[str, _Line], str(path), remedy)
+    return [*steps.values()]
+
+
+def _rewind(path: Path, last_step: int) -> None:
+    """Drops the steps after `last_step` and a torn last line; the file is replaced whole, or not at all."""
+    if not path.exists():
+        return
+    kept = path.with_suffix(".jsonl.tmp")
+    with kept.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= last_step)
+    os.replace(kept, path)
+
+
+def check_finite(metrics: Mapping[str, Any], step: int) -> None:
+    """Stops a run whose loss or gradient norm (`loss`, `grad_norm`, under any prefix such as `train/`) is lost.
+
+    Raises:
+        UserError: Names the metric, its value and the step.
+    """
+    for name, value in metrics.items():
+        if name.rsplit("/", 1)[-1] in ("loss", "grad_norm") and not math.isfinite(value):
+            lost = UserError(
+                f"Step {step}: {name} is {float(value)}; it must be finite.",
+                "Start a new --workdir with a lower optimizer.learning_rate; the checkpoints of this one stay, and "
+                "JAX_DEBUG_NANS=True finds the operation.",
+            )
+            raise everywhere(lost)  # metrics are those of all processes

@@ -1,0 +1,187 @@
+"""The loop that every kind of training shares: metrics, pictures, checkpoints, and how it stops and resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.images import save_image
+from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, text_of_main, together, watch
+from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
+from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite
+from rcgrpo_jax.runs.saved import Schema, saved_config
+from rcgrpo_jax.runs.workdir import FOLDERS, LOCK, hold, make_folder
+
+logger = logging.getLogger(__name__)
+State = TypeVar("State")
+# (state, step, whether to draw) -> new state, metrics, and a picture if one was asked for
+StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UInt8[np.ndarray, "H W 3"] | None]]
+
+
+@contextmanager
+def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> Iterator[Checkpointer]:
+    """The checkpoints of a run, in a directory that is made if missing and that the run has to itself.
+
+    Args:
+        config: With the group `train`.
+        workdir: The directory.
+        results: Names of further folders in it.
+
+    Raises:
+        UserError: If the directory cannot be made or written to, if another run has it, if it or the configuration is
+            not the same for all processes, or if another process ends while the run is open.
+    """
+    options = config.train
+    with ExitStack() as stack:
+        stack.enter_context(watch())
+        with together():
+            make_folder(workdir, "workdir")
+            if is_main():
+                steps = [f"checkpoints/{x.name}" for x in workdir.glob("checkpoints/[0-9]*") if x.name.isdecimal()]
+                make_folder(workdir, "workdir", (*FOLDERS, *results, *steps), (METRICS, LOCK))
+                stack.enter_context(hold(workdir))
+        saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
+        checkpointer = stack.enter_context(saving)
+        found = gather(np.array([checkpointer.latest_step() or 0]))
+        if found.min() < found.max():
+            apart = UserError(
+                f"workdir: {workdir}: the processes find checkpoints of different steps, {', '.join(map(str, found))}; "
+                "one directory for all was wanted.",
+                "Choose a folder that all processes share.",
+            )
+            raise everywhere(apart)
+        _check_same_command(config)
+        yield checkpointer
+
+
+def _check_same_command(config: ConfigDict) -> None:
+    """Refuses a configuration that is not the one of process 0: of two seeds, the run would have neither."""
+    main = json.loads(text_of_main(config.to_json()))
+    with together():
+        if differences := config_differences(main, config.to_dict(), saved_as="process 0"):
+            raise UserError(
+                f"The configuration is not that of process 0: {'; '.join(differences)}.",
+                "Start the same command on every process.",
+            )
+
+
+def restore(
+    checkpointer: Checkpointer,
+    state: State,
+    described: Mapping[str, Any],
+    schema: Schema,
+    may_differ: Collection[str],
+) -> State:
+    """The latest checkpoint on the shardings of `state`, or `state` itself if there is none.
+
+    Raises:
+        UserError: If the configuration saved with it differs from `described` in a field outside of `may_differ`.
+    """
+    step = checkpointer.latest_step()
+    if step is None:
+        return state
+    check_same_config(saved_config(checkpointer, schema), described, may_differ)
+    state = checkpointer.restore(state)
+    logger.warning("resuming from step %d of %s", step, checkpointer.directory)
+    return state
+
+
+def finished(state: State, config: ConfigDict) -> bool:
+    """Whether no step is left; says so."""
+    if int(state.step) < config.train.num_steps:
+        return False
+    logger.warning("nothing to do: train.num_steps is %d", config.train.num_steps)
+    return True
+
+
+def run_steps(
+    state: State,
+    step_function: StepFunction,
+    config: ConfigDict,
+    described: Mapping[str, Any],
+    workdir: Path,
+    checkpointer: Checkpointer,
+    name: str,
+    samples: int,
+    shown: Callable[[Mapping[str, float]], Mapping[str, float]],
+) -> State:
+    """Runs the steps that are left; saves every `train.save_every` steps, at the end and on SIGTERM.
+
+    Args:
+        state: Has `step`, the steps done.
+        step_function: One step. Its state may be donated.
+        config: With the group `train`.
+        described: The configuration as it is saved with each checkpoint.
+        workdir: Gets `metrics.jsonl`, `tensorboard/`, `images/`, and `profile/` if `train.profile_steps` asks for it.
+        checkpointer: Of `open_run`.
+        name: Of the progress bar.
+        samples: Samples a step, for the rate.
+        shown: Picks the metrics of the progress bar.
+
+    Raises:
+        UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
+    """
+    first, last = int(state.step), config.train.num_steps
+    with (
+        MetricsWriter(workdir, resume_step=first) as writer,
+        Progress(last, first, name) as progress,
+        termination() as stop,
+    ):
+        for step in traced(range(first + 1, last + 1), name, workdir / "profile", config.train.profile_steps):
+            draw = step % config.train.image_every == 0 or step == last
+            state, metrics, picture = step_function(state, step - 1, draw)
+            check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
+            with together():  # process 0 alone writes, and the save under way is to end on all
+                writer.scalars(step, metrics)
+            stopped = anyone(stop.is_set())  # a preemption may reach the processes in different steps
+            checkpointer.save(step, state, described, force=step == last or stopped)
+            if picture is not None:  # after saving: one that cannot be written costs no step
+                with together():
+                    if is_main():
+                        save_image(workdir / "images" / f"step_{step:06d}.png", picture)
+                        writer.images(step, {"pictures": picture})
+            progress.update(shown(metrics), samples=samples)
+            if stopped:
+                logger.warning("stopped at step %d on request; the same command resumes", step)
+                break
+        checkpointer.wait()
+    return state
+
+
+def traced(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
+    """The steps; process 0 writes a trace of `count` of them into `folder`, from the second on: the first compiles."""
+    with ExitStack() as trace:
+        for step in steps:
+            if step == steps.start + 1 + count:
+                trace.close()
+            elif step == steps.start + 1 and is_main():
+                trace.enter_context(jax.profiler.trace(str(folder)))
+            with jax.profiler.StepTraceAnnotation(name, step_num=step):
+                yield step
+
+
+@contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets (preemption, `kill`): the step under way is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

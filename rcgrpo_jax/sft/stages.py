@@ -1,0 +1,254 @@
+"""What `rcgrpo sft` can train: the autoencoder, the flow with its text encoders, or an adapter alone.
+
+Each stage gives the loss of one example; `sft.train` maps it over the batch and the mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.flux_kontext import to_unit
+from rcgrpo_jax.encoding.batches import EditBatch
+from rcgrpo_jax.encoding.encode import encode
+from rcgrpo_jax.encoding.triples import TripleBatches
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.flow import latents, matching, rollout
+from rcgrpo_jax.method.region import token_mask
+from rcgrpo_jax.models.clip import CLIPTextEncoder
+from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
+from rcgrpo_jax.models.mmdit import Condition
+from rcgrpo_jax.models.t5 import T5Encoder
+from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.runs.model import load_editor
+from rcgrpo_jax.weights.export import save_folder
+from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.weights.lora import save_lora
+from rcgrpo_jax.weights.networks import abstract_params
+
+
+class Stage:
+    """What is trained, its loss and its pictures.
+
+    Args:
+        config: The run's configuration, validated.
+        folder: The model that training starts from.
+        mesh: The mesh.
+        workdir: Directory of the run.
+    """
+
+    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        self.config, self.folder, self.mesh, self.workdir = config, folder, mesh, workdir
+        self.editor = load_editor(config, folder, mesh)
+        self.grid = self.editor.grid(*config.data.size)
+
+    def batches(self) -> Any:
+        """Step -> batch on the host, with `instructions`."""
+        config = self.config
+        tokenizers = self.folder.tokenizers()
+        source = open_source(config.data.path, config.data.polarity, False, config.data.mask_value)
+        return TripleBatches(
+            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
+        )
+
+    def arrays(self, batch: Any) -> Any:
+        """What the loss reads of a batch: a NamedTuple with `source`, `target` and `mask` among its `[S, ...]`."""
+        return batch._replace(instructions=())
+
+    def identity(self, batches: Any) -> dict[str, str]:
+        """What tells these data from others when a run is resumed; nothing where they have not been read yet."""
+        return {}
+
+    def initial(self, key: PRNGKeyArray) -> dict:
+        """The parameters to train, float32, on the mesh."""
+        raise NotImplementedError
+
+    def frozen(self) -> dict:
+        """The parameters that the loss reads and leaves as they are."""
+        raise NotImplementedError
+
+    def loss(self, trained: dict, frozen: dict, key: PRNGKeyArray, example: Any) -> tuple[Array, dict[str, Array]]:
+        """The loss of one example (a row of `arrays`), and metrics."""
+        raise NotImplementedError
+
+    def picture(self, trained: dict, frozen: dict, example: Any) -> Float[Array, "H W 3"]:
+        """What the networks make of one example, in [-1, 1]."""
+        raise NotImplementedError
+
+    def save(self, trained: dict, examples: Any) -> Path:
+        """Writes the result of the run and returns where; `examples` is what `arrays` gives."""
+        raise NotImplementedError
+
+    def _float32(self, name: str) -> dict:
+        return self.folder.load(name, jnp.float32, parameter_sharding(self.mesh))
+
+
+class VAEStage(Stage):
+    """Reconstruction of sources and targets, half and half (Kingma and Welling 2014).
+
+    The loss of an image x and its reconstruction y is `mean |x - y| + mean |x - y|^2 + w KL(q || N(0, I))`. Shift and
+    scale of the latents are measured at the end, so that a unit of latent is a standard deviation.
+    """
+
+    def initial(self, key):
+        return self._float32("vae")
+
+    def frozen(self):
+        return {}
+
+    def loss(self, trained, frozen, key, example):
+        key_which, key_crop, key_sample = jax.random.split(key, 3)
+        image = jnp.where(jax.random.bernoulli(key_which), example.target, example.source)  # they share most pixels
+        image = self._crop(key_crop, to_unit(image))
+        vae, variables = self.editor.vae, {"params": trained}
+        mean, log_variance = vae.apply(variables, image, method="moments")
+        sample = mean + jnp.exp(log_variance / 2) * jax.random.normal(key_sample, mean.shape)
+        error = vae.apply(variables, vae.normalise(sample), method="decode").astype(jnp.float32) - image
+        squared = jnp.square(error).mean()
+        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance).mean()
+        loss = jnp.abs(error).mean() + squared + self.config.vae.kl_weight * kl
+        return loss, {"psnr": 10 * jnp.log10(4.0 / squared), "kl": kl}
+
+    def _crop(self, key: PRNGKeyArray, image: Float[Array, "H W 3"]) -> Float[Array, "h w 3"]:
+        side = self.config.vae.crop
+        if not side:
+            return image
+        height, width, _ = image.shape
+        top, left = jax.random.randint(key, (2,), 0, jnp.asarray([height - side + 1, width - side + 1]))
+        return jax.lax.dynamic_slice(image, (top, left, 0), (side, side, 3))
+
+    def picture(self, trained, frozen, example):
+        return self.editor.vae.apply({"params": trained}, to_unit(example.target))
+
+    def save(self, trained, examples):
+        images = to_unit(jnp.concatenate([examples.source, examples.target]))
+        mean, _ = jax.jit(partial(self.editor.vae.apply, method="moments"))({"params": trained}, images)
+        mean = mean.astype(jnp.float32)
+        config = replace(self.editor.vae.config, shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
+        return save_folder(self.folder.path, self.workdir / "model", {"vae": (config, trained)}, self.config.save_dtype)
+
+
+class FlowStage(Stage):
+    """Flow matching of the transformer, with its text encoders (Lipman et al. 2023; Esser et al. 2024)."""
+
+    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        super().__init__(config, folder, mesh, workdir)
+        dtype = jnp.dtype(config.model.dtype)
+        self.clip = CLIPTextEncoder(folder.config("text_encoder"), dtype=dtype)
+        self.t5 = T5Encoder(folder.config("text_encoder_2"), dtype=dtype)
+        self.shift_options = folder.schedule_options()
+
+    def initial(self, key):
+        return {name: self._float32(name) for name in ("transformer", "text_encoder", "text_encoder_2")}
+
+    def frozen(self):
+        return {"vae": self.editor.vae_params}
+
+    def networks(self, trained: dict, frozen: dict) -> tuple[dict, dict]:
+        """All networks' parameters, and the adapter."""
+        return frozen | trained, {}
+
+    def condition(self, params: dict, example: Any) -> tuple[Condition, Array]:
+        """What the transformer reads of one example, and the packed latents of its target."""
+        pooled = self.clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
+        text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
+        reference, target = self.encode(params, jnp.stack([example.source, example.target]))
+        return Condition(text, pooled, reference, jnp.asarray(self.config.model.guidance)), target
+
+    def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
+        """Packed latents of pictures."""
+        encoded = self.editor.vae.apply({"params": params["vae"]}, to_unit(pixels), method="encode")
+        return latents.pack(encoded).astype(jnp.float32)
+
+    def loss(self, trained, frozen, key, example):
+        params, lora = self.networks(trained, frozen)
+        condition, data = self.condition(params, example)
+        key_sigma, key_noise = jax.random.split(key)
+        sigma = matching.sample_sigmas(key_sigma, (), len(data), self.config.flow.extra_shift, **self.shift_options)
+        x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
+        variables = {"params": params["transformer"], "lora": lora}
+        predicted = self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
+        region = token_mask(example.mask, self.grid)
+        everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
+        loss = everywhere + self.config.flow.region_weight * inside
+        return loss, {"loss_everywhere": everywhere, "loss_inside": inside}
+
+    def picture(self, trained, frozen, example):
+        params, lora = self.networks(trained, frozen)
+        condition, _ = self.condition(params, example)
+        variables = {"params": params["transformer"], "lora": lora}
+
+        def velocity(x: Array, sigma: Array) -> Array:
+            return self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
+
+        noise = jax.random.normal(jax.random.key(0), condition.reference.shape)
+        final = rollout.integrate(velocity, noise, self.editor.sigmas(self.config.flow.picture_steps, len(noise)))[-1]
+        return self.editor.vae.apply({"params": params["vae"]}, latents.unpack(final, self.grid), method="decode")
+
+    def save(self, trained, examples):
+        networks = {name: (self.folder.config(name), params) for name, params in trained.items()}
+        return save_folder(self.folder.path, self.workdir / "model", networks, self.config.save_dtype)
+
+
+class Encoded(NamedTuple):
+    """What the device reads of an `EditBatch`; texts and sources were encoded before."""
+
+    source: Array
+    target: Array
+    mask: Array
+    reference: Array
+    text: Array
+    pooled: Array
+
+
+class LoRAStage(FlowStage):
+    """Flow matching of an adapter alone: supervised fine-tuning. Texts and sources are encoded once and cached."""
+
+    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        super().__init__(config, folder, mesh, workdir)
+        target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
+
+    def batches(self):
+        def check(example: EditExample) -> None:
+            if example.target is None:
+                raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
+
+        size = self.config.batch.size
+        return encode(self.config, self.folder, self.workdir, self.mesh, size, check, needs_mask=False)
+
+    def identity(self, batches):
+        return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
+
+    def arrays(self, batch: EditBatch) -> Encoded:
+        return Encoded(batch.pixels, batch.targets, batch.mask, batch.reference, batch.text, batch.pooled)
+
+    def initial(self, key):
+        adapter = init_adapter(key, self.editor.transformer_params, LoRAConfig(**self.config.lora))
+        return jax.device_put(adapter, replicated(self.mesh))
+
+    def frozen(self):
+        return {"transformer": self.editor.transformer_params, "vae": self.editor.vae_params}
+
+    def networks(self, trained, frozen):
+        return frozen, scale_adapter(trained, LoRAConfig(**self.config.lora).scale)
+
+    def condition(self, params, example):
+        condition = Condition(example.text, example.pooled, example.reference, jnp.asarray(self.config.model.guidance))
+        return condition, self.encode(params, example.target)
+
+    def save(self, trained, examples):
+        config, params = LoRAConfig(**self.config.lora), self.editor.transformer_params
+        return save_lora(self.workdir / "lora", trained, config, params, dtype=self.config.save_dtype)
+
+
+STAGES = {"vae": VAEStage, "flow": FlowStage, "lora": LoRAStage}

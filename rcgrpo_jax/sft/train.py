@@ -1,0 +1,188 @@
+"""`rcgrpo sft`: supervised training on (source, instruction, target) triples, one stage a run.
+
+The stages `vae` and `flow` leave a diffusers folder, `WORKDIR/model`, that the next one starts from; `lora` leaves an
+adapter in diffusers format, `WORKDIR/lora`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
+from rcgrpo_jax.models.attention import choose
+from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
+from rcgrpo_jax.parallel.microbatch import accumulate
+from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.runs.checkpoint import check_same_config
+from rcgrpo_jax.runs.grid import GridRow, candidate_pixels, comparison_grid
+from rcgrpo_jax.runs.run import StepFunction, finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.saved import saved_config
+from rcgrpo_jax.runs.state import TrainState, apply_gradients, new_state, start_lora
+from rcgrpo_jax.sft import config as schema
+from rcgrpo_jax.sft.config import MAY_DIFFER, validate
+from rcgrpo_jax.sft.sizes import check_stage
+from rcgrpo_jax.sft.stages import STAGES, Stage
+from rcgrpo_jax.weights import random_folder
+from rcgrpo_jax.weights.load import ModelFolder
+
+PICTURED = 4  # examples in a picture
+
+
+def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> Path | None:
+    """Runs one stage; called again on the same `workdir` it goes on from the last checkpoint.
+
+    `workdir` receives `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `images/` and the result. SIGTERM saves a
+    checkpoint and returns.
+
+    Args:
+        config: As `sft.config.default_config` lays it out.
+        workdir: Directory of the run; created if missing.
+        devices: Devices of the mesh; all by default.
+
+    Returns:
+        Where process 0 has written the result; None if the run was stopped before its end.
+
+    Raises:
+        UserError: For every mistake in configuration, model, data or resume that can be told.
+    """
+    workdir = Path(workdir)
+    devices = jax.devices() if devices is None else devices
+    validate(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    whole = replicated(mesh)
+    with jax.set_mesh(mesh), open_run(config, workdir, ("start", "model", "lora")) as checkpointer:
+        described = config.to_dict()
+        if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
+            check_same_config(
+                saved_config(checkpointer, schema), described, (*MAY_DIFFER, "data_digest", "model_digest")
+            )
+        folder = open_folder(config, workdir)
+        # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
+        check_parts(mesh, folder.config("transformer").num_attention_heads)
+        choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+        check_stage(config, folder)
+        stage = STAGES[config.stage](config, folder, mesh, workdir)
+        key_params, key = jax.random.split(jax.random.key(config.seed))
+        state = new_state(config.optimizer, stage.initial(key_params), key)
+        if checkpointer.latest_step() is None and config.stage == "lora":
+            state = start_lora(state, config, stage.editor.transformer_params, mesh)
+        batches = stage.batches()
+        described |= stage.identity(batches)
+        shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
+        state = restore(checkpointer, jax.device_put(state, shardings), described, schema, MAY_DIFFER)
+        if not finished(state, config):
+            step = make_step(config, stage, mesh, batches, shardings)
+            size = config.batch.size
+            state = run_steps(state, step, config, described, workdir, checkpointer, config.stage, size, _shown)
+        if int(state.step) < config.train.num_steps:
+            return None
+        return _save(stage, state, batches)
+
+
+def open_folder(config: ConfigDict, workdir: Path) -> ModelFolder:
+    """The model that training starts from; without a path, a new small editor in `workdir/start`."""
+    if not config.model.path:
+        path = workdir / "start"
+        with together():
+            if is_main() and not (path / "model_index.json").is_file():  # written last
+                random_folder.build(path, config.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
+        return ModelFolder(path)
+    folder = ModelFolder(config.model.path)
+    if config.stage != "lora" and folder.converted:
+        raise UserError(
+            f"model.path: {folder.path} is a converted model; stage {config.stage} writes a diffusers folder.",
+            "Give the diffusers folder that it was converted from.",
+        )
+    side = 2 * folder.config("vae").downscale
+    if any(x % side for x in (*config.data.size, config.vae.crop)):
+        raise UsageError(
+            f"config: data.size {tuple(config.data.size)}, vae.crop {config.vae.crop}; this model's tokens are {side} "
+            "pixels a side.",
+            f"Choose multiples of {side}.",
+        )
+    return folder
+
+
+def make_update(config: ConfigDict, stage: Stage, mesh: Mesh, shardings: TrainState) -> Any:
+    """The compiled (state, frozen, arrays) -> (state, metrics): one optimizer update.
+
+    The state is donated, and stays on its `shardings`.
+    """
+
+    def chunk_loss(trained: dict, frozen: dict, keys: Any, examples: Any) -> tuple[Any, dict]:
+        one = partial(stage.loss, trained, frozen)
+        losses, metrics = jax.vmap(one, spmd_axis_name=SAMPLE_AXES)(keys, examples)
+        return losses.mean(), metrics | {"loss": losses}
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    def update(state: TrainState, frozen: dict, examples: Any) -> tuple[TrainState, dict]:
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.batch.size)
+
+        def gradients(*chunk: Any) -> tuple[dict, dict]:
+            return jax.grad(chunk_loss, has_aux=True)(state.params, frozen, *chunk)
+
+        grads, metrics = accumulate(gradients, (keys, examples), config.batch.micro_batch, mesh)
+        state = apply_gradients(state, grads, config.optimizer)
+        metrics = {name: x.mean() for name, x in metrics.items()} | {"grad_norm": optax.tree.norm(grads)}
+        return state.replace(step=state.step + 1), metrics
+
+    return update
+
+
+def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardings: TrainState) -> StepFunction:
+    """One step on the batch of its index, as `run_steps` takes it; pictures are those of the averaged parameters."""
+    update, frozen = make_update(config, stage, mesh, shardings), stage.frozen()
+    draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)), out_shardings=replicated(mesh))
+
+    def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
+        start = time.monotonic()
+        with together():
+            batch = batches[index]
+        examples = stage.arrays(batch)
+        state, metrics = update(state, frozen, put(examples, mesh, PartitionSpec(SAMPLE_AXES)))
+        metrics = {name: float(x) for name, x in metrics.items()}
+        metrics["samples_per_second"] = config.batch.size / (time.monotonic() - start)
+        if not draw:
+            return state, metrics, None
+        few = from_main(jax.tree.map(lambda x: x[:PICTURED], examples))
+        pictures = candidate_pixels(draw_all(state.averaged, frozen, few).astype(np.float32) / 2 + 0.5)
+        rows = [
+            GridRow(text, source, mask, np.stack([target, made]), ["target", "made"])
+            for text, source, mask, target, made in zip(
+                batch.instructions, few.source, few.mask, few.target, pictures, strict=False
+            )
+        ]
+        return state, metrics, comparison_grid(rows, f"step {index + 1}")
+
+    return step
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: x for name, x in metrics.items() if name.startswith(("loss", "psnr"))}
+
+
+def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
+    from safetensors import SafetensorError
+
+    try:
+        trained, examples = fetch(state.averaged), gather(stage.arrays(batches[0]))
+        with together(), jax.set_mesh(stage.mesh.local_mesh):  # a program of one process
+            written = stage.save(trained, examples) if is_main() else ""
+        return Path(text_of_main(str(written)))
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        unwritten = UserError(
+            f"workdir: the result cannot be written to {stage.workdir} ({reason(error)}).",
+            "Free some space, then run the same command: training is done and its last checkpoint kept.",
+        )
+        raise everywhere(unwritten) from error  # the others have been told
