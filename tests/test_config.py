@@ -136,7 +136,7 @@ def test_every_problem_of_sizes_is_listed_at_once():
         )
     )  # fmt: skip
     fields = (
-        "surrogate.anchors", "objective.kl_weight", "surrogate.num_random_steps", "surrogate.target_entropy",
+        "surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "objective.kl_weight",
         "data.size", "rollout.micro_batch", "rollout",
     )  # fmt: skip
     assert [line.split(":")[0] for line in found] == list(fields)

@@ -156,9 +156,10 @@ def test_text_weights_count_the_instruction_and_its_end():
     trainer = small_run.make_trainer()
     for batch in (small_run.make_batch(trainer, step) for step in range(3)):
         words = np.array([len(instruction.replace(".", " .").split()) for instruction in batch.instructions])
-        assert batch.text_weights.shape == (2, 16)
-        np.testing.assert_array_equal(batch.text_weights.sum(-1), words + 1)
-        np.testing.assert_array_equal(batch.text_weights, np.sort(batch.text_weights, axis=-1)[:, ::-1])
+        weights = batch.encoded["text_weights"]
+        assert weights.shape == (2, 16)
+        np.testing.assert_array_equal(weights.sum(-1), words + 1)
+        np.testing.assert_array_equal(weights, np.sort(weights, axis=-1)[:, ::-1])
 
 
 class Numbers:
@@ -197,8 +198,8 @@ def test_a_batch_is_a_function_of_the_step():
 
 def test_rows_of_a_batch_belong_together():
     batch = Batches(Numbers(7), prompts=4, seed=0)[2]
-    for field in batch._fields[:6]:
-        np.testing.assert_array_equal(getattr(batch, field)[:, 0], [int(name) for name in batch.instructions])
+    for array in (*batch.encoded.values(), batch.pixels, batch.mask):
+        np.testing.assert_array_equal(array[:, 0], [int(name) for name in batch.instructions])
 
 
 def test_targets_come_along_where_every_example_has_one(calls, tmp_path):

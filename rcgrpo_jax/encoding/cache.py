@@ -16,6 +16,7 @@ from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
 
+EXAMPLE = {"pixels", "mask", "target", "instruction"}  # what an entry holds beside the encodings
 _SAME_DATA = "Give every process the same data, or one folder that all see."
 
 
@@ -120,15 +121,8 @@ class EncodedSource:
 
         pixels = resize_image(example.image, size)
         mask = resize_mask(example.mask, size)
-        encoding = editor.encode_text([example.instruction])
-        tensors = {
-            "reference": np.asarray(editor.encode_image(pixels[None]))[0],
-            "text": np.asarray(encoding.text)[0],
-            "pooled": np.asarray(encoding.pooled)[0],
-            "text_weights": (np.arange(encoding.text.shape[1]) < encoding.lengths[0]).astype(np.float32),
-            "pixels": pixels,
-            "mask": mask,
-        }
+        encoded = editor.encode(pixels[None], [example.instruction])
+        tensors = {name: np.asarray(x)[0] for name, x in encoded.items()} | {"pixels": pixels, "mask": mask}
         if example.target is not None:
             tensors["target"] = resize_image(example.target, size)
         try:
