@@ -152,7 +152,7 @@ def default_config() -> ConfigDict:
 FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
 _CHOICES = {
     **MODEL_CHOICES,
-    "policy": tuple(POLICIES),
+    "policy": POLICIES,
     "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
@@ -272,7 +272,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     for field, count, micro in (
         (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.micro_batch),
         ("rollout: candidates decoded", rolled, min(config.rollout.decode_micro_batch, rolled)),
-        ("surrogate: anchors to differentiate", policy.num_units(config), config.surrogate.micro_batch),
+        ("surrogate: units to differentiate", policy.num_units(config), config.surrogate.micro_batch),
     ):
         micro = micro or count
         if count % micro or micro % spread:
