@@ -27,6 +27,10 @@ class EditExample:
     target: UInt8[np.ndarray, "H W 3"] | None = None  # the right result, where one is known
     flawed: bool = False  # whether the target is wrong on purpose, as a share of `data.scenes` may be
 
+    @property
+    def has_target(self) -> bool:
+        return self.target is not None
+
 
 def check_example(example: EditExample) -> EditExample:
     """Returns the example as it came, if an editor can be run and scored on it.
@@ -81,7 +85,20 @@ def check_example(example: EditExample) -> EditExample:
 
 
 class Source(Protocol):
-    """Random access to examples; `data.folder.EditFolder` is one."""
+    """Random access to examples; `data.folder.EditFolder` is one.
+
+    A source whose examples are files has `stamp(index) -> str` too: a text that changes when one of an example's files
+    does, and is had without reading them.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> EditExample: ...
+
+
+def stamp_of(source: Source, index: int) -> str | None:
+    """The stamp of an example; None where a source has none, or its files cannot be looked at."""
+    stamp = getattr(source, "stamp", None)
+    try:
+        return stamp(index) if stamp else None
+    except OSError:
+        return None

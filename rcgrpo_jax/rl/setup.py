@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
@@ -83,13 +84,13 @@ def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
     check_lora(config, folder)
 
 
-def check_scorable(rewards: Mapping[str, Any], example: EditExample) -> None:
+def check_scorable(rewards: Mapping[str, Any], example: EditExample | Known) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
         if not getattr(reward, "needs_target", False):
             continue
-        if example.target is None:
+        if not example.has_target:
             raise UserError(
                 f"{example.name}: no target image; the reward {name!r} compares with one.",
                 f"Add targets, or set --config.rewards.{name}=0.",

@@ -22,6 +22,7 @@ from rcgrpo_jax.editors.base import sample
 from rcgrpo_jax.editors.flux_kontext import to_unit
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
+from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.encoding.triples import TripleBatches
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.flow import matching
@@ -212,8 +213,8 @@ class LoRAStage(FlowStage):
         target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
 
     def batches(self):
-        def check(example: EditExample) -> None:
-            if example.target is None:
+        def check(example: EditExample | Known) -> None:
+            if not example.has_target:
                 raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
 
         size = self.config.batch.size
