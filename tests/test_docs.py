@@ -10,11 +10,6 @@ from rcgrpo_jax.cli.config_file import load_config
 ROOT = small_run.ROOT
 TOP = ("README.md", "CONTRIBUTING.md")  # the CHANGELOG names what is gone
 DOCUMENTS = [*(ROOT / name for name in TOP), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("docs/*.md")]
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "benchmarks" / "README.md",
-    *(ROOT / "docs").glob("*.md"),
-]
 PLACES = (ROOT, ROOT / "rcgrpo_jax", ROOT / "docs", ROOT / "benchmarks")  # that a path in a document is relative to
 each_document = pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 
