@@ -18,7 +18,7 @@ on.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.rl.recipes import choose, kontext_1024
+from rcgrpo_jax.rl.recipes import choose_row, kontext_1024
 
 MACHINES = {
     # rollout, decode and update take so many at a time: of 192 candidates, as many again, and 256 anchor-steps
@@ -29,7 +29,7 @@ MACHINES = {
 
 def get_config(machine: str = "v5e_64") -> ConfigDict:
     config = kontext_1024()
-    rollout, decode, update = choose(MACHINES, machine)
+    rollout, decode, update = choose_row(MACHINES, machine)
     config.rollout.micro_batch, config.rollout.decode_micro_batch = rollout, decode
     config.surrogate.micro_batch = update
     return config

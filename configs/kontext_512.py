@@ -27,7 +27,7 @@ docs/performance.md has that measurement.
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.rl.recipes import choose, kontext_512
+from rcgrpo_jax.rl.recipes import choose_row, kontext_512
 
 MACHINES = {
     # rollout, decode and update take so many at a time: of 48 candidates, as many again, and 64 anchor-steps
@@ -45,7 +45,7 @@ MACHINES = {
 
 def get_config(machine: str = "default") -> ConfigDict:
     config = kontext_512()
-    rollout, decode, update, changes = choose(MACHINES, machine)
+    rollout, decode, update, changes = choose_row(MACHINES, machine)
     config.rollout.micro_batch, config.rollout.decode_micro_batch = rollout, decode
     config.surrogate.micro_batch = update
     config.update_from_flattened_dict(changes)

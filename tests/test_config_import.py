@@ -211,9 +211,9 @@ def test_a_configuration_is_given_once(capsys, tmp_path):
 
 # FILE:NAME
 
-NAMED = "from rcgrpo_jax.rl.config import default_config\nfrom rcgrpo_jax.rl.recipes import choose\n\n" + (
+NAMED = "from rcgrpo_jax.rl.config import default_config\nfrom rcgrpo_jax.rl.recipes import choose_row\n\n" + (
     "def get_config(name='one'):\n    c = default_config()\n"
-    "    c.seed = choose({'one': 1, 'twenty': 20}, name)\n    return c\n"
+    "    c.seed = choose_row({'one': 1, 'twenty': 20}, name)\n    return c\n"
 )
 
 

@@ -14,7 +14,7 @@ from rcgrpo_jax.weights.load import SMALL_EDITOR
 Row = TypeVar("Row")
 
 
-def choose(table: Mapping[str, Row], name: str) -> Row:
+def choose_row(table: Mapping[str, Row], name: str) -> Row:
     """Looks up the name after the colon of `--config FILE:NAME` in the table of a file.
 
     Args:
