@@ -31,7 +31,7 @@ def test_links_lead_to_files_and_headings(file):
 @each_document
 def test_paths_in_code_type_are_there(file):
     for path in re.findall(r"`([\w.*-]+/[\w./*-]*?\.(?:py|sh|md))(?::\w+)?`", file.read_text()):
-        assert "NAME" in path or any(any(place.glob(path)) for place in PLACES), path
+        assert re.search("NAME|FILE", path) or any(any(place.glob(path)) for place in PLACES), path
 
 
 def test_every_configuration_that_a_document_names_loads():
