@@ -1,13 +1,13 @@
-"""The errors a user can cause, each with what was found, what was wanted and the way out."""
+"""The errors that a user can cause. Each says what was found, what was wanted and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
-STOPPED = 143  # 128 + SIGTERM: the exit status of a run that was stopped before its end
+STOPPED = 143  # exit status of a run that SIGTERM stopped before its end: 128 + SIGTERM
 
 
 class UserError(Exception):
-    """A failure that the user can mend; the command line prints it in two lines and exits with 1.
+    """A failure that the user can repair. The command line prints it in two lines and exits with 1.
 
     Args:
         problem: One line that names the field or file, what was found and what was wanted.
@@ -28,27 +28,30 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A command line or configuration that cannot be run as written; exit code 2."""
+    """A command line or configuration that cannot be run as it is written. The command line exits with 2."""
 
     exit_code = 2
 
 
 def everywhere(error: Exception) -> Exception:
-    """Marks an error that every process of a run raises at the same place: none of them is gone."""
+    """Marks an error that every process of a run raises at the same place, and returns it.
+
+    After such an error all processes are still there, so that collective operations can be used to clean up.
+    """
     error.everywhere = True
     return error
 
 
 def is_everywhere(error: BaseException | None) -> bool:
-    """Whether the error was marked so."""
+    """Whether `everywhere` has marked the error."""
     return getattr(error, "everywhere", False)
 
 
 def reason(error: BaseException, length: int = 200) -> str:
-    """What an exception of a library says, in one line; its type where it says nothing."""
+    """The message of a library's exception in one line of at most `length` characters; its type if it has none."""
     return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that one which is not known was probably meant to be."""
+    """The known name that is most like an unknown one, for "did you mean"; None if none is like it."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

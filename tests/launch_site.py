@@ -15,7 +15,7 @@ UNPACK = (
     "sh -c 'rm -rf code/rcgrpo_jax && tar -xz -C code' && "
 )
 WORKER = "bash code/launch/lib_worker.sh"
-TRAIN = ["train", "--config", "configs/a.py", "--workdir", "gs://bucket/run"]
+TRAIN = ["train", "--config", "configs/a.py:v5e_16", "--workdir", "gs://bucket/run"]
 HARD = [
     "train", "--workdir=/data/a b", "it's", '"quoted"', "$HOME `id` $(id) \\", "", "two\nlines", "*", "~", "#", "&;|<>",
     "ü 彩虹", "--config.rewards=('a', 1)", "--", "-x", "!!",

@@ -1,5 +1,6 @@
 """A configuration that cannot run is refused as a whole, with every mistake named, before anything is loaded."""
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import small_run
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards
+from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
@@ -18,12 +20,16 @@ from rcgrpo_jax.rl.recipes import as_in_paper
 from rcgrpo_jax.rl.setup import make_rewards
 from rcgrpo_jax.sft import config as sft_config
 
-DEVICES = {
-    "kontext_512_v5e_16": 16, "kontext_512_v5p_8": 4, "kontext_512_v5p_64": 32, "kontext_512_v6e_8": 8,
-    "kontext_512_v5e_4": 4, "kontext_512_h100": 1, "kontext_512_8xh100": 8, "kontext_512_24gb": 1,
-    "kontext_1024_v5e_64": 64, "kontext_1024_v5p_128": 64,
+FOLDER = Path(__file__).parents[1] / "configs"
+MACHINES = {
+    "kontext_512": {
+        "default": 8, "v5e_16": 16, "v5e_4": 4, "v6e_8": 8, "v5p_8": 4, "v5p_64": 32, "h100": 1, "8xh100": 8, "24gb": 1,
+    },
+    "kontext_1024": {"v5e_64": 64, "v5p_128": 64},
 }  # fmt: skip
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = {file.name: 64 if file.stem == "kontext_1024" else 8 for file in sorted(FOLDER.glob("*.py"))} | {
+    f"{stem}.py:{name}": count for stem, machines in MACHINES.items() for name, count in machines.items()
+}
 
 
 def make(**changes) -> ConfigDict:
@@ -52,11 +58,19 @@ def test_the_defaults_are_valid():
     assert problems(make()) == []
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_the_configs_that_come_with_the_package_are_valid(file):
-    config = runpy.run_path(str(file))["get_config"]()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configs_that_come_with_the_package_are_valid(name):
+    config = load_config(FOLDER / name, "")
     config.model.path = config.data.path = "somewhere"
-    (sft_config.validate if "stage" in config else validate)(config, DEVICES.get(file.stem, 8))
+    (sft_config.validate if "stage" in config else validate)(config, CONFIGS[name])
+
+
+@pytest.mark.parametrize("stem", MACHINES)
+def test_a_file_with_several_machines_has_those_and_its_header_a_row_each(stem):
+    file = runpy.run_path(str(FOLDER / f"{stem}.py"))
+    assert [*file["MACHINES"]] == [*MACHINES[stem]]
+    rows = re.findall(r"^\| (\w+) +\|", file["__doc__"], re.MULTILINE)
+    assert rows == ["name", *(name for name in MACHINES[stem] if name != "default")]
 
 
 def test_the_papers_settings_do_not_follow_the_defaults():

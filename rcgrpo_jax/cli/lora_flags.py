@@ -12,7 +12,7 @@ from rcgrpo_jax.weights.networks import abstract_params
 
 
 def define_lora(values: flags.FlagValues) -> None:
-    about = "LoRA of FLUX, its file or folder, in any form of README's table; given again, both apply"
+    about = "LoRA of FLUX, its file or folder, in any form of docs/files.md; given again, both apply"
     flags.DEFINE_multi(PathParser("lora"), flags.ArgumentSerializer(), "lora", None, about, values)
     strength = "strength of each --lora, in their order; 1 by default"
     flags.DEFINE_multi_float("lora_scale", None, strength, flag_values=values)

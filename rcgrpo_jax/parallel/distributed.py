@@ -1,6 +1,6 @@
-"""Several processes as one run: how they find each other, which rows each of them reads, and how they agree.
+"""Several processes as one run: joining them, sharing the rows of a batch among them, and moving arrays between them.
 
-All functions hold for one process too, where they do nothing.
+All functions can be called in a run of one process too. Those that communicate do nothing there.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ VARIABLES = {
     "num_processes": "RCGRPO_NUM_PROCESSES",
     "process_id": "RCGRPO_PROCESS_ID",
 }
-CAUSE_BYTES = 400  # of an error, that the other processes are told
+CAUSE_BYTES = 400  # length to which the message of an error is cut before it is sent to the other processes
 
 
 def initialize(given: Mapping[str, str | None], environ: Mapping[str, str] = os.environ) -> None:
-    """Joins the processes of a run; must come before JAX computes anything.
+    """Joins the processes of a run. It must be called before JAX computes anything.
 
-    In this order: what was given, or stands in `VARIABLES`; a Slurm step of several tasks; a TPU VM, whose workers find
-    each other. Otherwise the process is alone.
+    The first of these that applies says which processes there are: the arguments, or the environment variables of
+    `VARIABLES`; a Slurm step of several tasks; a TPU VM, whose workers find each other. If none applies, the process is
+    a run by itself.
 
     Args:
         given: `coordinator` (HOST:PORT of process 0), `num_processes` and `process_id`, or None where not given.
         environ: Environment variables.
 
     Raises:
-        UsageError: Some of the three are missing or wrong.
-        UserError: The others did not come.
+        UsageError: Some of the three values are missing or wrong.
+        UserError: The other processes could not be reached.
     """
     given = {name: given.get(name) or environ.get(variable) for name, variable in VARIABLES.items()}
     if any(given.values()):
@@ -91,50 +92,60 @@ def _has_libtpu() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is process 0, which alone writes the files that a run writes once."""
     return jax.process_index() == 0
 
 
 def own_rows(count: int) -> range:
-    """The rows of a global batch that this process reads, decodes and scores; the processes' rows follow each other.
+    """The rows of a global batch that this process reads, decodes and scores.
+
+    Each process has one block of rows, in the order of the processes.
 
     Args:
-        count: Rows in all, a multiple of the number of processes.
+        count: Rows of the global batch, a multiple of the number of processes.
     """
     share = count // jax.process_count()
     return range(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
 def own_share(count: int) -> range:
-    """The part of `count` jobs that this process does; any count will do."""
+    """The numbers of the jobs that this process does, of `count` in all: every n-th, for n processes."""
     return range(jax.process_index(), count, jax.process_count())
 
 
 def gather(tree: Any) -> Any:
-    """Host arrays of every process' rows `[n, ...]`, joined on every process in the order of the processes."""
+    """Concatenates the rows of all processes, on every process.
+
+    Args:
+        tree: Host arrays `[n, ...]`, this process' rows.
+
+    Returns:
+        Host arrays `[n x processes, ...]`, in the order of the processes.
+    """
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
 
 
 def total(x: np.ndarray) -> np.ndarray:
-    """The sum over the processes of an array that each of them has, on every process."""
+    """Sums an array over the processes; every process gets the sum."""
     return gather(x[None]).sum(0, dtype=x.dtype)
 
 
 def anyone(flag: bool) -> bool:
-    """Whether the flag is set on any process."""
+    """Whether the flag is true on at least one process; every process gets the same answer."""
     return bool(gather(np.array([flag])).any())
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Ends on every process with an error if the block ends on one of them with one: nobody waits for who is gone.
+    """Raises an error on every process if the block raises one on any of them.
 
-    The block must hold no collective operation.
+    Without it the other processes would wait for ever for the one that has failed. The block must hold no collective
+    operation.
 
     Raises:
-        UserError: On the processes whose own block did not fail; it names the process that did, and the cause.
+        UserError: On the processes whose block did not fail. It names a process that failed, and the cause.
     """
     error: Exception | None = None
     try:
@@ -156,7 +167,7 @@ def together() -> Iterator[None]:
 
 
 def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:
-    """One line about an error, as many bytes for any: zeros after its end, nothing else where there is no error."""
+    """The message of an error as `CAUSE_BYTES` bytes, padded with zeros; only zeros if there is no error."""
     text = (
         "" if error is None else error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
@@ -165,20 +176,26 @@ def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:
 
 
 def text_of_main(text: str) -> str:
-    """The text of process 0, on every process."""
+    """Sends the text of process 0 to every process, and returns it."""
     own = np.frombuffer(text.encode(), np.uint8)
     size = int(gather(np.array([own.size])).max())
     return from_main(np.pad(own, (0, size - own.size))).tobytes().rstrip(b"\0").decode()
 
 
 def from_main(tree: Any) -> Any:
-    """The host arrays of process 0, on every process; the others give arrays of the same shapes."""
+    """Sends the host arrays of process 0 to every process, and returns them; the others give arrays of equal shapes."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 @contextmanager
 def watch() -> Iterator[None]:
-    """Says so when a collective operation fails because another process is gone."""
+    """Turns the failure of a collective operation in the block into a `UserError`: another process has ended.
+
+    An error for lack of memory passes as it is.
+
+    Raises:
+        UserError: A collective operation failed, in a run of several processes.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -191,7 +208,10 @@ def watch() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once where there are others: an orderly end would wait for them, and they may be gone."""
+    """Ends this process at once if the run has several; does nothing if it has one.
+
+    An orderly exit would wait for the other processes, which may have ended.
+    """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -199,18 +219,21 @@ def leave(code: int) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays on the mesh as whole host arrays, on every process."""
+    """Copies arrays on the mesh to the host; every process gets them whole."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
 
 
 def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """This process' rows of an array whose first axis is spread over `data` and `fsdp`, on its own devices, uncopied.
+    """This process' rows of an array on the mesh, as an array on its own devices. Nothing is copied.
 
     Args:
-        x: `[S, ...]` on the mesh.
+        x: `[S, ...]` on the mesh, the first axis spread over `data` and `fsdp`.
         mesh: The mesh of all processes.
+
+    Returns:
+        `[S / processes, ...]` on the devices of this process.
     """
     if jax.process_count() == 1:
         return x
@@ -220,22 +243,23 @@ def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
-    """Host arrays as arrays on the mesh.
+    """Copies host arrays to the mesh.
 
     Args:
-        tree: Arrays. Where `spec` spreads an axis over the processes, each gives its own rows, else all give the same.
+        tree: Arrays. If `spec` spreads an axis over the processes, each gives its own rows; otherwise all give equal
+            arrays.
         mesh: The mesh of all processes.
-        spec: Where they lie; every device holds them whole by default.
+        spec: How the arrays are spread; by default every device holds them whole.
     """
     sharding = NamedSharding(mesh, P() if spec is None else spec)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
 def put_rows(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays `[n, ...]` of every process' own rows as arrays of all rows, which lie on their process' devices.
+    """Joins the rows of all processes into arrays on the mesh; each row lies on the devices of its process.
 
     Args:
-        tree: Arrays.
+        tree: Host arrays `[n, ...]`, this process' rows.
         mesh: The mesh of all processes, as `parallel.mesh.make_mesh` orders it.
     """
     processes = Mesh(mesh.devices.reshape(jax.process_count(), -1), ("process", "device"))

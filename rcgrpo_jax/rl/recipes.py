@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.rl.config import default_config
 from rcgrpo_jax.weights.load import SMALL_EDITOR
+
+Row = TypeVar("Row")
+
+
+def choose_row(table: Mapping[str, Row], name: str) -> Row:
+    """Looks up the name after the colon of `--config FILE:NAME` in the table of a file.
+
+    Args:
+        table: Name -> what that run has of its own.
+        name: The argument of `get_config`.
+
+    Raises:
+        UsageError: The table has no such name; the message lists those it has.
+    """
+    if name not in table:
+        near = nearest(name, table)
+        raise UsageError(
+            f"the name {name!r} found; one of {', '.join(table)} was wanted.",
+            f"Did you mean {near}?" if near else "Write one of these after the colon.",
+        )
+    return table[name]
 
 
 def as_in_paper(config: ConfigDict) -> ConfigDict:
@@ -45,8 +70,6 @@ def kontext_1024() -> ConfigDict:
     config = kontext_512()
     config.data.size = (1024, 1024)
     config.rollout.prompts = 16  # one a host; 192 candidates, three a device
-    config.rollout.micro_batch = config.rollout.decode_micro_batch = 64
-    config.surrogate.micro_batch = 64  # of 256 anchor-steps
     return config
 
 

@@ -274,8 +274,9 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
 def _checksums(tree: PyTree) -> dict[str, int]:
     """Key path -> sum of the array's words modulo 2^32: exact, and the same under every sharding.
 
-    The files hold no checksum of their own: a block that the disk lost would come back as numbers. One sum at a time:
-    those of sharded arrays are collectives, and many at once can starve each other on a host's virtual devices.
+    They buy that a checkpoint which the disk has damaged is refused, since the files hold no checksum of their own and
+    a lost block would load as other numbers. One sum is taken at a time: those of sharded arrays are collectives, and
+    many at once can starve each other on a host's virtual devices.
     """
     return {name: int(_checksum(x)) for name, x in _by_key_path(tree).items()}
 

@@ -1,4 +1,4 @@
-"""The loop that every kind of training shares: metrics, pictures, checkpoints, and how it stops and resumes."""
+"""The loop that every training shares. It writes metrics, pictures and checkpoints, stops on SIGTERM, and resumes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UI
 
 @contextmanager
 def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> Iterator[Checkpointer]:
-    """The checkpoints of a run, in a directory that is made if missing and that the run has to itself.
+    """Opens the directory of a run, which is created if missing, and locks it against other runs.
 
     Args:
         config: With the group `train`.
         workdir: The directory.
         results: Names of further folders in it.
 
+    Yields:
+        The checkpoints of the run.
+
     Raises:
-        UserError: If the directory cannot be made or written to, if another run has it, if it or the configuration is
-            not the same for all processes, or if another process ends while the run is open.
+        UserError: If the directory cannot be created or written to, if another run has locked it, if the processes have
+            different directories or configurations, or if another process ends while the run is open.
     """
     options = config.train
     with ExitStack() as stack:
@@ -68,7 +71,7 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
 
 
 def _check_same_command(config: ConfigDict) -> None:
-    """Refuses a configuration that is not the one of process 0: of two seeds, the run would have neither."""
+    """Raises a `UserError` if the configuration of this process is not that of process 0."""
     main = json.loads(text_of_main(config.to_json()))
     with together():
         if differences := config_differences(main, config.to_dict(), saved_as="process 0"):
@@ -85,7 +88,17 @@ def restore(
     schema: Schema,
     may_differ: Collection[str],
 ) -> State:
-    """The latest checkpoint on the shardings of `state`, or `state` itself if there is none.
+    """Reads the latest checkpoint.
+
+    Args:
+        checkpointer: Of `open_run`.
+        state: The state before the first step. The checkpoint is read onto its shardings.
+        described: The configuration as it is saved with each checkpoint.
+        schema: The fields of this kind of training.
+        may_differ: Dotted fields that a run may change when it resumes.
+
+    Returns:
+        The saved state, or `state` itself if there is no checkpoint.
 
     Raises:
         UserError: If the configuration saved with it differs from `described` in a field outside of `may_differ`.
@@ -100,7 +113,7 @@ def restore(
 
 
 def finished(state: State, config: ConfigDict) -> bool:
-    """Whether no step is left; says so."""
+    """Whether the run has no step left. If so, it logs that."""
     if int(state.step) < config.train.num_steps:
         return False
     logger.warning("nothing to do: train.num_steps is %d", config.train.num_steps)
@@ -118,7 +131,7 @@ def run_steps(
     samples: int,
     shown: Callable[[Mapping[str, float]], Mapping[str, float]],
 ) -> State:
-    """Runs the steps that are left; saves every `train.save_every` steps, at the end and on SIGTERM.
+    """Runs the steps that are left. It saves every `train.save_every` steps, at the end and on SIGTERM.
 
     Args:
         state: Has `step`, the steps done.
@@ -130,6 +143,9 @@ def run_steps(
         name: Of the progress bar.
         samples: Samples a step, for the rate.
         shown: Picks the metrics of the progress bar.
+
+    Returns:
+        The state after the last step that was taken.
 
     Raises:
         UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
@@ -162,7 +178,14 @@ def run_steps(
 
 
 def traced(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
-    """The steps; process 0 writes a trace of `count` of them into `folder`, from the second on: the first compiles."""
+    """Yields the steps, and traces `count` of them on process 0, from the second on, since the first compiles.
+
+    Args:
+        steps: The steps of this start of the run.
+        name: Of the steps in the trace.
+        folder: Where jax.profiler writes the trace.
+        count: Steps to trace; 0: none.
+    """
     with ExitStack() as trace:
         for step in steps:
             if step == steps.start + 1 + count:
@@ -175,7 +198,10 @@ def traced(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
 
 @contextmanager
 def termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets (preemption, `kill`): the step under way is finished and saved."""
+    """Yields an event that SIGTERM sets. The loop then finishes the current step, saves and ends.
+
+    SIGTERM is what a preemption and `kill` send.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield stop

@@ -25,7 +25,8 @@ FILES = (LORA_FILE, "adapter_model.safetensors")  # what diffusers and PEFT call
 _ADDITIVE = re.compile(r"\.(diff|diff_b|bias)$")
 _NUMBERS = {*FLOATS, *(f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64))}  # what an alpha may be
 _FORMS = (
-    "Give a LoRA of FLUX in the form of diffusers, PEFT, kohya, ComfyUI, ai-toolkit, fal or XLabs (README has a table)."
+    "Give a LoRA of FLUX in the form of diffusers, PEFT, kohya, ComfyUI, ai-toolkit, fal or XLabs; docs/files.md lists "
+    "them."
 )
 
 
