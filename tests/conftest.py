@@ -1,8 +1,6 @@
 """Every test runs on eight fake CPU devices, in fp32, with silent rank promotion forbidden."""
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,14 +19,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the folder of compiled programs; the workers of a session, which inherit the variable, share it."""
+    """Keeps compiled programs in pytest's cache; the workers of a session, which inherit the variable, share it."""
     if not hasattr(config, "workerinput"):
-        os.environ["RCGRPO_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="rcgrpo-tests-compiled-")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ["RCGRPO_TESTS_COMPILED"], ignore_errors=True)
+        os.environ["RCGRPO_TESTS_COMPILED"] = str(config.cache.mkdir("compiled"))
 
 
 # With files as wholes, two workers end at about the same time if the long ones are not the last.
