@@ -1,5 +1,7 @@
 """LoRA files: ours are right in every reader, and everybody's are right here, or refused by name."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable
@@ -8,12 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from flax.traverse_util import flatten_dict
 from lora_forms import Deltas, Forms, Tensors, bfl_modules, swapped
-from peft import get_peft_model_state_dict
+from references import Reference, diffusers, peft, torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_lora import GRID, N_TXT, RANK4, SETS, SMALL, inputs, random_adapter, shapes, small_velocity
@@ -61,11 +60,11 @@ def params(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder) -> FluxKontextPipeline:
-    return FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32)
+def pipeline(folder) -> diffusers.FluxKontextPipeline:
+    return diffusers.FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32)
 
 
-def torch_velocity(pipeline: FluxKontextPipeline, lora: Path) -> torch.Tensor:
+def torch_velocity(pipeline: diffusers.FluxKontextPipeline, lora: Path) -> torch.Tensor:
     """The velocity of diffusers' transformer under a LoRA file, which is unloaded again."""
     x, sigma, condition = jax.tree.map(torch.from_numpy, inputs(SMALL))
     target_ids = pipeline._prepare_latent_image_ids(1, *GRID, "cpu", torch.float32)
@@ -133,7 +132,9 @@ def test_diffusers_own_converters_read_every_form(tmp_path, form, targets):
     params, config = abstract_params("transformer", WIDE), LoRAConfig(2, 4.0, targets)
     adapter = random_adapter(params, config)
     file = save_float32(tmp_path, adapter, config, params, form)
-    state, alphas, _ = FluxKontextPipeline.lora_state_dict(file, return_alphas=True, return_lora_metadata=True)
+    state, alphas, _ = diffusers.FluxKontextPipeline.lora_state_dict(
+        file, return_alphas=True, return_lora_metadata=True
+    )
     assert not alphas
     flat = flatten_dict(adapter)
     for path in target_kernels(params, targets):
@@ -229,8 +230,8 @@ def test_a_file_that_diffusers_saved_is_read(tmp_path, params, pipeline):
     pipeline.load_lora_weights(ours.parent, adapter_name="default")
     pipeline.save_lora_weights(
         tmp_path / "theirs",
-        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default"),
-        **_collate_lora_metadata({"transformer": pipeline.transformer}),
+        transformer_lora_layers=peft.get_peft_model_state_dict(pipeline.transformer, adapter_name="default"),
+        **Reference("diffusers.training_utils")._collate_lora_metadata({"transformer": pipeline.transformer}),
     )
     pipeline.unload_lora_weights()
     loaded, config = load_lora(tmp_path / "theirs", params)
