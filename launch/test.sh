@@ -21,6 +21,7 @@ pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
 "${pip[@]}" --no-deps --upgrade --target .venv/cuda "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
 
+export OMP_NUM_THREADS=1 # torch's: two workers share two cores
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 \
