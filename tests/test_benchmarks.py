@@ -87,8 +87,8 @@ def drop_a_unit(other: torch_step.Step) -> None:
     [
         (scale_a_weight, {"velocity", "sample", "gradient"}),
         (move_the_mask, {"acd"}),
-        (widen_the_clip, {"loss", "gradient"}),
-        (drop_a_unit, {"loss", "gradient"}),
+        pytest.param(widen_the_clip, {"loss", "gradient"}, marks=pytest.mark.slow),
+        pytest.param(drop_a_unit, {"loss", "gradient"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_difference_is_refused_before_anything_is_timed(change, differs):

@@ -88,7 +88,10 @@ def torch_velocity(pipeline: diffusers.FluxKontextPipeline, lora: Path) -> torch
 # Out: one strength in every reader
 
 
-@pytest.mark.parametrize("targets", SETS)
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param(targets, marks=[pytest.mark.slow] * targets.startswith("attention")) for targets in SETS],
+)
 def test_diffusers_computes_the_same_with_an_exported_adapter(tmp_path, params, pipeline, targets):
     config = LoRAConfig(rank=4, alpha=10.0, targets=targets)
     adapter = random_adapter(params, config)
@@ -214,7 +217,10 @@ def test_every_form_adds_what_its_program_would_add(tmp_path, form):
     assert_equal(deltas(adapter, config.scale), wanted)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "diffusers, alphas", "settings, patterns", "settings, rslora"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("diffusers", marks=pytest.mark.slow), "diffusers, alphas", "settings, patterns", "settings, rslora"],
+)
 def test_diffusers_computes_the_same_with_their_files(tmp_path, params, pipeline, name):
     tensors, metadata, _ = FOUND_FORMS.all()[name]()
     tensors = {key: x if "alpha" in key else 0.1 * x for key, x in tensors.items()}
