@@ -44,23 +44,19 @@ def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_bac
     assert paired_interval(held["success"][None], base["success"][None]).mean > 0  # and does not stop the editing
 
 
-@pytest.mark.parametrize(
-    ("prompts", "batches", "rewards"),
-    [(3, 1, ["preservation"]), pytest.param(8, 4, ["preservation", "oracle"], marks=pytest.mark.slow)],
-    ids=["few", "many"],
-)
-def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder, prompts, batches, rewards):
-    """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt."""
+@pytest.mark.slow
+def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
+    """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt.
+
+    `test_ablation` has the same of the backgrounds in one batch of an untrained model.
+    """
     config = small_editor_balanced()
-    config.data.path, config.data.cache = f"scenes:train:{10 * prompts}", str(folder / "cache")
-    config.rollout.prompts = prompts
+    config.data.path, config.data.cache, config.rollout.prompts = "scenes:train:80", str(folder / "cache"), 8
     assert config.explore.alpha_edit == config.explore.sigma
-    everywhere, inside = (group_statistics(config, variant, 0, folder, batches) for variant in COMPONENTS[:2])
-    print(inside, everywhere)
+    everywhere, inside = (group_statistics(config, variant, 0, folder, num_batches=4) for variant in COMPONENTS[:2])
     assert ratio(inside.drift, everywhere.drift) < 0.7
-    for reward, most in (("preservation", 0.7), ("oracle", 0.95)):
-        if reward in rewards:
-            assert ratio(inside.reward_std[reward], everywhere.reward_std[reward]) < most
+    assert ratio(inside.reward_std["preservation"], everywhere.reward_std["preservation"]) < 0.7
+    assert ratio(inside.reward_std["oracle"], everywhere.reward_std["oracle"]) < 0.95
 
 
 def ratio(values: np.ndarray, other: np.ndarray) -> float:
