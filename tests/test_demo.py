@@ -28,9 +28,9 @@ ARGUMENTS = ["--steps=2", "--examples=1"]
 
 
 def short_recipe() -> ConfigDict:
-    """The recipe, with a twelfth of its candidates."""
+    """The recipe, with a sixth of its candidates."""
     config = small_editor()
-    config.rollout.prompts, config.rollout.group_size = 2, 4
+    config.rollout.prompts = 2
     return config
 
 
