@@ -64,6 +64,7 @@ setup(
             "scikit-learn>=1.5",
             LPIPS,
             f"jax[tpu]{JAX}; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
+            "beartype>=0.19",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment with the torch references and runs lint and tests. Usage: bash launch/test.sh [PYTEST ARGS]
+# Sets up a virtual environment with the torch references and runs lint and tests; with --all the slow ones too.
+# Usage: bash launch/test.sh [--all] [PYTEST ARGS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/venv.sh
 . launch/venv.sh
+
+selection=() # pyproject.toml leaves the slow ones out
+if [ "${1:-}" = --all ]; then
+  selection=(-m '')
+  shift
+fi
 
 make_venv .venv
 pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
@@ -14,6 +21,8 @@ pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
 "${pip[@]}" --no-deps --upgrade --target .venv/cuda "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"
 
+export OMP_NUM_THREADS=1 # torch's: two workers share two cores
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25 \
+  ${selection[@]+"${selection[@]}"} "$@"

@@ -1,7 +1,6 @@
 """Every test runs on eight fake CPU devices, in fp32, with silent rank promotion forbidden."""
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,22 +20,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the folder of compiled programs; the workers of a session, which inherit the variable, share it."""
+    """Keeps compiled programs in pytest's cache; the workers of a session, which inherit the variable, share it."""
     if not hasattr(config, "workerinput"):
-        os.environ["RCGRPO_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="rcgrpo-tests-compiled-")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ["RCGRPO_TESTS_COMPILED"], ignore_errors=True)
+        kept = config.pluginmanager.hasplugin("cacheprovider")
+        os.environ["RCGRPO_TESTS_COMPILED"] = str(config.cache.mkdir("compiled") if kept else tempfile.mkdtemp())
 
 
 # With files as wholes, two workers end at about the same time if the long ones are not the last.
 LONGEST = [
     f"test_{name}"
     for name in (
-        "distributed", "experiment", "step", "sft", "demo", "resume", "quantization", "plan", "training",
-        "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "ablation", "benchmarks",
+        "distributed", "experiment", "step", "sft", "resume", "ablation", "demo", "training", "quantization", "plan",
+        "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "benchmarks",
         "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
     )
 ]  # fmt: skip

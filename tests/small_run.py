@@ -64,10 +64,12 @@ def workspace() -> Path:
     return folder
 
 
-# Runs that differ in length only, or that a subprocess resumes, compile the same programs: once a session is enough.
+# Runs that differ in length only, or that a subprocess resumes, compile the same programs: once is enough, also for the
+# next session.
 COMPILATION_CACHE = {
     "compilation_cache_dir": os.environ["RCGRPO_TESTS_COMPILED"],  # of conftest.py
-    "persistent_cache_min_compile_time_secs": 0.0,
+    "compilation_cache_max_size": 2**29,  # bytes; those read longest ago go first
+    "persistent_cache_min_compile_time_secs": 0.1,  # to keep a program takes as long, by then
     "persistent_cache_min_entry_size_bytes": -1,
 }
 for name, value in COMPILATION_CACHE.items():

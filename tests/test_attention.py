@@ -24,8 +24,8 @@ from rcgrpo_jax.weights.networks import abstract_params
 @pytest.mark.parametrize(
     ("tokens", "keys", "tile", "tiles"),
     [
-        (256, 256, 1280, 1),
-        (150, 150, 1280, 1),
+        pytest.param(256, 256, 1280, 1, marks=pytest.mark.slow),
+        pytest.param(150, 150, 1280, 1, marks=pytest.mark.slow),
         (130, 256, 1280, 1),
         (150, 700, 384, 2),  # padded to 768
         (256, 640, 128, None),  # five would be too many: two kernels
@@ -54,8 +54,15 @@ def test_the_tpu_kernel_computes_what_xla_does(monkeypatch, tokens, keys, tile, 
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ["interpreted", "flash"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "name"),
+    [
+        ("float32", 1e-5, "interpreted"),
+        pytest.param("float32", 1e-5, "flash", marks=pytest.mark.slow),
+        pytest.param("bfloat16", 5e-3, "interpreted", marks=pytest.mark.slow),
+        ("bfloat16", 5e-3, "flash"),
+    ],
+)
 def test_the_kernels_compute_what_xla_does_split_over_a_mesh(monkeypatch, dtype, tolerance, name):
     """Four samples over `data` and `fsdp`, two heads over `tensor`: values and gradients, against XLA's in float32."""
     monkeypatch.setitem(
@@ -159,6 +166,7 @@ def test_what_a_platform_cannot_serve_is_told(name, platform, dtype):
         attention.choose(name, platform, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_the_tpu_kernel_compiles_split_over_samples_and_heads(sizes):
     """Four samples of four heads on four chips, rollout and gradient: each kernel sees a chip's part alone."""

@@ -149,6 +149,7 @@ class ShallowFlux(FluxKontext):
         return MMDiTConfig(num_layers=0, num_single_layers=2) if name == "transformer" else super().config(name)
 
 
+@pytest.mark.slow
 def test_acd_costs_little_beside_the_model():
     """The rollout at 1024 x 1024 on a TPU: at most 2 % more FLOPs and 64 MiB more temporary memory, by the compiler.
 

@@ -73,7 +73,14 @@ def sharded(folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("source", ["folder", "converted", "sharded"])
-@pytest.mark.parametrize("sizes", [{"fsdp": 1, "data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 1, "data": 8}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        {"fsdp": 4, "tensor": 2},
+    ],
+)
 def test_every_kind_of_model_loads_onto_every_mesh(folder, source, sizes, request):
     sharding_of = parameter_sharding(make_mesh(sizes))
     for name in ("transformer", "text_encoder_2"):

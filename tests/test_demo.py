@@ -8,28 +8,38 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline
+from ml_collections import ConfigDict
 from PIL import Image
+from references import diffusers, torch
 
+from rcgrpo_jax.cli import demo as command
 from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.rl.recipes import small_editor
 from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.weights.load import SMALL_EDITOR
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "quick_compilation")
 
-ARGUMENTS = ["--steps=2", "--examples=3"]
+ARGUMENTS = ["--steps=2", "--examples=1"]
+
+
+def short_recipe() -> ConfigDict:
+    """The recipe, with a sixth of its candidates."""
+    config = small_editor()
+    config.rollout.prompts = 2
+    return config
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, one_device) -> tuple[Path, str]:
-    """A demo of two steps: its folder, and what it printed."""
+def demo(tmp_path_factory, one_device, quick_compilation) -> tuple[Path, str]:
+    """A demo of two steps, each of two groups, and one edit: its folder, and what it printed."""
     path, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "small_editor", short_recipe)
         assert main(["demo", f"--out={path}", *ARGUMENTS]) == 0
     return path, printed.getvalue()
 
@@ -45,8 +55,8 @@ def test_leaves_what_it_promises(out):
     page = (out / "report.html").read_text()
     sections = set(re.findall(r'<section id="(\w+)">', page))
     assert sections == {"facts", "results", "examples", "attention", "curves", "grids", "reproduce"}
-    assert page.count("data:image/webp") >= 3 * 4 + 3 * 2  # source, base, LoRA and target; maps of both
-    assert all(example.instruction in page for example in map(Scenes("heldout", 3).__getitem__, range(3)))
+    assert page.count("data:image/webp") >= 4 + 2  # source, base, LoRA and target; maps of both
+    assert Scenes("heldout", 1)[0].instruction in page
 
 
 def test_says_where_everything_is(demo):
@@ -57,6 +67,7 @@ def test_says_where_everything_is(demo):
 
 def test_run_again_it_trains_nothing_and_compares_again(out, monkeypatch):
     ran = []
+    monkeypatch.setattr(command, "small_editor", short_recipe)
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(evaluate, "run", lambda argv, devices: ran.append("evaluate"))
     monkeypatch.setattr(report, "run", lambda argv, devices: ran.append("report"))
@@ -70,10 +81,10 @@ def test_another_length_on_the_same_folder_is_refused(out, capsys):
 
 
 def test_diffusers_makes_the_same_edits_with_the_exported_lora(out):
-    example = Scenes("heldout", 3)[0]
+    example = Scenes("heldout", 1)[0]
     base, ours = (Evaluation.load(out / "evaluation" / f"{name}.npz") for name in ("base", "lora"))
     noise = np.array(jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (1, 64, 64)))
-    pipe = FluxKontextPipeline.from_pretrained(SMALL_EDITOR, dtype=torch.float32)
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(SMALL_EDITOR, dtype=torch.float32)
     pipe.load_lora_weights(out / "lora")
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(

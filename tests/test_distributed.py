@@ -142,6 +142,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     assert difference < 1e-2 * size
 
 
+def test_when_a_process_is_killed_the_other_says_so(tmp_path):
+    body = small_run.signal_after(2, "SIGKILL", tmp_path / "run" / "checkpoints" / "1", process=1)
+    config = small_run.config_file(tmp_path / "config.py", body, data__cache=str(tmp_path / "cache"), **SETTINGS)
+    (code, _, error), killed = finish(start(config, tmp_path / "run", 2), tmp_path)
+    assert killed[0] == -signal.SIGKILL
+    assert code == 1
+    assert "another process is gone" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_others_say_so_and_another_number_goes_on(alone, tmp_path):
     """Four, two, then four again are one run. Process 0 is also the one at which the others meet."""
     workdir = tmp_path / "run"
@@ -215,6 +226,7 @@ FlowStage.picture = lambda self, trained, frozen, example: to_unit(example.sourc
 """
 
 
+@pytest.mark.slow
 def test_supervised_training_on_two_processes_is_that_of_one(tmp_path):
     shallow = {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
     before = random_folder.build(tmp_path / "before", configs=small_run.TINY | shallow)

@@ -23,6 +23,7 @@ def folder() -> Path:
     return small_run.workspace() / "experiment"
 
 
+@pytest.mark.slow
 def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_background(folder):
     """A sixth of the candidates of a run in the findings, at twice the learning rate."""
     changes = {
@@ -43,8 +44,12 @@ def test_what_is_rewarded_rises_on_edits_never_seen_and_the_source_holds_the_bac
     assert paired_interval(held["success"][None], base["success"][None]).mean > 0  # and does not stop the editing
 
 
+@pytest.mark.slow
 def test_a_perturbation_of_the_region_keeps_backgrounds_and_rewards_closer(folder):
-    """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt."""
+    """Fig. 5, at equal strength, in pairs of groups with equal prompts and references: rewards differ by prompt.
+
+    `test_ablation` has the same of the backgrounds in one batch of an untrained model.
+    """
     config = small_editor_balanced()
     config.data.path, config.data.cache, config.rollout.prompts = "scenes:train:80", str(folder / "cache"), 8
     assert config.explore.alpha_edit == config.explore.sigma
@@ -120,9 +125,9 @@ def test_the_medians_of_the_findings_are_those_that_are_kept():
 
 def test_the_base_measures_today_what_is_kept_of_it(tmp_path):
     """Scenes, noise, solver and measures are still those that the findings were made with."""
-    found = ablation.run_base(small_editor(), ablation.Protocol("scenes:heldout:8", 28, 0), tmp_path)
+    found = ablation.run_base(small_editor(), ablation.Protocol("scenes:heldout:2", 28, 0), tmp_path)
     kept = Evaluation.load(small_run.ROOT / "docs" / "evaluations" / "recipe" / "evaluations" / "base.npz")
-    assert found.names == kept.names[:8]
+    assert found.names == kept.names[:2]
     assert found.measures.keys() == kept.measures.keys()
     for name, values in kept.measures.items():
-        np.testing.assert_allclose(found.measures[name], values[:8], rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(found.measures[name], values[:2], rtol=1e-3, atol=1e-3, err_msg=name)

@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+from references import Reference, diffusers, torch, transformer_flux
 
 from rcgrpo_jax.flow import latents, rollout, schedule
 from rcgrpo_jax.flow.solver import euler_step
@@ -25,8 +21,9 @@ def random(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("num_tokens", [1, 256, 1024, 4096])
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 28])
 def test_sigmas_are_those_of_diffusers_scheduler(num_steps, num_tokens):
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=calculate_shift(num_tokens))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER)
+    mu = Reference("diffusers.pipelines.flux.pipeline_flux_kontext").calculate_shift(num_tokens)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=mu)
     sigmas = schedule.sigmas(num_steps, num_tokens)
     assert sigmas.dtype == np.float32
     np.testing.assert_allclose(sigmas, scheduler.sigmas.numpy(), atol=1e-6)
@@ -116,11 +113,11 @@ def test_unpack_is_the_inverse_of_pack(grid, batch):
 def test_packing_is_that_of_diffusers(grid):
     rows, columns = grid
     cells = random(2, 2 * rows, 2 * columns, 16)
-    theirs = FluxKontextPipeline._pack_latents(
+    theirs = diffusers.FluxKontextPipeline._pack_latents(
         torch.from_numpy(cells).permute(0, 3, 1, 2), 2, 16, 2 * rows, 2 * columns
     )
     np.testing.assert_array_equal(latents.pack(jnp.asarray(cells)), theirs.numpy())
-    unpacked = FluxKontextPipeline._unpack_latents(theirs, 16 * rows, 16 * columns, 8).permute(0, 2, 3, 1)
+    unpacked = diffusers.FluxKontextPipeline._unpack_latents(theirs, 16 * rows, 16 * columns, 8).permute(0, 2, 3, 1)
     np.testing.assert_array_equal(latents.unpack(jnp.asarray(theirs.numpy()), grid), unpacked.numpy())
 
 
@@ -137,7 +134,7 @@ def test_an_image_that_does_not_divide_into_tokens_is_refused(height, width):
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (98, 42)])
 def test_positions_are_those_of_diffusers(grid):
-    target = FluxKontextPipeline._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
+    target = diffusers.FluxKontextPipeline._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
     reference = target.clone()
     reference[:, 0] = 1  # as `prepare_latents` does
     np.testing.assert_array_equal(rope.token_ids(grid, 0), target.numpy())
@@ -148,8 +145,8 @@ def test_positions_are_those_of_diffusers(grid):
 def test_rotary_embedding_is_that_of_diffusers(axes_dims):
     ids = rope.kontext_ids(3, (98, 5))
     x = random(2, len(ids), 3, sum(axes_dims))
-    frequencies = FluxPosEmbed(theta=10000, axes_dim=axes_dims)(torch.from_numpy(ids))
-    theirs = apply_rotary_emb(torch.from_numpy(x), frequencies, sequence_dim=1)
+    frequencies = transformer_flux.FluxPosEmbed(theta=10000, axes_dim=axes_dims)(torch.from_numpy(ids))
+    theirs = transformer_flux.apply_rotary_emb(torch.from_numpy(x), frequencies, sequence_dim=1)
     angles = rope.angles(ids, axes_dims, 10000.0)
     np.testing.assert_allclose(rope.rotate(jnp.asarray(x), angles), theirs.numpy(), atol=2e-5)
     rotated = rope.rotate(jnp.asarray(x, jnp.bfloat16), angles)

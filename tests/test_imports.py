@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "rcgrpo_jax"
 FILES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
@@ -36,9 +34,8 @@ def imported(module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module else []
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in FILES else node.module for name in names]
         else:
             continue
@@ -47,10 +44,8 @@ def imported(module: str) -> Iterator[str]:
 
 def layer(module: str) -> int | None:
     """The position of a module's layer; None for the ground and the package itself."""
-    parts = module.split(".")
-    if len(parts) == 1 or parts[1] in GROUND:
-        return None
-    return next(i for i, names in enumerate(LAYERS) if parts[1] in names)
+    name = module.split(".")[1:2]
+    return next((i for i, names in enumerate(LAYERS) if name and name[0] in names), None)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -71,15 +66,39 @@ def test_no_module_loads_another_framework():
     assert not loaded & {"torch", "diffusers", "tensorflow", "transformers", "tensorflow_datasets", "peft"}
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_look_down(module):
+def test_no_import_is_relative():
+    relative = [
+        f"{module}, line {node.lineno}"
+        for module, file in FILES.items()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert not relative, listed("These imports are relative:", relative)
+
+
+def test_every_module_has_its_layer():
+    homeless = [module for module in FILES if layer(module) is None and module.partition(".")[2] not in ("", *GROUND)]
+    assert not homeless, listed("These modules are in no layer:", homeless)
+
+
+def test_imports_look_down():
+    climbing = [
+        f"{module} imports {name}"
+        for module in FILES
+        for name in imported(module)
+        if layer(name) is not None and not is_below(name, module)
+    ]
+    assert not climbing, listed("These imports do not look down:", climbing)
+
+
+def is_below(name: str, module: str) -> bool:
+    """Whether a module may import another, which is in a layer; the ground may import no such one."""
     own = layer(module)
-    for name in imported(module):
-        below = layer(name)
-        if own is None:
-            assert below is None, f"{module} is ground and imports {name}"
-        elif below is not None and module.split(".")[1] != name.split(".")[1]:
-            assert below < own, f"{module} imports {name}, which is not below it"
+    return own is not None and (layer(name) < own or name.split(".")[1] == module.split(".")[1])
+
+
+def listed(title: str, offenders: list[str]) -> str:
+    return "\n  ".join((title, *offenders))
 
 
 def test_no_two_files_import_each_other():
@@ -97,6 +116,7 @@ def test_no_two_files_import_each_other():
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_files_are_short(module):
-    assert len(FILES[module].read_text().splitlines()) <= MAX_LINES
+def test_files_are_short():
+    lines = {module: len(file.read_text().splitlines()) for module, file in FILES.items()}
+    long = [f"{module}: {count} lines" for module, count in lines.items() if count > MAX_LINES]
+    assert not long, listed(f"These files have more than {MAX_LINES} lines:", long)

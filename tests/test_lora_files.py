@@ -1,5 +1,7 @@
 """LoRA files: ours are right in every reader, and everybody's are right here, or refused by name."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Callable
@@ -8,12 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.training_utils import _collate_lora_metadata
 from flax.traverse_util import flatten_dict
 from lora_forms import Deltas, Forms, Tensors, bfl_modules, swapped
-from peft import get_peft_model_state_dict
+from references import Reference, diffusers, peft, torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_lora import GRID, N_TXT, RANK4, SETS, SMALL, inputs, random_adapter, shapes, small_velocity
@@ -61,11 +60,11 @@ def params(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder) -> FluxKontextPipeline:
-    return FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32)
+def pipeline(folder) -> diffusers.FluxKontextPipeline:
+    return diffusers.FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32)
 
 
-def torch_velocity(pipeline: FluxKontextPipeline, lora: Path) -> torch.Tensor:
+def torch_velocity(pipeline: diffusers.FluxKontextPipeline, lora: Path) -> torch.Tensor:
     """The velocity of diffusers' transformer under a LoRA file, which is unloaded again."""
     x, sigma, condition = jax.tree.map(torch.from_numpy, inputs(SMALL))
     target_ids = pipeline._prepare_latent_image_ids(1, *GRID, "cpu", torch.float32)
@@ -89,7 +88,10 @@ def torch_velocity(pipeline: FluxKontextPipeline, lora: Path) -> torch.Tensor:
 # Out: one strength in every reader
 
 
-@pytest.mark.parametrize("targets", SETS)
+@pytest.mark.parametrize(
+    "targets",
+    [pytest.param(targets, marks=[pytest.mark.slow] * targets.startswith("attention")) for targets in SETS],
+)
 def test_diffusers_computes_the_same_with_an_exported_adapter(tmp_path, params, pipeline, targets):
     config = LoRAConfig(rank=4, alpha=10.0, targets=targets)
     adapter = random_adapter(params, config)
@@ -133,7 +135,9 @@ def test_diffusers_own_converters_read_every_form(tmp_path, form, targets):
     params, config = abstract_params("transformer", WIDE), LoRAConfig(2, 4.0, targets)
     adapter = random_adapter(params, config)
     file = save_float32(tmp_path, adapter, config, params, form)
-    state, alphas, _ = FluxKontextPipeline.lora_state_dict(file, return_alphas=True, return_lora_metadata=True)
+    state, alphas, _ = diffusers.FluxKontextPipeline.lora_state_dict(
+        file, return_alphas=True, return_lora_metadata=True
+    )
     assert not alphas
     flat = flatten_dict(adapter)
     for path in target_kernels(params, targets):
@@ -213,7 +217,10 @@ def test_every_form_adds_what_its_program_would_add(tmp_path, form):
     assert_equal(deltas(adapter, config.scale), wanted)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "diffusers, alphas", "settings, patterns", "settings, rslora"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("diffusers", marks=pytest.mark.slow), "diffusers, alphas", "settings, patterns", "settings, rslora"],
+)
 def test_diffusers_computes_the_same_with_their_files(tmp_path, params, pipeline, name):
     tensors, metadata, _ = FOUND_FORMS.all()[name]()
     tensors = {key: x if "alpha" in key else 0.1 * x for key, x in tensors.items()}
@@ -229,8 +236,8 @@ def test_a_file_that_diffusers_saved_is_read(tmp_path, params, pipeline):
     pipeline.load_lora_weights(ours.parent, adapter_name="default")
     pipeline.save_lora_weights(
         tmp_path / "theirs",
-        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer, adapter_name="default"),
-        **_collate_lora_metadata({"transformer": pipeline.transformer}),
+        transformer_lora_layers=peft.get_peft_model_state_dict(pipeline.transformer, adapter_name="default"),
+        **Reference("diffusers.training_utils")._collate_lora_metadata({"transformer": pipeline.transformer}),
     )
     pipeline.unload_lora_weights()
     loaded, config = load_lora(tmp_path / "theirs", params)

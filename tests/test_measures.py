@@ -1,5 +1,7 @@
 """What is measured of an edit: against the target, in the background, and by its caption."""
 
+from __future__ import annotations
+
 import importlib.util
 import pickle
 from dataclasses import replace
@@ -10,9 +12,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import torch
+from references import Reference, torch
 from skimage.metrics import structural_similarity
-from torch.nn import functional as F
 
 from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, render
 from rcgrpo_jax.data.scenes.source import Scenes
@@ -23,6 +24,7 @@ from rcgrpo_jax.evaluation.metrics import PSNR_CAP, background_scores, edit_scor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+F = Reference("torch.nn.functional")
 TASKS = 30
 
 
@@ -76,7 +78,7 @@ def test_ssim_is_that_of_skimage():
     np.testing.assert_allclose(background_scores(a, b, mask, None)["ssim"], inner, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [31, 64, 97])
+@pytest.mark.parametrize("size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (31, 97))])
 def test_lpips_is_that_of_torch(size):
     """AlexNet as torch lays it out, the heads as 1 x 1 convolutions: the published definition, on the same weights."""
     weights = load_weights()

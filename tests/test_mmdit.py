@@ -1,15 +1,15 @@
 """The transformer is diffusers' FluxTransformer2DModel, and its fused concentration is that of its own attention."""
 
+from __future__ import annotations
+
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
-from diffusers.models.transformers import transformer_flux
 from flax.traverse_util import flatten_dict
+from references import diffusers, torch, transformer_flux
 from torch_parity import parameter_count, randomise, relative_error, state_dict_to_params
 
 from rcgrpo_jax.errors import UserError
@@ -45,12 +45,14 @@ N_TXT, GRID, BATCH = 7, (3, 5), 3
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def torch_transformer(config: MMDiTConfig) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(**{name: value for name, value in vars(config).items() if name != "rope_theta"})
+def torch_transformer(config: MMDiTConfig) -> diffusers.FluxTransformer2DModel:
+    return diffusers.FluxTransformer2DModel(
+        **{name: value for name, value in vars(config).items() if name != "rope_theta"}
+    )
 
 
 @cache
-def pair(name: str) -> tuple[FluxTransformer2DModel, dict]:
+def pair(name: str) -> tuple[diffusers.FluxTransformer2DModel, dict]:
     """A random torch transformer and our parameters with its weights."""
     theirs = randomise(torch_transformer(CONFIGS[name]), seed=0)
     params = state_dict_to_params(theirs.state_dict(), abstract_params("transformer", CONFIGS[name]))
@@ -94,12 +96,14 @@ def velocity_of(name: str, x, sigma, condition, grid=GRID, **options) -> jax.Arr
 
 
 def torch_velocity(
-    theirs: FluxTransformer2DModel, x, sigma, condition: Condition, grid=GRID, dtype=torch.float32
+    theirs: diffusers.FluxTransformer2DModel, x, sigma, condition: Condition, grid=GRID, dtype="float32"
 ) -> torch.Tensor:
+    dtype = getattr(torch, dtype)
+
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(dtype)
 
-    target_ids = FluxKontextPipeline._prepare_latent_image_ids(1, *grid, "cpu", dtype)
+    target_ids = diffusers.FluxKontextPipeline._prepare_latent_image_ids(1, *grid, "cpu", dtype)
     reference_ids = target_ids.clone()
     reference_ids[:, 0] = 1
     with torch.no_grad():
@@ -120,8 +124,8 @@ def torch_velocity(
     [
         ("guided", BATCH, GRID, N_TXT),
         ("unguided", 1, (4, 1), 1),
-        ("double", 1, (2, 5), 13),
-        ("single", 3, (5, 2), 4),
+        pytest.param("double", 1, (2, 5), 13, marks=pytest.mark.slow),
+        pytest.param("single", 3, (5, 2), 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_velocity_is_that_of_diffusers_in_fp32(name, batch, grid, num_text):
@@ -135,7 +139,7 @@ def test_bf16_rounds_time_and_guidance_as_diffusers_does():
     x, sigma, condition, _ = inputs(GUIDED, BATCH)
     theirs = torch_transformer(GUIDED).to(torch.bfloat16)
     theirs.load_state_dict(pair("guided")[0].state_dict())
-    rounded = torch_velocity(theirs, x, sigma, condition, dtype=torch.bfloat16)
+    rounded = torch_velocity(theirs, x, sigma, condition, dtype="bfloat16")
     assert relative_error(rounded.float().numpy(), torch_velocity(pair("guided")[0], x, sigma, condition)) > 0.1
     assert relative_error(velocity_of("guided", x, sigma, condition, dtype=jnp.bfloat16), rounded) < 0.05
 
@@ -229,7 +233,7 @@ def explicit_attention(monkeypatch, num_keys: int, x, sigma, condition) -> np.nd
         return attend(query, key, value, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transformer_flux, "dispatch_attention_fn", spy)
+        patch.setattr("diffusers.models.transformers.transformer_flux.dispatch_attention_fn", spy)
         torch_velocity(pair("guided")[0], x, sigma, condition)
     assert len(maps) == GUIDED.num_blocks
     return np.stack(maps)
@@ -245,7 +249,8 @@ def sowing(acd_layers: int, acd_reference_keys: bool = False) -> tuple[jax.Array
 
 @pytest.mark.parametrize(
     ("acd_layers", "reference_keys"),
-    [(1, False), (4, False), (9, False), (4, True)],  # within the 3 single blocks, into the 2 double blocks, beyond all
+    # within the 3 single blocks, into the 2 double blocks, beyond all
+    [(1, False), (4, False), pytest.param(9, False, marks=pytest.mark.slow), (4, True)],
 )
 def test_fused_concentration_is_that_of_the_explicit_softmax(monkeypatch, acd_layers, reference_keys):
     x, sigma, condition, region = inputs(GUIDED, BATCH)

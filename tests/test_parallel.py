@@ -126,7 +126,11 @@ def test_no_large_weight_of_the_full_model_is_held_whole(name, sizes):
 @pytest.mark.parametrize(
     ("sizes", "shards"),
     [
-        ({"fsdp": 8}, {"to_q": (4, 16, 128), "proj_mlp": (4, 16, 512), "proj_out": (4, 640, 16)}),
+        pytest.param(
+            {"fsdp": 8},
+            {"to_q": (4, 16, 128), "proj_mlp": (4, 16, 512), "proj_out": (4, 640, 16)},
+            marks=pytest.mark.slow,
+        ),
         ({"fsdp": 4, "tensor": 2}, {"to_q": (4, 32, 64), "proj_mlp": (4, 32, 256), "proj_out": (4, 320, 32)}),
     ],
 )
@@ -160,7 +164,11 @@ def test_samples_spread_over_data_and_fsdp():
 
 @pytest.mark.parametrize(
     ("sizes", "logits"),
-    [({"fsdp": 8}, (1, 4)), ({"data": 2, "fsdp": 4}, (1, 4)), ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2))],
+    [
+        pytest.param({"fsdp": 8}, (1, 4), marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 4}, (1, 4), marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2)),
+    ],
     ids=["fsdp", "data-fsdp", "data-fsdp-tensor"],
 )
 def test_samples_and_heads_are_spread_in_the_compiled_program(sizes, logits):

@@ -76,7 +76,13 @@ def test_a_step_is_its_samples_and_units():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model__remat": "full"}, {"model__remat": "none"}, {"surrogate__anchor_mode": "integrate"}], ids=str
+    "changes",
+    [
+        {"model__remat": "full"},
+        pytest.param({"model__remat": "none"}, marks=pytest.mark.slow),
+        pytest.param({"surrogate__anchor_mode": "integrate"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_compiled_flops_agree_with_the_formula(changes):
     planned = workload(**changes)
@@ -217,15 +223,20 @@ def test_the_local_devices_are_a_topology_too():
 @pytest.mark.parametrize(
     ("name", "devices", "chips", "slices"),
     [
-        ("v5e:1x1", 1, 1, 1),
-        ("v5e:4x4", 16, 16, 1),
         ("2*v5e:4x4", 32, 32, 2),
         ("v5p:2x2x2", 8, 8, 1),
-        ("v5p:4x4x4", 64, 64, 1),
-        ("v6e:2x4", 8, 8, 1),
-        ("v6e:16x16", 256, 256, 1),
-        ("v4:2x2x1", 4, 4, 1),
         ("tpu7x:2x2x1", 8, 4, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("v5e:1x1", 1, 1, 1),
+                ("v5e:4x4", 16, 16, 1),
+                ("v5p:4x4x4", 64, 64, 1),
+                ("v6e:2x4", 8, 8, 1),
+                ("v6e:16x16", 256, 256, 1),
+                ("v4:2x2x1", 4, 4, 1),
+            )
+        ),
     ],
 )
 def test_tpus_that_are_not_there(name, devices, chips, slices):
@@ -242,7 +253,9 @@ def test_a_slice_has_the_machines_that_google_says(name, hosts):
     assert len({device.process_index for device in open_topology(name).devices}) == hosts
 
 
-@pytest.mark.parametrize("name", [chip.name for chip in TPUS.values()])
+@pytest.mark.parametrize(
+    "name", ["v5e", *(pytest.param(chip.name, marks=pytest.mark.slow) for chip in TPUS.values() if chip.name != "v5e")]
+)
 def test_the_stated_memory_is_the_compiler_s(name):
     pytest.importorskip("libtpu")
     found = open_topology(f"{name}:{'x'.join(['2', '2', '1'][: TPUS[name].axes])}")

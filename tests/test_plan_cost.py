@@ -282,7 +282,7 @@ def test_a_collective_inside_each_slice_does_not_cross():
     assert cost.dcn == 0
 
 
-@pytest.mark.parametrize(("axis", "between"), [("data", True), ("fsdp", False)])
+@pytest.mark.parametrize(("axis", "between"), [("data", True), pytest.param("fsdp", False, marks=pytest.mark.slow)])
 def test_a_sum_over_tpu_slices_is_between_them(axis, between):
     pytest.importorskip("libtpu")
     topology = open_topology("2*v5e:2x2")

@@ -31,6 +31,7 @@ def plan(path: Path, *argv: str, command: str = COMMAND) -> tuple[subprocess.Com
     return found, json.loads(report.read_text()) if report.exists() else {}
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_two_nodes_of_gpus_with_cudnn(tmp_path):
     """cuDNN counts by its operands: a device that attended to the samples or heads of others would show."""

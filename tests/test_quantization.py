@@ -105,7 +105,7 @@ def test_the_kernel_is_rounded_to_the_compute_dtype_once(quantization):
 # Networks
 
 
-@BOTH
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_gradients_of_a_lora_are_those_on_the_float_base_that_the_codes_stand_for(quantization):
     config = small_run.TINY["transformer"]
     shapes = flatten_dict(abstract_params("transformer", config))
@@ -160,7 +160,7 @@ def converted(tmp_path_factory) -> Path:
 
 
 @BOTH
-@pytest.mark.parametrize("source", ["diffusers", "converted"])
+@pytest.mark.parametrize("source", ["diffusers", pytest.param("converted", marks=pytest.mark.slow)])
 def test_kernels_of_the_blocks_are_loaded_in_few_bits(source, quantization, converted):
     folder = ModelFolder(converted if source == "converted" else small_run.model_folder())
     wanted = flatten_dict(folder.load("transformer"))
@@ -175,7 +175,7 @@ def test_kernels_of_the_blocks_are_loaded_in_few_bits(source, quantization, conv
     assert num_bytes(found) < num_bytes(wanted) * {"int8": 0.4, "nf4": 0.3}[quantization]
 
 
-@pytest.mark.parametrize("source", ["diffusers", "converted"])
+@pytest.mark.parametrize("source", ["diffusers", pytest.param("converted", marks=pytest.mark.slow)])
 def test_one_kernel_at_a_time_is_there_in_full(source, monkeypatch, converted):
     found = []
 
@@ -225,6 +225,7 @@ def make_trainer(shape: tuple[int, ...]) -> Trainer:
         return Trainer(config, load_editor(config, ModelFolder(config.model.path), mesh), mesh, make_rewards(config))
 
 
+@pytest.mark.slow
 def test_eight_devices_take_the_step_of_one():
     states, metrics = [], []
     for trainer in (make_trainer((1, 1, 1)), make_trainer((2, 2, 2))):

@@ -14,10 +14,8 @@ import matplotlib
 import numpy as np
 import pytest
 import small_run
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.models.transformers import transformer_flux
 from PIL import Image
+from references import diffusers, torch, transformer_flux
 
 from rcgrpo_jax.cli import report as command
 from rcgrpo_jax.data.folder import EditFolder
@@ -230,7 +228,7 @@ def maps_of(edits, lora=None) -> heatmaps.AttentionMaps:
 
 def explicit_maps(monkeypatch, edits, example: int) -> np.ndarray:
     """`sum_v A(v, u)` of every step and block of diffusers' own pipeline, `[K, blocks, N_img]`, in float64."""
-    pipeline = FluxKontextPipeline.from_pretrained(small_run.model_folder(), dtype=torch.float32)
+    pipeline = diffusers.FluxKontextPipeline.from_pretrained(small_run.model_folder(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     attend, maps = transformer_flux.dispatch_attention_fn, []
 
@@ -241,7 +239,7 @@ def explicit_maps(monkeypatch, edits, example: int) -> np.ndarray:
         maps.append((attention / attention.sum(-1, keepdim=True)).mean(1).sum(1)[0].numpy())
         return attend(query, key, value, **options)
 
-    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", spy)
+    monkeypatch.setattr("diffusers.models.transformers.transformer_flux.dispatch_attention_fn", spy)
     pipeline(
         image=Image.fromarray(edits.images[example]),
         prompt=edits.instructions[example],

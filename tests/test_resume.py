@@ -129,6 +129,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(interrupted, chang
     assert {file: file.read_bytes() for file in interrupted.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
     monkeypatch.setattr("rcgrpo_jax.runs.checkpoint.Checkpointer._free_bytes", lambda self: 10)
     with pytest.raises(UserError, match="No space left on device: the checkpoint of step 4") as error:
@@ -137,6 +138,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(interrupted, monkeypatch):
     assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["2"]
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     def full(*_):
         raise UserError("images: no space", "Free some.")
@@ -161,6 +163,7 @@ def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tm
     assert small_run.metrics_without_times(workdir) == small_run.metrics_without_times(straight[1])
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_and_the_same_call_resumes(straight, tmp_path, taken, monkeypatch, caplog):
     """`test_distributed` has the command, on two processes."""
     config, workdir, scalars = small_run.make_config(**SETTINGS), tmp_path / "run", MetricsWriter.scalars

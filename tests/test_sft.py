@@ -1,5 +1,7 @@
 """Supervised training: each stage learns, resumes bit for bit, and leaves what diffusers loads."""
 
+from __future__ import annotations
+
 import functools
 import json
 import os
@@ -12,11 +14,10 @@ import jax
 import numpy as np
 import pytest
 import small_run
-import torch
-from diffusers import FluxKontextPipeline
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from PIL import Image
+from references import diffusers, torch
 from torch_parity import relative_error
 
 from rcgrpo_jax.cli.data import write_folder
@@ -147,6 +148,7 @@ def test_an_adapter_is_all_that_its_stage_leaves():
 # Stopped and resumed, on more devices, in smaller batches
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_on_a_quantised_base(tmp_path):
     """The base is close to the float one, and not the same."""
     train_supervised(
@@ -192,7 +194,7 @@ def resume(stage: str, folder: Path, devices: int, **changes) -> Path:
     return workdir / trained(stage).name
 
 
-@pytest.mark.parametrize("stage", ["flow", "lora"])
+@pytest.mark.parametrize("stage", [pytest.param("flow", marks=pytest.mark.slow), "lora"])
 def test_a_resumed_run_ends_where_the_first_did_bit_for_bit(stage, tmp_path):
     result = resume(stage, tmp_path / "run", devices=1)
     found, wanted = small_run.tensors(result), small_run.tensors(trained(stage))
@@ -212,6 +214,7 @@ def test_eight_devices_and_micro_batches_compute_the_same(tmp_path):
     assert np.linalg.norm(found - wanted) <= 1e-4 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path, monkeypatch, caplog):
     def interrupt(step: int) -> None:
         if step == BEFORE + 1:
@@ -260,8 +263,10 @@ def test_other_data_are_refused(tmp_path, monkeypatch):
 
 
 @functools.cache
-def pipeline(stage: str) -> FluxKontextPipeline:
-    pipeline = FluxKontextPipeline.from_pretrained(trained("vae" if stage == "lora" else stage), dtype=torch.float32)
+def pipeline(stage: str) -> diffusers.FluxKontextPipeline:
+    pipeline = diffusers.FluxKontextPipeline.from_pretrained(
+        trained("vae" if stage == "lora" else stage), dtype=torch.float32
+    )
     if stage == "lora":
         pipeline.load_lora_weights(trained("lora"))
     pipeline.set_progress_bar_config(disable=True)
@@ -272,7 +277,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b.astype(float)).mean(), 1e-4))
 
 
-@pytest.mark.parametrize("stage", ["flow", "lora"])
+@pytest.mark.parametrize("stage", ["flow", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_edit_is_that_of_diffusers(stage, tmp_path, capsys):
     scene, noise = Scenes("train", 8, SIZE)[1], np.random.default_rng(0).standard_normal((64, 64), np.float32)
     Image.fromarray(scene.image).save(tmp_path / "in.png")

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxKontextPipeline
 from PIL import Image
+from references import diffusers, torch
 
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import Editor, to_pixels, to_unit
@@ -50,7 +49,7 @@ def test_diffusers_makes_the_same_edit(editor, scenes):
     example = scenes[2]
     noise = np.array(jax.random.normal(jax.random.key(0), (1, (SIDE // 16) ** 2, 64)))
     ours = editor.edit(example.image[None], [example.instruction], noise, STEPS)
-    pipe = FluxKontextPipeline.from_pretrained(SMALL_EDITOR, dtype=torch.float32)
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(SMALL_EDITOR, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         image=Image.fromarray(example.image), prompt=example.instruction, latents=torch.from_numpy(noise),

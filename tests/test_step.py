@@ -40,6 +40,9 @@ COMBINATIONS = [
     ("integrate", "tau", "all", "uniform"),
     ("integrate", "mean", "random", "policy"),
 ]
+SLOW = (COMBINATIONS[2], COMBINATIONS[4])  # each is a program of its own, and the others have these values too
+CASES = [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW), id="-".join(c)) for c in COMBINATIONS]
+CLOSED_FORM = [case for case in CASES if case.values[0][1] in ("l2", "tau")]
 
 
 class Step(NamedTuple):
@@ -126,7 +129,7 @@ def leaves_equal(a: Any, b: Any) -> bool:
 # The ratio and the gradient
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("combination", CASES)
 def test_the_ratio_is_exactly_one_at_the_first_update(combination):
     result = first_update(*combination)
     assert result.metrics["ratio_deviation"] == 0.0
@@ -136,7 +139,7 @@ def test_the_ratio_is_exactly_one_at_the_first_update(combination):
     assert result.metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+@pytest.mark.parametrize("combination", CASES)
 def test_the_old_policy_is_that_of_the_stored_states(combination):
     """Eq. 14 from the rollout's own states; a wrong step, anchor, prompt or LoRA scale would show here."""
     mode, distance, _, weighting = combination
@@ -186,7 +189,7 @@ def closed_form_gradient(family, replay, sigmas, params, lora, scale, prompts, s
     return jax.grad(loss)(lora)
 
 
-@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if c[1] in ("l2", "tau")], ids="-".join)
+@pytest.mark.parametrize("combination", CLOSED_FORM)
 def test_the_first_gradient_is_the_closed_form(combination):
     mode, distance, *_ = combination
     result = first_update(*combination)
@@ -232,7 +235,7 @@ def policy_of_the_source(family, replay, sigmas, params, lora, prompts, states, 
     return jax.nn.log_softmax(-squares / 2)[..., -1].mean(), squares[..., -1].mean()
 
 
-@pytest.mark.parametrize("mode", ["replay", "integrate"])
+@pytest.mark.parametrize("mode", ["replay", pytest.param("integrate", marks=pytest.mark.slow)])
 def test_the_source_is_one_more_candidate_outside_the_mask(mode):
     combination = (mode, "l2", "early", "uniform")
     plain, result = first_update(*combination), first_update(*combination, source_advantage=3.0)
@@ -435,7 +438,9 @@ def test_micro_batches_change_nothing(tmp_path):
     assert_same_step(trainer, 1e-6, tmp_path)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (4, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 8, 1), (4, 1, 2)))], ids=str
+)
 def test_a_mesh_changes_nothing(shape, tmp_path):
     """Samples, weights and heads are spread; `test_resume` has eight devices that spread samples alone."""
     trainer = small_run.make_trainer(shape, **BASE)

@@ -1,5 +1,7 @@
 """T5 and CLIP are transformers' T5EncoderModel and CLIPTextModel, to rounding."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from functools import cache
 
@@ -7,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from references import Reference, torch, transformers
 from torch_parity import parameter_count, randomise, relative_error, state_dict_to_params
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from rcgrpo_jax.models.clip import CLIPTextEncoder, eos_position
 from rcgrpo_jax.models.config import CLIPTextConfig, T5Config
@@ -96,7 +96,7 @@ def test_t5_in_bf16_stays_within_five_percent_of_fp32():
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (16, 64)])
 def test_t5_buckets_are_those_of_transformers(num_buckets, max_distance):
     positions = torch.arange(600)
-    expected = T5Attention._relative_position_bucket(
+    expected = Reference("transformers.models.t5.modeling_t5").T5Attention._relative_position_bucket(
         positions[None, :] - positions[:, None], True, num_buckets, max_distance
     )
     np.testing.assert_array_equal(relative_position_buckets(600, num_buckets, max_distance), expected.numpy())

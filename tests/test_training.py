@@ -145,7 +145,11 @@ MICRO_BATCHES = {"rollout__micro_batch": 4, "rollout__decode_micro_batch": 2, "s
 
 @pytest.mark.parametrize(
     ("devices", "changes"),
-    [(1, {}), (1, {**MICRO_BATCHES, "objective__updates": 2, "optimizer__ema_decay": 0.9}), (4, {"mesh__fsdp": 2})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        (1, {**MICRO_BATCHES, "objective__updates": 2, "optimizer__ema_decay": 0.9}),
+        pytest.param(4, {"mesh__fsdp": 2}, marks=pytest.mark.slow),
+    ],
     ids=["plain", "micro-batches", "mesh"],
 )
 def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monkeypatch, caplog):

@@ -1,13 +1,14 @@
 """The autoencoder is diffusers' AutoencoderKL, to rounding."""
 
+from __future__ import annotations
+
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
+from references import diffusers, torch
 from torch_parity import parameter_count, randomise, relative_error, state_dict_to_params
 
 from rcgrpo_jax.models.config import VAEConfig
@@ -22,9 +23,9 @@ CONFIGS = {
 }
 
 
-def torch_vae(config: VAEConfig) -> AutoencoderKL:
+def torch_vae(config: VAEConfig) -> diffusers.AutoencoderKL:
     stages = len(config.block_out_channels)
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
         block_out_channels=config.block_out_channels,
@@ -43,7 +44,7 @@ def abstract_params(config: VAEConfig, param_dtype=jnp.float32) -> dict:
 
 
 @cache
-def pair(name: str) -> tuple[AutoencoderKL, dict]:
+def pair(name: str) -> tuple[diffusers.AutoencoderKL, dict]:
     """A random torch autoencoder and our parameters with its weights."""
     theirs = randomise(torch_vae(CONFIGS[name]), seed=0)
     return theirs, {"params": state_dict_to_params(theirs.state_dict(), abstract_params(CONFIGS[name]))}

@@ -6,14 +6,11 @@ from functools import cache, partial
 from pathlib import Path
 
 import bfl_layout
-import diffusers
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from flax.traverse_util import flatten_dict
+from references import Reference, diffusers, torch, transformers
 from safetensors.numpy import load_file, save_file
 
 from rcgrpo_jax.errors import UserError
@@ -119,7 +116,8 @@ def test_the_single_file_is_read_as_diffusers_reads_it():
     rng = np.random.default_rng(0)
     shapes = {key: (rows, *(2 for _ in rest)) for key, (rows, *rest) in bfl_layout.shapes(config).items()}
     tensors = {key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()}
-    theirs = convert_flux_transformer_checkpoint_to_diffusers(
+    single_files = Reference("diffusers.loaders.single_file_utils")
+    theirs = single_files.convert_flux_transformer_checkpoint_to_diffusers(
         {key: torch.from_numpy(tensor) for key, tensor in tensors.items()}
     )
     for key, tensor in theirs.items():

@@ -4,11 +4,13 @@ The conversion restates the naming rule of the models' docstrings and shares no 
 a mistake in either shows.
 """
 
+from __future__ import annotations
+
 import re
 
 import jax
 import numpy as np
-import torch
+from references import torch
 
 from rcgrpo_jax.models.t5 import RELATIVE_BIAS_KEY
 

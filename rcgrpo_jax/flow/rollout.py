@@ -6,20 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.flow.solver import EULER, Solver, Velocity, VelocityWithAux
 
 
 def integrate(
-    velocity: Velocity, x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"], solver: Solver = EULER
-) -> Float[Array, "K+1 *b N C"]:
+    velocity: Velocity, x: Float[Array, "*b N C"], sigmas: Float[Array | np.ndarray, " K1"], solver: Solver = EULER
+) -> Float[Array, "K1 *b N C"]:
     """All states `x_{s_0}, ..., x_{s_K}` of the rollout `Phi_{1->s}(x; theta, c)` (Eq. 3, 12).
 
     Args:
         velocity: `v_theta(., ., c)`.
         x: Initial noise at `sigmas[0]`, float32; states keep its dtype.
-        sigmas: Decreasing times, `flow.schedule.sigmas`.
+        sigmas: K1 = K + 1 decreasing times, `flow.schedule.sigmas`.
         solver: Takes the steps; the paper's is Euler's.
 
     Returns:
@@ -29,8 +30,11 @@ def integrate(
 
 
 def integrate_with_aux(
-    velocity: VelocityWithAux, x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"], solver: Solver = EULER
-) -> tuple[Float[Array, "K+1 *b N C"], Any]:
+    velocity: VelocityWithAux,
+    x: Float[Array, "*b N C"],
+    sigmas: Float[Array | np.ndarray, " K1"],
+    solver: Solver = EULER,
+) -> tuple[Float[Array, "K1 *b N C"], Any]:
     """`integrate` for a velocity that returns `(v, aux)`; the arrays of `aux` come back as `[K, ...]`, one a step."""
 
     def step(carry: tuple[Array, Any], times: tuple[Array, Array]) -> tuple[tuple[Array, Any], tuple]:

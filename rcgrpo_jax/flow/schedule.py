@@ -20,7 +20,7 @@ def shift(
     return slope * (num_image_tokens - base_tokens) + base_shift
 
 
-def sigmas(num_steps: int, num_image_tokens: int, **shift_options: float) -> Float[np.ndarray, " K+1"]:
+def sigmas(num_steps: int, num_image_tokens: int, **shift_options: float) -> Float[np.ndarray, " {num_steps}+1"]:
     """Times `1 = s_0 > s_1 > ... > s_K = 0` of a K-step rollout.
 
     The linear times `1, 1 - 1/K, ..., 1/K` are shifted by `sigma' = e^mu / (e^mu + 1/sigma - 1)`, then 0 is appended

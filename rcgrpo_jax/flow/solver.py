@@ -34,7 +34,7 @@ def euler_step(
 class Solver(Protocol):
     """A method for `dx / dsigma = v(x, sigma)`; it may remember earlier steps, and evaluate v several times in one."""
 
-    def init(self, x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"]) -> Any:
+    def init(self, x: Float[Array, "*b N C"], sigmas: Float[Array, " K1"]) -> Any:
         """What the first step remembers: a tree of arrays, whose shapes stay the same from step to step."""
 
     def step(
