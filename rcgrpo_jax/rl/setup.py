@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,13 +17,14 @@ from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.parallel.mesh import check_parts
 from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
 
-def make_rewards(config: ConfigDict) -> dict[str, Any]:
+def make_rewards(config: ConfigDict) -> dict[str, Reward]:
     """The rewards that have a weight, by name."""
     return {
         name: reward_registry.make(name, **config.reward_options.get(name, {}))
@@ -83,11 +83,11 @@ def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
     check_lora(config, folder)
 
 
-def check_scorable(rewards: Mapping[str, Any], example: EditExample) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: EditExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
-        if not getattr(reward, "needs_target", False):
+        if not reward.needs_target:
             continue
         if example.target is None:
             raise UserError(
