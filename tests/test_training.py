@@ -302,8 +302,8 @@ def test_the_update_writes_the_state_where_the_old_one_was():
 
 @pytest.mark.parametrize(
     ("data", "problem"),
-    [({}, "no target image; the reward 'oracle' compares with one"),
-     ({"data__path": "scenes:train:6:1"}, "flawed on purpose; the reward 'oracle' takes targets for right")],
+    [({}, "no target image; the reward 'oracle' needs one"),
+     ({"data__path": "scenes:train:6:1"}, "flawed on purpose; the reward 'oracle' needs a right one")],
 )  # fmt: skip
 def test_a_reward_that_needs_a_target_is_refused_without_a_right_one(data, problem, tmp_path):
     config = small_run.make_config(**data)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.data.example import EditExample
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.data.example import EditExample, Needs, check_needs
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
@@ -87,15 +87,5 @@ def check_scorable(rewards: Mapping[str, Reward], example: EditExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
-        if not reward.needs_target:
-            continue
-        if example.target is None:
-            raise UserError(
-                f"{example.name}: no target image; the reward {name!r} compares with one.",
-                f"Add targets, or set --config.rewards.{name}=0.",
-            )
-        if example.flawed:
-            raise UserError(
-                f"{example.name}: its target is flawed on purpose; the reward {name!r} takes targets for right.",
-                "Leave the share of flaws out of data.path.",
-            )
+        if reward.needs_target:
+            check_needs(example, Needs(right_target=f"the reward {name!r}"))
