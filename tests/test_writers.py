@@ -153,10 +153,8 @@ def train(workdir, names, num_steps=2):
         return state.replace(step=state.step + 1), {"loss": 0.5}, PICTURE if draw else None
 
     with run.open_run(config, workdir) as checkpointer:
-        state = run.restore(checkpointer, State(jnp.int32(0)), config.to_dict(), sft_config, ())
-        run.run_steps(
-            state, step, config, config.to_dict(), workdir, checkpointer, "", 1, lambda metrics: metrics
-        )  # fmt: skip
+        state, described = State(jnp.int32(0)), config.to_dict()
+        run.run_steps(state, step, config, described, workdir, checkpointer, "", 1, lambda metrics: metrics)
 
 
 def test_without_the_package_a_run_does_not_start(tmp_path, monkeypatch):

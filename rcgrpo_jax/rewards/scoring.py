@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UserError, reason
 from rcgrpo_jax.rewards.base import Local, Pending, Reward, RewardInputs, Unscored
 
 
@@ -47,7 +47,7 @@ class PendingScores:
                     # Copied to the host here: an error in asynchronously dispatched work surfaces now.
                     scores = np.asarray(pending.result(), np.float32)
             except Unscored as cause:
-                failures[name] = str(cause)
+                failures[name] = reason(cause)
                 scores = np.full(sound.shape, np.nan, np.float32)
             if scores.shape != sound.shape:
                 raise UserError(
