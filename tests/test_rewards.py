@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
+from ml_collections import ConfigDict
 from skimage import color, data, metrics
 
 from rcgrpo_jax import rewards
@@ -13,6 +15,8 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards import base
 from rcgrpo_jax.rewards.colour import lab_from_srgb, named_colour
 from rcgrpo_jax.rewards.preservation import PSNR_CAP, masked_psnr, masked_ssim
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import make_rewards
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +291,21 @@ class Judge(rewards.Reward):
         for index in self.lost:
             scores[index] = np.nan
         return scores
+
+
+def test_a_server_is_a_reward_by_its_name(monkeypatch):
+    monkeypatch.setattr(base, "_FACTORIES", {**base._FACTORIES})
+    rewards.register("judge")(Judge)
+    config = small_run.make_config(rewards=ConfigDict({"judge": 1.0}))
+    config.reward_options.judge = ConfigDict({"at": "start"})
+    validate(config, 1)
+    made = make_rewards(config)
+    assert [(name, type(reward), reward.at) for name, reward in made.items()] == [("judge", Judge, "start")]
+    assert not made["judge"].needs_target
+    made["judge"].validate("anything")
+    config.reward_options.judge = ConfigDict({"at": 3})
+    with pytest.raises(UsageError, match=r"reward_options\.judge\.at: 3 found; str was wanted"):
+        validate(config, 1)
 
 
 def flat(*levels):
