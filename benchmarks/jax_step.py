@@ -23,7 +23,9 @@ from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontext, counts
 from rcgrpo_jax.plan.search import changed
-from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Prompts, Rollout
+from rcgrpo_jax.rl.policy.neighbour import Exploration
+from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.rl.setup import first_state
 from rcgrpo_jax.rl.trainer import join
 from rcgrpo_jax.runs.model import load_editor
@@ -52,7 +54,7 @@ class Step:
         folder = RandomModel(preset.model) if preset.model else ModelFolder(self.config.model.path)
         editor = load_editor(self.config, folder, self.mesh)
         with jax.set_mesh(self.mesh):
-            self.programs = Programs(self.config, editor, self.mesh)
+            self.programs = Programs(self.config, editor.family, self.mesh)
             self.params = editor.transformer_params
             state = first_state(self.config, folder, self.mesh)
             self.state = state.replace(params=random_tree(state.params, jnp.float32, lambda *_: replicated(self.mesh)))
@@ -112,7 +114,7 @@ class Step:
         return {
             "platform": self.device.platform,
             "device": self.device.device_kind,
-            "software": f"jax {jax.__version__}, attention {self.programs.editor.transformer.attention.implementation}",
+            "software": f"jax {jax.__version__}, attention {self.programs.family.transformer.attention.implementation}",
             "tokens": text + 2 * target,
             "samples": dict(zip(("rollout", "update"), counts(self.config), strict=True)),
             "flops": flops.step(once, self.sizes, VAEConfig(), text, target),

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.config import MMDiTConfig
-from rcgrpo_jax.rl.config import default_config, num_trained_steps, validate
+from rcgrpo_jax.rl.config import default_config, validate
+from rcgrpo_jax.rl.policy.neighbour import num_compared_steps
 from rcgrpo_jax.runs.fields import get_field
 from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 
@@ -147,7 +148,7 @@ def inputs(preset: Preset) -> dict[str, np.ndarray]:
     noise[:, 0] = start
     sigmas = np.linspace(1, 0.2, steps + 1, dtype=np.float32)[:, None, None]
     anchors = [1 + rng.permutation(group - 1)[: config.surrogate.anchors] for _ in range(prompts)]
-    trained = num_trained_steps(config)
+    trained = num_compared_steps(config)
     logits = 0.015 * normal(prompts * config.surrogate.anchors * trained, 1, group)
     return {
         "text": normal(*text),

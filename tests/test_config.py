@@ -136,7 +136,7 @@ def test_every_problem_of_sizes_is_listed_at_once():
         )
     )  # fmt: skip
     fields = (
-        "surrogate.anchors", "objective.kl_weight", "surrogate.num_random_steps", "surrogate.target_entropy",
+        "surrogate.anchors", "surrogate.num_random_steps", "surrogate.target_entropy", "objective.kl_weight",
         "data.size", "rollout.micro_batch", "rollout",
     )  # fmt: skip
     assert [line.split(":")[0] for line in found] == list(fields)
@@ -244,7 +244,7 @@ def test_sizes_that_are_no_sizes(size):
         ({"rollout__micro_batch": 12}, 8, ["P x G = 4 x 12 = 48 in micro-batches of 12", "8 devices"]),
         ({"rollout__decode_micro_batch": 20}, 1, ["micro-batches of 20"]),
         ({"rollout__micro_batch": 6}, 1, ["rollout.micro_batch: 6", "rollout.prompts = 4"]),
-        ({"surrogate__micro_batch": 24}, 1, ["anchors to differentiate = 64 in micro-batches of 24"]),
+        ({"surrogate__micro_batch": 24}, 1, ["units to differentiate = 64 in micro-batches of 24"]),
         ({"surrogate__micro_batch": 32, "surrogate__anchor_mode": "integrate"}, 1, ["= 16 in micro-batches of 32"]),
         ({"surrogate__steps": "all", "surrogate__micro_batch": 256}, 1, ["= 128 in micro-batches of 256"]),
     ],

@@ -9,7 +9,7 @@ import small_run
 from rcgrpo_jax import rewards
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.rewards import RewardInputs
-from rcgrpo_jax.rl.programs import Rollout
+from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.step_metrics import drift_metrics
 from rcgrpo_jax.rl.trainer import Trainer
 
@@ -49,7 +49,7 @@ def test_the_update_is_that_of_a_group_without_signal():
     trainer = small_run.make_trainer()
     programs, state = trainer.programs, small_run.make_state(trainer)
     advantages = jnp.array([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, -1.0]])
-    log_old, results = jnp.zeros(programs.log_policy_shape()), []
+    log_old, results = jnp.zeros(programs.policy.log_policy_shape()), []
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
         exploration = programs.explore(jax.random.key(1), prompts)

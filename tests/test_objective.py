@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,9 @@ import small_run
 
 from rcgrpo_jax.models.mmdit import Condition
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Prompts, Rollout
+from rcgrpo_jax.rl.policy.neighbour import Exploration
+from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.state import new_state
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -30,9 +31,20 @@ def velocity(weights: jax.Array, reference: jax.Array, x: jax.Array, sigma: jax.
     return jnp.tanh(x @ weights) * (1 + sigma) - reference
 
 
-class Plain(Programs):
-    def _velocity(self, params: dict, lora: dict, condition: Condition) -> Any:
-        return lambda x, sigma: velocity(lora["B"], condition.reference, x, sigma)
+class Plain:
+    """A family of one matrix, as much of one as an update reads."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return 4, 4
+
+    def sigmas(self, num_steps: int, num_image_tokens: int) -> np.ndarray:
+        return SIGMAS
+
+    def source(self, condition: Condition) -> jax.Array:
+        return condition.reference
+
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None) -> tuple[jax.Array, None]:
+        return velocity(lora["B"], condition.reference, x, sigma), None
 
 
 class Result(NamedTuple):
@@ -50,15 +62,14 @@ class Given(NamedTuple):
 
 
 @functools.cache
-def programs(mode: str, distance: str, weighting: str, source: float) -> Plain:
+def programs(mode: str, distance: str, weighting: str, source: float) -> Programs:
     config = small_run.make_config(
         surrogate__anchor_mode=mode, surrogate__distance=distance, surrogate__weighting=weighting,
         surrogate__steps="early", surrogate__target_entropy=0.9, objective__source_advantage=source,
         rollout__prompts=P, rollout__group_size=G, rollout__num_steps=K, surrogate__anchors=B,
         lora__rank=1, lora__alpha=1.0, optimizer__max_grad_norm=1e9, objective__clip=0.005,
     )  # fmt: skip
-    editor = SimpleNamespace(grid=lambda *_: (4, 4), sigmas=lambda *_: SIGMAS)
-    return Plain(config, editor, make_mesh({}, jax.devices()[:1]))
+    return Programs(config, Plain(), make_mesh({}, jax.devices()[:1]))
 
 
 @functools.cache
@@ -85,11 +96,11 @@ def weights(moved: float) -> np.ndarray:
     return rng.standard_normal((C, C), np.float32) + moved * rng.standard_normal((C, C), np.float32)
 
 
-def update(plain: Plain, data: Given, moved: float = 0.0, log_old: np.ndarray | None = None) -> Result:
+def update(plain: Programs, data: Given, moved: float = 0.0, log_old: np.ndarray | None = None) -> Result:
     """The first update after a rollout, or one at other weights that compares with `log_old`."""
     state = new_state(plain.config.optimizer, {"B": jnp.asarray(weights(moved))}, jax.random.key(0))
     first = log_old is None
-    log_old = np.zeros((plain.log_policy_shape()), np.float32) if first else log_old
+    log_old = np.zeros((plain.policy.log_policy_shape()), np.float32) if first else log_old
     with jax.set_mesh(plain.mesh):
         after, log_pi, metrics = plain.update({}, state, *data, jnp.asarray(log_old), jnp.asarray(first))
     gradient = optax.tree.get(after.opt_state, "mu")["B"] / (1 - plain.config.optimizer.b1)

@@ -82,7 +82,7 @@ def base_step() -> Step:
 def update(trainer: Trainer, step: Step, state: Any, log_old: Any = None) -> Update:
     """The first update after a rollout, or one that compares with `log_old`."""
     programs, first = trainer.programs, log_old is None
-    log_old = jnp.zeros(programs.log_policy_shape()) if first else jnp.asarray(log_old)
+    log_old = jnp.zeros(programs.policy.log_policy_shape()) if first else jnp.asarray(log_old)
     with jax.set_mesh(programs.mesh):
         copy = jax.tree.map(jnp.copy, state)  # the update donates its state
         after, log_pi, metrics = programs.update(trainer.params, copy, *step, log_old, jnp.asarray(first))
@@ -144,7 +144,7 @@ def test_the_old_policy_is_that_of_the_stored_states(combination):
     result = first_update(*combination)
     prompts, exploration, rollout, _ = result.step
     options = result.trainer.config.surrogate
-    prompt, anchor, steps = (np.asarray(x) for x in result.trainer.programs.units(exploration))
+    prompt, anchor, steps = (np.asarray(x) for x in result.trainer.programs.policy.units(exploration))
     assert steps.shape[1] == (len(exploration.steps) if mode == "integrate" else 1)
     for unit in range(len(prompt)):
         measure = surrogate.distance_function(
@@ -161,20 +161,20 @@ def test_the_old_policy_is_that_of_the_stored_states(combination):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def closed_form_gradient(editor, replay, sigmas, params, lora, scale, prompts, states, anchors, trained, pulls):
+def closed_form_gradient(family, replay, sigmas, params, lora, scale, prompts, states, anchors, trained, pulls):
     """Of -mean_{p, k, s} <sum_i A_i W x_i, xbar> / G in the LoRA, what Eq. 5 and 13-15 come to at theta = theta_old.
 
     `pulls` `[P, K, N, C]` is sum_i A_i W x_i / G, and `trained` `[K]` is 1 at the steps that carry the loss.
     """
 
     def loss(lora):
-        variables = {"params": params, "lora": scale_adapter(lora, scale)}
+        lora = scale_adapter(lora, scale)
 
         def of_anchor(prompt, states, pulls, anchor):
             def euler(x, inputs):
                 stored, now, then, pull = inputs
                 x = stored if replay else x
-                x = x + (then - now) * editor.transformer.apply(variables, x, now, prompt.condition, (4, 4))
+                x = x + (then - now) * family.velocity(params, lora, x, now, prompt.condition, (4, 4))[0]
                 return x, jnp.sum(pull * x)
 
             own = states[anchor]
@@ -202,7 +202,7 @@ def test_the_first_gradient_is_the_closed_form(combination):
     trained = np.isin(np.arange(1, len(programs.sigmas)), exploration.steps).astype(np.float32)
     with jax.set_mesh(programs.mesh):
         wanted = closed_form_gradient(
-            programs.editor, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params,
+            programs.family, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params,
             result.before.params, lora.alpha / lora.rank, prompts, rollout.states, exploration.anchors, trained, pulls,
         )  # fmt: skip
     found = gradient(result)
@@ -211,7 +211,7 @@ def test_the_first_gradient_is_the_closed_form(combination):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def policy_of_the_source(editor, replay, sigmas, params, lora, prompts, states, anchors):
+def policy_of_the_source(family, replay, sigmas, params, lora, prompts, states, anchors):
     """Means over anchors and the first two steps: y's log-probability among the candidates, and |x - y|^2.
 
     y is on the line to the source outside the mask, and x inside.
@@ -222,7 +222,7 @@ def policy_of_the_source(editor, replay, sigmas, params, lora, prompts, states, 
         for k in (0, 1):
             x = jax.lax.stop_gradient(states[anchor, k]) if replay else x
             before, share = jax.lax.stop_gradient(x), sigmas[k + 1] / sigmas[k]
-            v = editor.transformer.apply({"params": params, "lora": lora}, x, sigmas[k], prompt.condition, (4, 4))
+            v, _ = family.velocity(params, lora, x, sigmas[k], prompt.condition, (4, 4))
             x = x + (sigmas[k + 1] - sigmas[k]) * v
             straight = share * before + (1 - share) * prompt.condition.reference
             y = jax.lax.stop_gradient(x + (1 - prompt.region)[:, None] * (straight - x))  # the mask may be soft
@@ -243,7 +243,7 @@ def test_the_source_is_one_more_candidate_outside_the_mask(mode):
 
     def policy(params):
         return policy_of_the_source(
-            trainer.programs.editor, mode == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
+            trainer.programs.family, mode == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
             scale_adapter(params, lora.alpha / lora.rank), prompts, rollout.states, exploration.anchors,
         )  # fmt: skip
 
@@ -260,7 +260,7 @@ def test_a_second_update_compares_with_the_first_and_clips():
     first = first_update("replay", "tau", "early", "uniform")
     trainer, advantages = first.trainer, np.asarray(first.step.advantages)
     second = update(trainer, first.step, first.after, first.log_pi)
-    prompt = np.asarray(trainer.programs.units(first.step.exploration)[0])
+    prompt = np.asarray(trainer.programs.policy.units(first.step.exploration)[0])
     clip = trainer.config.objective.clip
     ratio = np.exp(second.log_pi - first.log_pi)
     gain = advantages[prompt][:, None]

@@ -27,6 +27,10 @@ class EditExample:
     target: UInt8[np.ndarray, "H W 3"] | None = None  # the right result, where one is known
     flawed: bool = False  # whether the target is wrong on purpose, as a share of `data.scenes` may be
 
+    @property
+    def has_target(self) -> bool:
+        return self.target is not None
+
 
 def check_example(example: EditExample) -> EditExample:
     """Returns the example as it came, if an editor can be run and scored on it.
@@ -94,13 +98,24 @@ class Needs(NamedTuple):
 REGION = Needs(mask="an edit by region")
 
 
-def check_needs(example: EditExample, needs: Needs) -> None:
+class Described(Protocol):
+    """What can be known of an example without its pictures."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def has_target(self) -> bool: ...
+    @property
+    def flawed(self) -> bool: ...
+
+
+def check_needs(example: Described, needs: Needs) -> None:
     """Refuses an example without the target that is needed; sources themselves refuse those without a mask.
 
     Raises:
         UserError: With the example, what it lacks, and who needs it.
     """
-    if example.target is None and (who := needs.target or needs.right_target):
+    if not example.has_target and (who := needs.target or needs.right_target):
         raise UserError(
             f"{example.name}: no target image; {who} needs one.",
             "Add targets, or choose examples that have them, such as scenes:train.",
@@ -113,7 +128,20 @@ def check_needs(example: EditExample, needs: Needs) -> None:
 
 
 class Source(Protocol):
-    """Random access to examples; `data.folder.EditFolder` is one."""
+    """Random access to examples; `data.folder.EditFolder` is one.
+
+    A source whose examples are files has `stamp(index) -> str` too: a text that changes when one of an example's files
+    does, and is had without reading them.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> EditExample: ...
+
+
+def stamp_of(source: Source, index: int) -> str | None:
+    """The stamp of an example; None where a source has none, or its files cannot be looked at."""
+    stamp = getattr(source, "stamp", None)
+    try:
+        return stamp(index) if stamp else None
+    except OSError:
+        return None

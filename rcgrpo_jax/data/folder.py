@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,6 +96,14 @@ class EditFolder:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def stamp(self, index: int) -> str:
+        """Changes with the example's line, and with the path, size or time of any of its files; see `Source`."""
+        entry = self._entries[index]
+        files = [(str(file.absolute()), (found := file.stat()).st_size, found.st_mtime_ns) for file in entry.files]
+        text = None if isinstance(entry.instruction, Path) else entry.instruction
+        line = [entry.name, text, entry.marking, entry.mask is None, entry.flawed, entry.target is None]
+        return hashlib.sha256(json.dumps([line, files]).encode()).hexdigest()[:32]
 
     def __getitem__(self, index: int) -> EditExample:
         """Reads and checks one example; see `check_example` for what is refused."""

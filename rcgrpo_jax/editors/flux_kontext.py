@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from rcgrpo_jax.editors.base import Family, Masses, sample
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.flow import latents, rollout, schedule
+from rcgrpo_jax.flow import latents, schedule
 from rcgrpo_jax.models.clip import CLIPTextEncoder
-from rcgrpo_jax.models.mmdit import Condition, MMDiT
+from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_masses
 from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.models.vae import VAE
@@ -42,6 +43,49 @@ def to_pixels(images: Float[Array, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]
             "guidance 2.5, or with dtype float32.",
         )
     return np.asarray(jnp.round((jnp.clip(images.astype(jnp.float32), -1, 1) / 2 + 0.5) * 255)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of FLUX.1-Kontext without parameters: an `editors.base.Family`."""
+
+    transformer: MMDiT
+    vae: VAE
+    shift_options: tuple[tuple[str, float], ...] = ()  # of `schedule.sigmas`, where not FLUX's
+
+    def grid(self, height, width):
+        return latents.token_grid(height, width, self.vae.config.downscale)
+
+    def sigmas(self, num_steps, num_image_tokens):
+        return schedule.sigmas(num_steps, num_image_tokens, **dict(self.shift_options))
+
+    def condition(self, encoded, guidance):
+        reference = encoded["reference"]
+        scale = jnp.full(reference.shape[:-2], guidance, jnp.float32)  # of the distilled model
+        return Condition(encoded["text"], encoded["pooled"], reference, scale)
+
+    def source(self, condition):
+        return condition.reference
+
+    def text_weights(self, encoded):
+        return encoded["text_weights"]
+
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+        variables, sigma = {"params": params, "lora": lora}, jnp.broadcast_to(sigma, x.shape[:-2])
+        if region is None:
+            return self.transformer.apply(variables, x, sigma, condition, grid), None
+        v, sown = self.transformer.apply(variables, x, sigma, condition, grid, region, mutable=["intermediates"])
+        options = self.transformer.attention
+        names = ("acd_inside", "acd_total", *(["acd_map"] if options.acd_map else []))
+        return v, Masses(*(sown_masses(sown["intermediates"], name, options.acd_layers) for name in names))
+
+    def decode(self, params, tokens, grid):
+        pictures = self.vae.apply({"params": params}, latents.unpack(tokens, grid), method="decode")
+        return pictures.astype(jnp.float32)
+
+    def encode_image(self, params: dict, pictures: Float[Array, "*b H W 3"]) -> Float[Array, "*b N C"]:
+        """Packed, normalised latents (the mode, no sampling) of pictures in [-1, 1], float32."""
+        return latents.pack(self.vae.apply({"params": params}, pictures, method="encode")).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -86,6 +130,16 @@ class Editor:
         self._load = lambda name, quantization=NONE: folder.load(name, dtype, sharding_of, quantization)
 
     @cached_property
+    def family(self) -> Networks:
+        """The networks without their parameters."""
+        return Networks(self.transformer, self.vae, tuple(sorted(self.folder.schedule_options().items())))
+
+    @property
+    def decoder_params(self) -> dict:
+        """The part of the VAE that makes pictures."""
+        return {"decoder": self.vae_params["decoder"]}
+
+    @cached_property
     def transformer_params(self) -> dict:
         return self._load("transformer", self.quantization)
 
@@ -117,19 +171,35 @@ class Editor:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of an image of `height x width` pixels."""
-        return latents.token_grid(height, width, self.vae.config.downscale)
+        return self.family.grid(height, width)
 
     def encode_image(self, pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P N C"]:
         """Packed, normalised latents (the mode, no sampling) of images, float32."""
-        return _encode(self.vae, self.vae_params, to_unit(pixels))
+        return _encode(self.family, self.vae_params, to_unit(pixels))
+
+    def encode(self, pixels: UInt8[np.ndarray, "P H W 3"], instructions: Sequence[str]) -> dict[str, Array]:
+        """What the transformer reads of sources and instructions, by name.
+
+        Returns:
+            `reference` `[P, N, C]`, packed latents; `text` `[P, N_txt, D]`; `pooled` `[P, D_pool]`; `text_weights`
+            `[P, N_txt]`, 1 for the instruction's own tokens, 0 for padding.
+        """
+        encoding = self.encode_text(instructions)
+        weights = np.arange(encoding.text.shape[1]) < encoding.lengths[:, None]
+        return {
+            "reference": self.encode_image(pixels),
+            "text": encoding.text,
+            "pooled": encoding.pooled,
+            "text_weights": weights.astype(np.float32),
+        }
 
     def decode(self, tokens: Float[Array, "P N C"], grid: tuple[int, int]) -> UInt8[np.ndarray, "P H W 3"]:
         """Pixels of packed latents."""
-        return to_pixels(decode(self.vae, self.vae_params, tokens, grid))
+        return to_pixels(_decode(self.family, self.vae_params, tokens, grid))
 
     def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[np.ndarray, " K+1"]:
         """The folder's schedule."""
-        return schedule.sigmas(num_steps, num_image_tokens, **self.folder.schedule_options())
+        return self.family.sigmas(num_steps, num_image_tokens)
 
     def edit(
         self,
@@ -154,33 +224,28 @@ class Editor:
             The edited images.
         """
         grid = self.grid(*images.shape[1:3])
-        encoding = self.encode_text(instructions)
-        reference = self.encode_image(images)
-        condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(images), guidance, jnp.float32))
+        condition = self.family.condition(self.encode(images, instructions), guidance)
         sigmas = self.sigmas(num_steps, grid[0] * grid[1])
-        variables = {"params": self.transformer_params, "lora": lora or {}}
-        return self.decode(_integrate(self.transformer, variables, jnp.asarray(noise), condition, sigmas, grid), grid)
+        params = self.transformer_params
+        tokens = _sample(self.family, params, lora or {}, jnp.asarray(noise), condition, sigmas, grid)
+        return self.decode(tokens, grid)
 
 
-# Compiled by module and not by editor, so that a program does not keep an editor's parameters alive.
+# Compiled by family and not by editor, so that a program does not keep an editor's parameters alive.
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(vae: VAE, params: dict, images: Float[Array, "P H W 3"]) -> Float[Array, "P N C"]:
-    return latents.pack(vae.apply({"params": params}, images, method="encode")).astype(jnp.float32)
+def _encode(networks: Networks, params: dict, pictures: Float[Array, "P H W 3"]) -> Float[Array, "P N C"]:
+    return networks.encode_image(params, pictures)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def _integrate(
-    transformer: MMDiT, variables: dict, noise: Array, condition: Condition, sigmas: Array, grid: tuple[int, int]
+@partial(jax.jit, static_argnums=(0, 6))
+def _sample(
+    family: Family, params: dict, lora: dict, noise: Array, condition: Any, sigmas: Array, grid: tuple[int, int]
 ) -> Float[Array, "P N C"]:
-    def velocity(x: Array, sigma: Array) -> Array:
-        return transformer.apply(variables, x, jnp.broadcast_to(sigma, x.shape[:1]), condition, grid)
-
-    return rollout.integrate(velocity, noise, sigmas)[-1]
+    return sample(family, params, lora, noise, condition, sigmas, grid)[-1]
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def decode(vae: VAE, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
-    """Images in [-1, 1] of packed latents, float32."""
-    return vae.apply({"params": params}, latents.unpack(tokens, grid), method="decode").astype(jnp.float32)
+def _decode(family: Family, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Array:
+    return family.decode(params, tokens, grid)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.cache import EXAMPLE, EncodedSource
 from rcgrpo_jax.encoding.prefetch import Prefetch
 from rcgrpo_jax.parallel import distributed
 
@@ -15,10 +15,7 @@ from rcgrpo_jax.parallel import distributed
 class EditBatch(NamedTuple):
     """What a training step reads: one row a prompt, on the host."""
 
-    reference: Float[np.ndarray, "P N C"]  # packed latents of the source
-    text: Float[np.ndarray, "P N_txt D"]  # T5 sequence
-    pooled: Float[np.ndarray, "P D_pool"]  # CLIP vector
-    text_weights: Float[np.ndarray, "P N_txt"]  # 1 for the instruction's own tokens, 0 for padding
+    encoded: dict[str, np.ndarray]  # what the family's `encode` gave, [P, ...] by name
     pixels: UInt8[np.ndarray, "P H W 3"]  # source, resized
     mask: Float[np.ndarray, "P H W"]  # edit region, resized
     instructions: tuple[str, ...]
@@ -58,6 +55,7 @@ class Batches:
         def stack(name: str) -> np.ndarray:
             return np.stack([row[name] for row in rows])
 
-        arrays = [stack(name) for name in EditBatch._fields[:6]]
+        encoded = {name: stack(name) for name in rows[0].keys() - EXAMPLE}
         targets = stack("target") if all("target" in row for row in rows) else None
-        return EditBatch(*arrays, tuple(row["instruction"] for row in rows), targets)
+        instructions = tuple(row["instruction"] for row in rows)
+        return EditBatch(encoded, stack("pixels"), stack("mask"), instructions, targets)

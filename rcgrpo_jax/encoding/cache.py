@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+from jaxtyping import UInt8
 
-from rcgrpo_jax.data.example import EditExample, Source
+from rcgrpo_jax.data.example import EditExample, Source, stamp_of
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.encoding.index import Known, read_index, write_index
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
 
+EXAMPLE = {"pixels", "mask", "target", "instruction"}  # what an entry holds beside the encodings
+PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
 _SAME_DATA = "Give every process the same data, or one folder that all see."
 
 
@@ -25,14 +32,15 @@ class EncodedSource:
     Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
     The file of an example is named by a hash of its pixels, mask, target and instruction, of the encoders' weights, and
-    of the size and dtype, so that changed inputs never meet old results.
+    of the size and dtype, so that changed inputs never meet old results. Beside them lies an index by path, size and
+    time of the examples' files: a start reads none that has been encoded and is unchanged.
 
     Args:
         source: The examples.
         editor: Encoders; not touched if everything is in the cache.
         size: (height, width) that images and masks are resized to.
         folder: The cache; created if missing.
-        validate: Called with each example before it is encoded; raises if it cannot be used.
+        validate: Called with each example, or with what the index knows of it; raises if it cannot be used.
         progress: Called after each example with (done, all).
 
     Raises:
@@ -45,60 +53,90 @@ class EncodedSource:
         editor: Editor,
         size: tuple[int, int],
         folder: str | Path,
-        validate: Callable[[EditExample], None] = lambda _: None,
+        validate: Callable[[EditExample | Known], None] = lambda _: None,
         progress: Callable[[int, int], None] = lambda *_: None,
     ):
-        self.folder = Path(folder)
+        self.folder, self._editor, self._size = Path(folder), editor, size
         parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        settings = [editor.folder.fingerprint(part) for part in parts]
-        settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
+        self._settings = [editor.folder.fingerprint(part) for part in parts]
+        self._settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
         sizes = distributed.gather(np.array([len(source)]))
         if sizes.min() < sizes.max():
             apart = UserError(
                 f"data: the processes find different numbers of examples, {', '.join(map(str, sizes))}.", _SAME_DATA
             )
             raise everywhere(apart)
-        own = distributed.own_share(len(source))
-        hashes = np.zeros((len(source), 16), np.uint8)
-        missing: list[int] = []
+        own, counted = distributed.own_share(len(source)), itertools.count(1)
+
+        def count(indices: Sequence[int]) -> None:
+            for _ in indices:
+                progress(next(counted), len(own))
+
         with distributed.together():
-            for read, index in enumerate(own, start=1):
-                example = source[index]
-                validate(example)
-                name = _content_hash(example, settings)
-                hashes[index] = np.frombuffer(bytes.fromhex(name), np.uint8)
-                if self._file(name).is_file():
-                    progress(read - len(missing), len(own))
-                else:
-                    missing.append(index)
+            hashes = self._find(source, own, validate)
+            hashed = {index: hashes[index].tobytes().hex() for index in own}
+            missing = self._absent(hashed)
+            count(hashed.keys() - set(missing))
         hashes = distributed.total(hashes)  # each row is another process' own
-        self._files = [self._file(row.tobytes().hex()) for row in hashes]
-        if distributed.anyone(not all(file.is_file() for file in self._files)):
+        self._names = [row.tobytes().hex() for row in hashes]
+        if distributed.anyone(bool(self._absent(dict(enumerate(self._names))))):
             editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
+        with distributed.together():
+            self._encode(source, missing, count)
+        with distributed.together():  # those of the others, where they have disks of their own
+            self._encode(source, self._absent(dict(enumerate(self._names))))
 
-        def write(index: int) -> None:
-            """Encodes an example, unless its file is there."""
-            if not self._files[index].is_file():
-                example = source[index]
-                if self._file(_content_hash(example, settings)) != self._files[index]:
+    def _find(
+        self, source: Source, own: range, validate: Callable[[EditExample | Known], None]
+    ) -> UInt8[np.ndarray, "examples 16"]:
+        """The hashes of this process' examples; those whose files are as they were before are not read."""
+        settings = hashlib.sha256(json.dumps(self._settings).encode()).hexdigest()[:16]
+        index, found = read_index(self.folder, settings), {}
+        hashes = np.zeros((len(source), 16), np.uint8)
+        for i in own:
+            stamp = stamp_of(source, i)
+            known = index.get(stamp) if stamp else None
+            if known is None:
+                example = source[i]
+                validate(example)
+                name = _content_hash(example, self._settings)
+                known = Known(name, example.name, example.instruction, example.has_target, example.flawed)
+            else:
+                validate(known)
+            if stamp:
+                found[stamp] = known
+            hashes[i] = np.frombuffer(bytes.fromhex(known.entry), np.uint8)
+        if found.items() - index.items():
+            write_index(self.folder, settings, jax.process_index(), index | found)
+        return hashes
+
+    def _absent(self, names: Mapping[int, str]) -> list[int]:
+        """The examples, index -> name of the entry, that have none yet; of equal ones the first."""
+        present = {file.name for file in os.scandir(self.folder)} if self.folder.is_dir() else set()
+        first = {name: index for index, name in reversed(names.items())}
+        return sorted(index for name, index in first.items() if self._file(name).name not in present)
+
+    def _encode(
+        self, source: Source, indices: Sequence[int], done: Callable[[Sequence[int]], None] = lambda _: None
+    ) -> None:
+        """Encodes examples, as many at a time as have `PIXELS_AT_ONCE`; always the same number, so one compilation."""
+        at_once = max(1, min(PIXELS_AT_ONCE // (self._size[0] * self._size[1]), len(indices)))
+        for start in range(0, len(indices), at_once):
+            chunk = indices[start : start + at_once]
+            examples = [source[index] for index in chunk]
+            for index, example in zip(chunk, examples, strict=True):
+                if _content_hash(example, self._settings) != self._names[index]:
                     raise UserError(f"data: example {index} has changed, or is another on another process.", _SAME_DATA)
-                self._write(self._files[index], example, editor, size)
-
-        with distributed.together():
-            for done, index in enumerate(missing, start=len(own) - len(missing) + 1):
-                write(index)
-                progress(done, len(own))
-        with distributed.together():
-            for index in range(len(source)):  # those of the others, where they have disks of their own
-                write(index)
+            self._write([self._names[index] for index in chunk], examples, at_once)
+            done(chunk)
 
     @property
     def digest(self) -> str:
         """A hash of all examples in order: equal for runs that see the same data."""
-        return hashlib.sha256(" ".join(file.stem for file in self._files).encode()).hexdigest()
+        return hashlib.sha256(" ".join(self._names).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -106,36 +144,37 @@ class EncodedSource:
     def __getitem__(self, index: int) -> dict:
         from safetensors import SafetensorError, safe_open
 
-        file = self._files[index]
+        file = self._file(self._names[index])
         try:
             with safe_open(file, framework="np") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-                return tensors | stored.metadata()
+                mask = np.asarray(tensors["mask"], np.float32) / (255 if tensors["mask"].dtype == np.uint8 else 1)
+                return tensors | stored.metadata() | {"mask": mask}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 
-    def _write(self, file: Path, example: EditExample, editor: Editor, size: tuple[int, int]) -> None:
+    def _write(self, names: Sequence[str], examples: Sequence[EditExample], at_once: int) -> None:
+        """Encodes examples together, filled up to `at_once` by the last, and writes an entry for each."""
+        filled = [*examples, *examples[-1:] * (at_once - len(examples))]
+        pixels = np.stack([resize_image(example.image, self._size) for example in filled])
+        encoded = self._editor.encode(pixels, [example.instruction for example in filled])
+        encoded = {name: np.asarray(x) for name, x in encoded.items()}
+        for row, (name, example) in enumerate(zip(names, examples, strict=True)):
+            mask = np.round(255 * resize_mask(example.mask, self._size)).astype(np.uint8)
+            tensors = {key: x[row] for key, x in encoded.items()} | {"pixels": pixels[row], "mask": mask}
+            if example.target is not None:
+                tensors["target"] = resize_image(example.target, self._size)
+            self._save(self._file(name), tensors, example.instruction)
+
+    def _save(self, file: Path, tensors: Mapping[str, np.ndarray], instruction: str) -> None:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        pixels = resize_image(example.image, size)
-        mask = resize_mask(example.mask, size)
-        encoding = editor.encode_text([example.instruction])
-        tensors = {
-            "reference": np.asarray(editor.encode_image(pixels[None]))[0],
-            "text": np.asarray(encoding.text)[0],
-            "pooled": np.asarray(encoding.pooled)[0],
-            "text_weights": (np.arange(encoding.text.shape[1]) < encoding.lengths[0]).astype(np.float32),
-            "pixels": pixels,
-            "mask": mask,
-        }
-        if example.target is not None:
-            tensors["target"] = resize_image(example.target, size)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
             in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
-            save_file(in_order, partial, metadata={"instruction": example.instruction})
+            save_file(in_order, partial, metadata={"instruction": instruction})
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
             raise UserError(

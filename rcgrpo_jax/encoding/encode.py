@@ -14,6 +14,7 @@ from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.parallel.distributed import own_share
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.weights.load import ModelFolder
@@ -25,7 +26,7 @@ def encode(
     workdir: Path,
     mesh: Mesh,
     batch_size: int,
-    check: Callable[[EditExample], None] = lambda example: None,
+    check: Callable[[EditExample | Known], None] = lambda example: None,
     needs: Needs = REGION,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
@@ -41,7 +42,7 @@ def encode(
     """
     source = open_source(config.data.path, config.data.polarity, config.data.mask_value, needs)
 
-    def check_all(example: EditExample) -> None:
+    def check_all(example: EditExample | Known) -> None:
         check_needs(example, needs)
         check(example)
 

@@ -1,13 +1,17 @@
-"""One step of the deterministic ODE solver."""
+"""Solvers of the flow's ODE: one step, and what a step must remember of the ones before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from jaxtyping import Array, Float
 
 Velocity = Callable[[Array, Array], Array]
 """`(x [..., N, C], sigma scalar) -> v [..., N, C]`: the condition `c` of the paper is already bound."""
+
+VelocityWithAux = Callable[[Array, Array], tuple[Array, Any]]
+"""The same, with arrays beside it that are kept of each step, such as attention masses."""
 
 
 def euler_step(
@@ -25,3 +29,29 @@ def euler_step(
         State at `sigma_next`, in the dtype of `x`.
     """
     return x + (sigma_next - sigma).astype(x.dtype) * velocity(x, sigma).astype(x.dtype)
+
+
+class Solver(Protocol):
+    """A method for `dx / dsigma = v(x, sigma)`; it may remember earlier steps, and evaluate v several times in one."""
+
+    def init(self, x: Float[Array, "*b N C"], sigmas: Float[Array, " K+1"]) -> Any:
+        """What the first step remembers: a tree of arrays, whose shapes stay the same from step to step."""
+
+    def step(
+        self, velocity: VelocityWithAux, x: Float[Array, "*b N C"], sigma: Array, sigma_next: Array, memory: Any
+    ) -> tuple[Float[Array, "*b N C"], Any, Any]:
+        """The state at `sigma_next`, what the next step remembers, and the aux of the step's first evaluation."""
+
+
+class Euler:
+    """`euler_step` as a `Solver`: it remembers nothing."""
+
+    def init(self, x, sigmas):
+        return ()
+
+    def step(self, velocity, x, sigma, sigma_next, memory):
+        v, aux = velocity(x, sigma)
+        return euler_step(lambda *_: v, x, sigma, sigma_next), memory, aux
+
+
+EULER = Euler()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.lora import target_kernels
-from rcgrpo_jax.rl.config import num_trained_steps
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.weights.networks import abstract_params
 
 # Path of a kernel -> the tokens that pass through it; the first match counts.
@@ -122,15 +122,11 @@ def step(
     """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
     one = mmdit(transformer, text, target, config.lora, config.acd, attention)
     samples = config.rollout.prompts * config.rollout.group_size
-    anchors, trained = config.rollout.prompts * config.surrogate.anchors, num_trained_steps(config)
     differentiated = one.forward + one.recomputed[config.model.remat] + one.backward
     if config.surrogate.anchor_mode == "integrate":
-        integrated = trained if config.surrogate.steps == "early" else config.rollout.num_steps
-        update = anchors * integrated * (differentiated + one.forward)  # each velocity is a checkpoint by itself
-    else:
-        update = anchors * trained * differentiated
+        differentiated += one.forward  # each velocity is a checkpoint by itself
     return {
         "rollout": samples * config.rollout.num_steps * (one.forward + one.concentration),
         "decode": samples * vae_decoder(vae, 4 * target),
-        "update": update,
+        "update": POLICIES[config.policy].num_evaluations(config) * differentiated,
     }

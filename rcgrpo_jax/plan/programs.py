@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -24,7 +25,7 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
 from rcgrpo_jax.plan.topology import Topology
-from rcgrpo_jax.rl.config import num_trained_steps
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.state import init_state
@@ -101,7 +102,8 @@ class Workload:
         self.config, self.mesh = config, make_mesh(config.mesh, topology.devices)
         self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
         editor = load_editor(config, model, self.mesh)
-        self.programs = Programs(config, editor, self.mesh)
+        self.editor = editor
+        self.programs = Programs(config, editor.family, self.mesh)
         self.attention = editor.transformer.attention.implementation
         self.micro_batches = micro_batches(config)
         parts = counts(config)[0] // self.micro_batches["rollout"]
@@ -115,7 +117,7 @@ class Workload:
     @cached_property
     def trees(self) -> dict[str, Any]:
         """Shapes and shardings of what a run keeps on the devices, by name."""
-        return _trees(self.programs, self.model)
+        return _trees(self.programs, self.editor, self.model)
 
     def arguments(self, name: str) -> tuple:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
@@ -187,9 +189,7 @@ def micro_batches(config: ConfigDict) -> dict[str, int]:
 
 def counts(config: ConfigDict) -> tuple[int, int]:
     """Candidates that a step rolls out, and units that an update differentiates."""
-    anchors = config.rollout.prompts * config.surrogate.anchors
-    replay = config.surrogate.anchor_mode == "replay"
-    return config.rollout.prompts * config.rollout.group_size, anchors * (num_trained_steps(config) if replay else 1)
+    return config.rollout.prompts * config.rollout.group_size, POLICIES[config.policy].num_units(config)
 
 
 def parse_refusal(message: str) -> tuple[int, int] | None:
@@ -223,9 +223,9 @@ def place(params: dict, mesh: Mesh, dtype: Any, quantization: str = NONE) -> dic
     return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
 
 
-def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, Any]:
+def _trees(programs: Programs, editor: Editor, model: ModelFolder | FluxKontext) -> dict[str, Any]:
     """Shapes and shardings of all that a run keeps on the devices."""
-    config, editor, mesh = programs.config, programs.editor, programs.mesh
+    config, mesh = programs.config, programs.mesh
     whole, dtype = replicated(mesh), jnp.dtype(config.model.dtype)
 
     def copied(tree: Any) -> Any:
@@ -238,16 +238,16 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
     decoder = {"decoder": abstract_params("vae", model.config("vae"))["decoder"]}
     sizes, prompts, group = editor.transformer.config, config.rollout.prompts, config.rollout.group_size
     at_a_time = micro_batches(config)["rollout"] // prompts  # candidates of each group
-    batch = {
+    encoded = {
         "text": array((prompts, editor.max_text_tokens, sizes.joint_attention_dim), dtype),
         "pooled": array((prompts, sizes.pooled_projection_dim), dtype),
         "reference": array((prompts, math.prod(programs.grid), sizes.in_channels)),
         "text_weights": array((prompts, editor.max_text_tokens)),
-        "mask": array((prompts, *config.data.size)),
     }
+    mask = array((prompts, *config.data.size))
     with jax.set_mesh(mesh):
         state = copied(jax.eval_shape(lambda: init_state(config, base)))
-        asked = copied(jax.eval_shape(lambda batch: programs._prompts(**batch), batch))
+        asked = copied(jax.eval_shape(programs._prompts, encoded, mask))
         exploration = programs.explore.eval_shape(state.key, asked)
         params = place(base, mesh, dtype, config.model.quantization)
         noise = exploration.noise
@@ -275,5 +275,5 @@ def _trees(programs: Programs, model: ModelFolder | FluxKontext) -> dict[str, An
             if at_a_time < group
             else ()
         ),
-        "objective": (array((prompts, group)), array(programs.log_policy_shape()), array((), bool)),
+        "objective": (array((prompts, group)), array(programs.policy.log_policy_shape()), array((), bool)),
     }

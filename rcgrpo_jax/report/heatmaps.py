@@ -6,8 +6,9 @@ Training needs two sums of this map (`method.concentration.masses`); people want
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from rcgrpo_jax.data.images import for_display, outline
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.base import Family
+from rcgrpo_jax.editors.flux_kontext import Editor, Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.method import concentration, region
-from rcgrpo_jax.models.mmdit import Condition, MMDiT, sown_masses
 
 COLOURS = matplotlib.colormaps["viridis"]  # perceptually uniform, in order without colours too
 _OPACITY = 0.6  # of the map over the picture
@@ -68,30 +69,32 @@ def attention_maps(
         Maps, R_acd and edits.
     """
     grid = editor.grid(*images.shape[1:3])
-    encoding, reference = editor.encode_text(instructions), editor.encode_image(images)
-    condition = Condition(encoding.text, encoding.pooled, reference, jnp.full(len(images), guidance, jnp.float32))
-    options = editor.transformer.attention._replace(acd_map=True, acd_reference_keys=False)
+    condition = editor.family.condition(editor.encode(images, instructions), guidance)
     regions = jax.vmap(partial(region.token_mask, grid=grid))(jnp.asarray(masks))
     tokens, maps = _rollout(
-        editor.transformer.clone(attention=options),
-        {"params": editor.transformer_params, "lora": lora or {}},
-        jnp.asarray(noise), condition, regions, editor.sigmas(num_steps, grid[0] * grid[1]), grid,
+        with_maps(editor.family), editor.transformer_params, lora or {}, jnp.asarray(noise), condition, regions,
+        editor.sigmas(num_steps, grid[0] * grid[1]), grid,
     )  # fmt: skip
     acd = jax.vmap(concentration.density)(maps, regions)
     return AttentionMaps(np.asarray(maps), np.asarray(acd), editor.decode(tokens, grid))
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+def with_maps(networks: Networks) -> Networks:
+    """Networks whose selected blocks give their map too, over the target's keys."""
+    options = networks.transformer.attention._replace(acd_map=True, acd_reference_keys=False)
+    return replace(networks, transformer=networks.transformer.clone(attention=options))
+
+
+@partial(jax.jit, static_argnums=(0, 7))
 def _rollout(
-    transformer: MMDiT, variables: dict, noise: Array, condition: Condition, regions: Array, sigmas: Array,
+    family: Family, params: dict, lora: dict, noise: Array, condition: Any, regions: Array, sigmas: Array,
     grid: tuple[int, int],
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P N_img"]]:  # fmt: skip
     """The last states of the rollouts, and their mean maps."""
 
     def velocity_and_maps(x: Array, sigma: Array) -> tuple[Array, Array]:
-        sigma = jnp.broadcast_to(sigma, x.shape[:1])
-        v, sown = transformer.apply(variables, x, sigma, condition, grid, regions, mutable=["intermediates"])
-        return v, sown_masses(sown["intermediates"], "acd_map", transformer.attention.acd_layers).mean(0)
+        v, masses = family.velocity(params, lora, x, sigma, condition, grid, regions)
+        return v, masses.map.mean(0)
 
     states, maps = rollout.integrate_with_aux(velocity_and_maps, noise, sigmas)
     return states[-1], maps.mean(0)

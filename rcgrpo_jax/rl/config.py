@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.runs.fields import (
     COUNT,
     LARGE,
@@ -45,6 +46,7 @@ def default_config() -> ConfigDict:
 
     return group(
         seed=0,  # of the LoRA, the order of the data, the noise and the anchors
+        policy="neighbour",  # how groups explore and are compared: a name of rl.policy.POLICIES
         model=group(
             path="",  # diffusers folder or converted directory
             dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
@@ -152,6 +154,7 @@ def default_config() -> ConfigDict:
 FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
 _CHOICES = {
     **MODEL_CHOICES,
+    "policy": POLICIES,
     "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
@@ -227,17 +230,6 @@ def name_rewards(config: ConfigDict, fields: Iterable[str]) -> None:
             group[name] = float(value) if is_like(value, default) and isinstance(default, float) else value
 
 
-def num_trained_steps(config: ConfigDict) -> int:
-    """How many of the K solver steps carry the loss."""
-    k = config.rollout.num_steps
-    return {"all": k, "early": math.ceil(k / 2), "random": config.surrogate.num_random_steps}[config.surrogate.steps]
-
-
-def first_perturbed(config: ConfigDict) -> int:
-    """The first candidate whose noise is perturbed: candidate 0 is the reference itself but in global exploration."""
-    return 0 if config.explore.kind == "global" else 1
-
-
 def validate(config: ConfigDict, num_devices: int) -> None:
     """Refuses a configuration that cannot run, before any weight is read.
 
@@ -258,25 +250,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
 
 
 def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
-    problems = []
-    g, b, k = config.rollout.group_size, config.surrogate.anchors, config.rollout.num_steps
-    if b > (perturbed := g - first_perturbed(config)):
-        problems.append(
-            f"surrogate.anchors: {b} of {perturbed} perturbed candidates; rollout.group_size is {g}, explore.kind "
-            f"{config.explore.kind}"
-        )
+    policy, g = POLICIES[config.policy], config.rollout.group_size
+    problems = policy.problems(config)
     if config.objective.kl_weight and config.objective.updates == 1:
         problems.append(
             f"objective.kl_weight: {config.objective.kl_weight} with objective.updates = 1; the first update is at the "
             "policy of the rollout, so that two or more were wanted"
-        )
-    if config.surrogate.steps == "random" and config.surrogate.num_random_steps > k:
-        problems.append(f"surrogate.num_random_steps: {config.surrogate.num_random_steps} of {k} steps")
-    members = g + bool(config.objective.source_advantage)  # candidates of the policy
-    if config.surrogate.weighting == "policy" and not 0 < config.surrogate.target_entropy < math.log(members):
-        problems.append(
-            f"surrogate.target_entropy: {config.surrogate.target_entropy} nats; {members} candidates allow 0 to "
-            f"{math.log(members):.3f}"
         )
     problems += cache_problems(config) + size_problems(config.data.size) + mask_problems(config)
     problems += quantization_problems(config)
@@ -285,8 +264,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
     shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))
     spread = math.prod(shape[axis] for axis in SAMPLE_AXES)
-    samples, anchors = config.rollout.prompts * g, config.rollout.prompts * b
-    units = anchors * (num_trained_steps(config) if config.surrogate.anchor_mode == "replay" else 1)
+    samples = config.rollout.prompts * g
     rolled = config.rollout.micro_batch or samples
     if rolled % config.rollout.prompts:
         problems.append(
@@ -297,7 +275,7 @@ def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
     for field, count, micro in (
         (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.micro_batch),
         ("rollout: candidates decoded", rolled, min(config.rollout.decode_micro_batch, rolled)),
-        ("surrogate: anchors to differentiate", units, config.surrogate.micro_batch),
+        ("surrogate: units to differentiate", policy.num_units(config), config.surrogate.micro_batch),
     ):
         micro = micro or count
         if count % micro or micro % spread:

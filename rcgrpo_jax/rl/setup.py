@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import EditExample, Needs, check_needs
+from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
@@ -83,7 +84,7 @@ def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
     check_lora(config, folder)
 
 
-def check_scorable(rewards: Mapping[str, Reward], example: EditExample) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)

@@ -26,7 +26,8 @@ from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, 
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS, validate
-from rcgrpo_jax.rl.programs import Exploration, Programs, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
+from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.rl.setup import (
     check_mesh,
     check_model_fits,
@@ -154,8 +155,8 @@ class Trainer:
     def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict[str, reward_registry.Reward]):
         self.config, self.rewards = config, rewards
         self.params = editor.transformer_params
-        self.decoder = {"decoder": editor.vae_params["decoder"]}
-        self.programs = Programs(config, editor, mesh)
+        self.decoder = editor.decoder_params
+        self.programs = Programs(config, editor.family, mesh)
         self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.own_prompts = len(own_rows(config.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
@@ -253,7 +254,7 @@ class Trainer:
         """The updates on a sample; the state is donated. Does not wait for them."""
         programs = self.programs
         advantages = put(advantages, programs.mesh)
-        log_old = jnp.zeros(programs.log_policy_shape(), jnp.float32)
+        log_old = jnp.zeros(programs.policy.log_policy_shape(), jnp.float32)
         for update in range(self.config.objective.updates):
             state, log_pi, metrics = programs.update(
                 self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,

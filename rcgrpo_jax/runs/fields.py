@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -16,7 +16,7 @@ from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 
-Choices = Mapping[str, Sequence[str]]
+Choices = Mapping[str, Collection[str]]
 Ranges = Mapping[str, tuple[float, float]]  # field -> (lowest, highest), both allowed
 
 MODEL_CHOICES: Choices = {

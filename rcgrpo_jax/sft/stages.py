@@ -17,15 +17,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.base import sample
 from rcgrpo_jax.editors.flux_kontext import to_unit
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
-from rcgrpo_jax.flow import latents, matching, rollout
+from rcgrpo_jax.flow import matching
 from rcgrpo_jax.method.region import token_mask
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
-from rcgrpo_jax.models.mmdit import Condition
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.runs.model import load_editor
@@ -156,17 +156,17 @@ class FlowStage(Stage):
         """All networks' parameters, and the adapter."""
         return frozen | trained, {}
 
-    def condition(self, params: dict, example: Any) -> tuple[Condition, Array]:
+    def condition(self, params: dict, example: Any) -> tuple[Any, Array]:
         """What the transformer reads of one example, and the packed latents of its target."""
         pooled = self.clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
         text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
         reference, target = self.encode(params, jnp.stack([example.source, example.target]))
-        return Condition(text, pooled, reference, jnp.asarray(self.config.model.guidance)), target
+        encoded = {"text": text, "pooled": pooled, "reference": reference}
+        return self.editor.family.condition(encoded, self.config.model.guidance), target
 
     def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
         """Packed latents of pictures."""
-        encoded = self.editor.vae.apply({"params": params["vae"]}, to_unit(pixels), method="encode")
-        return latents.pack(encoded).astype(jnp.float32)
+        return self.editor.family.encode_image(params["vae"], to_unit(pixels))
 
     def loss(self, trained, frozen, key, example):
         params, lora = self.networks(trained, frozen)
@@ -174,8 +174,7 @@ class FlowStage(Stage):
         key_sigma, key_noise = jax.random.split(key)
         sigma = matching.sample_sigmas(key_sigma, (), len(data), self.config.flow.extra_shift, **self.shift_options)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
-        variables = {"params": params["transformer"], "lora": lora}
-        predicted = self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
+        predicted, _ = self.editor.family.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
         region = token_mask(example.mask, self.grid)
         everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
         loss = everywhere + self.config.flow.region_weight * inside
@@ -184,14 +183,10 @@ class FlowStage(Stage):
     def picture(self, trained, frozen, example):
         params, lora = self.networks(trained, frozen)
         condition, _ = self.condition(params, example)
-        variables = {"params": params["transformer"], "lora": lora}
-
-        def velocity(x: Array, sigma: Array) -> Array:
-            return self.editor.transformer.apply(variables, x, sigma, condition, self.grid)
-
-        noise = jax.random.normal(jax.random.key(0), condition.reference.shape)
-        final = rollout.integrate(velocity, noise, self.editor.sigmas(self.config.flow.picture_steps, len(noise)))[-1]
-        return self.editor.vae.apply({"params": params["vae"]}, latents.unpack(final, self.grid), method="decode")
+        family, noise = self.editor.family, jax.random.normal(jax.random.key(0), condition.reference.shape)
+        sigmas = family.sigmas(self.config.flow.picture_steps, len(noise))
+        states = sample(family, params["transformer"], lora, noise, condition, sigmas, self.grid)
+        return family.decode(params["vae"], states[-1], self.grid)
 
     def save(self, trained, examples):
         networks = {name: (self.folder.config(name), params) for name, params in trained.items()}
@@ -204,9 +199,7 @@ class Encoded(NamedTuple):
     source: Array
     target: Array
     mask: Array
-    reference: Array
-    text: Array
-    pooled: Array
+    encoded: dict[str, Array]
 
 
 class LoRAStage(FlowStage):
@@ -224,7 +217,7 @@ class LoRAStage(FlowStage):
         return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
 
     def arrays(self, batch: EditBatch) -> Encoded:
-        return Encoded(batch.pixels, batch.targets, batch.mask, batch.reference, batch.text, batch.pooled)
+        return Encoded(batch.pixels, batch.targets, batch.mask, batch.encoded)
 
     def initial(self, key):
         adapter = init_adapter(key, self.editor.transformer_params, LoRAConfig(**self.config.lora))
@@ -237,7 +230,7 @@ class LoRAStage(FlowStage):
         return frozen, scale_adapter(trained, LoRAConfig(**self.config.lora).scale)
 
     def condition(self, params, example):
-        condition = Condition(example.text, example.pooled, example.reference, jnp.asarray(self.config.model.guidance))
+        condition = self.editor.family.condition(example.encoded, self.config.model.guidance)
         return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):

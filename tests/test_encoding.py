@@ -1,12 +1,17 @@
 """Encoders run once, changed inputs never meet old results, and a batch is a function of the step."""
 
 import dataclasses
+import os
 import resource
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from PIL import Image
+from safetensors.numpy import load_file
+from small_run import EDITS
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
@@ -30,12 +35,13 @@ def calls(monkeypatch):
 
     def encode_text(self, instructions):
         calls.append(instructions)
-        text = jnp.full((1, self.max_text_tokens, 32), len(instructions[0]), self.dtype)
-        return TextEncoding(text, text[:, 0], np.array([3]))
+        shape = len(instructions), self.max_text_tokens, 32
+        text = jnp.broadcast_to(jnp.array([len(x) for x in instructions], self.dtype)[:, None, None], shape)
+        return TextEncoding(text, text[:, 0], np.full(len(instructions), 3))
 
     def encode_image(self, pixels):
         calls.append(pixels.shape)
-        return jnp.zeros((1, pixels.shape[1] * pixels.shape[2] // 256, 64))
+        return jnp.zeros((len(pixels), pixels.shape[1] * pixels.shape[2] // 256, 64))
 
     monkeypatch.setattr(Editor, "encode_text", encode_text)
     monkeypatch.setattr(Editor, "encode_image", encode_image)
@@ -62,8 +68,7 @@ def test_each_example_is_encoded_once(calls, tmp_path):
     done = []
     first = EncodedSource(source, make_editor(), SIZE, tmp_path / "new" / "cache", progress=lambda *n: done.append(n))
     assert done == [(1, 3), (2, 3), (3, 3)]
-    assert [c for c in calls if isinstance(c, list)] == [[instruction] for instruction, _ in small_run.EDITS]
-    assert calls.count((1, 64, 64, 3)) == 3
+    assert calls == [[instruction for instruction, _ in small_run.EDITS], (3, 64, 64, 3)]  # together
     calls.clear()
     second = EncodedSource(source, make_editor(), SIZE, tmp_path / "new" / "cache")
     assert not calls
@@ -71,6 +76,122 @@ def test_each_example_is_encoded_once(calls, tmp_path):
         assert first[i].keys() == second[i].keys()
         for key, value in first[i].items():
             np.testing.assert_array_equal(value, second[i][key])
+
+
+def test_encoded_together_is_encoded_alone(tmp_path):
+    """The last of three, two at a time, is filled up; of two equal ones one is encoded."""
+    source = EditFolder(small_run.data_folder())
+    together = EncodedSource([*(source[i] for i in range(3)), source[0]], make_editor(), SIZE, tmp_path / "together")
+    for i in range(3):
+        alone = EncodedSource([source[i]], make_editor(), SIZE, tmp_path / "alone")[0]
+        for name, value in together[i].items():
+            if name == "instruction":
+                assert value == alone[name]
+            else:
+                np.testing.assert_allclose(
+                    np.float32(value), np.float32(alone[name]), rtol=1e-4, atol=1e-5, err_msg=name
+                )
+    assert entries(tmp_path / "together") == entries(tmp_path / "alone")
+
+
+def test_masks_are_kept_as_bytes_and_come_back_as_they_were(calls, tmp_path):
+    mask = (np.arange(64 * 64).reshape(64, 64) % 256).astype(np.float32) / 255
+    encoded = EncodedSource([make_example(mask=mask)], make_editor(), SIZE, tmp_path)
+    assert encoded[0]["mask"].dtype == np.float32
+    np.testing.assert_array_equal(encoded[0]["mask"], mask)
+    (file,) = tmp_path.iterdir()
+    assert load_file(file)["mask"].dtype == np.uint8
+
+
+# The index: a start that finds the files unchanged reads none of them.
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """The examples that are read, by index."""
+    read, getitem = [], EditFolder.__getitem__
+    monkeypatch.setattr(EditFolder, "__getitem__", lambda self, i: read.append(i) or getitem(self, i))
+    return read
+
+
+def start(data: Path, cache: Path, validate=lambda _: None) -> EncodedSource:
+    return EncodedSource(EditFolder(data), make_editor(), SIZE, cache, validate)
+
+
+def test_a_second_start_reads_nothing(calls, read, tmp_path):
+    data = small_run.write_data(tmp_path / "data")
+    first = start(data, tmp_path / "cache")
+    read.clear()
+    checked = []
+    second = start(data, tmp_path / "cache", checked.append)
+    assert read == []
+    assert second.digest == first.digest
+    assert [(x.instruction, x.has_target, x.flawed) for x in checked] == [(text, False, False) for text, _ in EDITS]
+
+    def refuse(example) -> None:
+        if example.instruction == EDITS[1][0]:
+            raise UserError(f"{example.name}: no", "")
+
+    with pytest.raises(UserError, match="00002-1: no"):
+        start(data, tmp_path / "cache", refuse)
+    assert read == []
+
+
+def test_what_has_changed_is_read_again(calls, read, tmp_path):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    before = entries(cache)
+    read.clear()
+    os.utime(data / "2.png", ns=(0, 0))  # the same pixels: they are read, and their encodings are there
+    start(data, cache)
+    assert (read, entries(cache)) == ([2], before)
+    read.clear()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(data / "1.png")
+    table = data / "metadata.jsonl"
+    table.write_text(table.read_text().replace(EDITS[0][0], "Paint it black."))
+    start(data, cache)
+    assert set(read) == {0, 1}
+    assert len(entries(cache)) == len(before) + 2
+
+
+def test_an_entry_that_is_gone_is_made_again(calls, read, tmp_path):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    first = start(data, cache)
+    gone = sorted(cache.glob("*.safetensors"))[0]
+    gone.unlink()
+    read.clear()
+    start(data, cache)
+    assert len(read) == 1
+    assert gone.is_file()
+    assert start(data, cache).digest == first.digest
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1}', '{"a": ["x", "y", "z", 1, false]}', "[" * 100_000])
+def test_a_damaged_index_counts_for_nothing(calls, read, tmp_path, text):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    (index,) = cache.glob("index-*.json")
+    index.write_text(text)
+    read.clear()
+    start(data, cache)
+    assert read == [0, 1, 2]
+    read.clear()
+    start(data, cache)
+    assert read == []
+
+
+def test_other_settings_do_not_share_an_index(calls, read, tmp_path):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    read.clear()
+    EncodedSource(EditFolder(data), make_editor(tokens=8), SIZE, cache)
+    assert set(read) == {0, 1, 2}
+
+
+def test_a_stamp_changes_with_the_marking(tmp_path):
+    data = small_run.write_data(tmp_path / "data")
+    assert EditFolder(data).stamp(0) != EditFolder(data, polarity="black").stamp(0)
+    assert EditFolder(data).stamp(0) == EditFolder(data).stamp(0)
 
 
 @pytest.mark.parametrize(
@@ -156,9 +277,10 @@ def test_text_weights_count_the_instruction_and_its_end():
     trainer = small_run.make_trainer()
     for batch in (small_run.make_batch(trainer, step) for step in range(3)):
         words = np.array([len(instruction.replace(".", " .").split()) for instruction in batch.instructions])
-        assert batch.text_weights.shape == (2, 16)
-        np.testing.assert_array_equal(batch.text_weights.sum(-1), words + 1)
-        np.testing.assert_array_equal(batch.text_weights, np.sort(batch.text_weights, axis=-1)[:, ::-1])
+        weights = batch.encoded["text_weights"]
+        assert weights.shape == (2, 16)
+        np.testing.assert_array_equal(weights.sum(-1), words + 1)
+        np.testing.assert_array_equal(weights, np.sort(weights, axis=-1)[:, ::-1])
 
 
 class Numbers:
@@ -197,8 +319,8 @@ def test_a_batch_is_a_function_of_the_step():
 
 def test_rows_of_a_batch_belong_together():
     batch = Batches(Numbers(7), prompts=4, seed=0)[2]
-    for field in batch._fields[:6]:
-        np.testing.assert_array_equal(getattr(batch, field)[:, 0], [int(name) for name in batch.instructions])
+    for array in (*batch.encoded.values(), batch.pixels, batch.mask):
+        np.testing.assert_array_equal(array[:, 0], [int(name) for name in batch.instructions])
 
 
 def test_targets_come_along_where_every_example_has_one(calls, tmp_path):

@@ -1,0 +1,124 @@
+"""What a family of models gives to training and evaluation, and the one way in which edits are sampled from it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, UInt8
+
+from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.flow.solver import EULER, Solver, VelocityWithAux
+from rcgrpo_jax.method import concentration
+
+
+class Masses(NamedTuple):
+    """The attention of text tokens on image tokens, of each of the last L_sel blocks (Eq. 16)."""
+
+    inside: Float[Array, "L_sel *b N_txt"]  # in the region
+    total: Float[Array, "L_sel *b N_txt"]  # everywhere
+    map: Float[Array, "L_sel *b N_img"] | None = None  # a(u), where it is asked for
+
+
+class Family(Hashable, Protocol):
+    """A family's networks, without parameters: equal ones share compiled programs.
+
+    Pictures are `[..., H, W, 3]`, their latents `[..., N, C]` on a grid of (rows, columns) tokens. A condition is any
+    tree of arrays; what makes one may have any number of networks and passes behind it.
+    """
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The token grid of a picture of `height x width` pixels."""
+
+    def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[Array, " K+1"]:
+        """The times of a rollout of K steps."""
+
+    def condition(self, encoded: Mapping[str, Array], guidance: float) -> Any:
+        """The condition `c`, of what `Editor.encode` gave: arrays by name, with any leading axes."""
+
+    def source(self, condition: Any) -> Float[Array, "*b N C"]:
+        """The latents of the source, on the target's grid."""
+
+    def text_weights(self, encoded: Mapping[str, Array]) -> Float[Array, "*b N_txt"]:
+        """1 for the text tokens that are the instruction's own, 0 for padding."""
+
+    def velocity(
+        self,
+        params: dict,
+        lora: dict,
+        x: Float[Array, "*b N C"],
+        sigma: Float[Array, ""],
+        condition: Any,
+        grid: tuple[int, int],
+        region: Float[Array, "*b N"] | None = None,
+    ) -> tuple[Float[Array, "*b N C"], Masses | None]:
+        """`v_theta(x, sigma, c)`, float32, and the attention masses of the selected blocks where a region is given."""
+
+    def decode(self, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
+        """Pictures in [-1, 1], float32; `params` are the decoder's."""
+
+
+class Editor(Protocol):
+    """A family with its parameters and the encoders of its inputs."""
+
+    family: Family
+
+    def encode(self, pixels: UInt8[Array, "P H W 3"], instructions: list[str]) -> dict[str, Array]:
+        """What the family's networks read of sources and instructions, arrays `[P, ...]` by name."""
+
+
+def sample(
+    family: Family,
+    params: dict,
+    lora: dict,
+    noise: Float[Array, "*b N C"],
+    condition: Any,
+    sigmas: Float[Array, " K+1"],
+    grid: tuple[int, int],
+    solver: Solver = EULER,
+) -> Float[Array, "K+1 *b N C"]:
+    """The states of a rollout from the noise (Eq. 12); the last is the edit's latents.
+
+    Args:
+        family: The networks.
+        params: Of the network that predicts velocities.
+        lora: Its adapter with the scale folded in (`models.lora.scale_adapter`); empty: none.
+        noise: Packed initial noise, float32.
+        condition: `c`.
+        sigmas: Of `family.sigmas`.
+        grid: The token grid.
+        solver: Takes the steps.
+    """
+
+    def velocity(x: Array, sigma: Array) -> Array:
+        return family.velocity(params, lora, x, sigma, condition, grid)[0]
+
+    return rollout.integrate(velocity, noise, sigmas, solver)
+
+
+def velocity_and_density(
+    family: Family,
+    params: dict,
+    lora: dict,
+    condition: Any,
+    grid: tuple[int, int],
+    region: Float[Array, " N"],
+    text_weights: Float[Array, " N_txt"] | None = None,
+) -> VelocityWithAux:
+    """The velocity of one sample beside the ACD of each selected block (Eq. 17), `[L_sel]`.
+
+    Args:
+        family: The networks.
+        params: As in `sample`.
+        lora: As there.
+        condition: Of one sample.
+        grid: The token grid.
+        region: M.
+        text_weights: Text tokens that count, as `concentration.density_from_masses` has them; None: all.
+    """
+
+    def velocity(x: Array, sigma: Array) -> tuple[Array, Array]:
+        v, masses = family.velocity(params, lora, x, sigma, condition, grid, region)
+        return v, concentration.density_from_masses(masses.inside, masses.total, region, text_weights)
+
+    return velocity

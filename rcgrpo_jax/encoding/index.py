@@ -1,0 +1,54 @@
+"""What was found of examples when they were read: a later start that finds their files unchanged reads no pixel."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from rcgrpo_jax.borders import conform, parse_json
+from rcgrpo_jax.errors import UserError
+
+
+class Known(NamedTuple):
+    """An example that has been read; it has what a check of examples looks at, but for pictures."""
+
+    entry: str  # name of its file in the cache, without the suffix
+    name: str
+    instruction: str
+    has_target: bool
+    flawed: bool
+
+
+def read_index(folder: Path, settings: str) -> dict[str, Known]:
+    """Stamp (`data.example.Source.stamp`) -> what is known, of all processes that wrote into the folder.
+
+    A file that is damaged counts for nothing: its examples are read again.
+
+    Args:
+        folder: The cache.
+        settings: Names what entries depend on besides their examples.
+    """
+    known: dict[str, Known] = {}
+    for file in sorted(folder.glob(f"index-{settings}-*.json")):
+        try:
+            rows = parse_json(file.read_text(encoding="utf-8"))
+            conform(rows, dict[str, tuple[str, str, str, bool, bool]], f"{file}", "")
+        except (OSError, ValueError, UserError):
+            continue
+        known |= {stamp: Known(*row) for stamp, row in rows.items()}
+    return known
+
+
+def write_index(folder: Path, settings: str, process: int, known: dict[str, Known]) -> None:
+    """Keeps what a process found, whole or not at all; the next start is slower where it cannot be written."""
+    file = folder / f"index-{settings}-{process}.json"
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
