@@ -59,6 +59,7 @@ setup(
         "cuda": [f"jax[cuda12]{JAX}"],
         "photo": ["scikit-image>=0.25", "scikit-learn>=1.5"],  # the photographs of scenes:photo
         "evaluate": [LPIPS],
+        "wandb": ["wandb>=0.19"],
         "test": [
             "scikit-image>=0.25",
             "scikit-learn>=1.5",

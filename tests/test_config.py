@@ -410,7 +410,7 @@ def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
         "--config.rewards.preservation=0",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert make_rewards(seen[0]) == {"colour": rewards.Colour(scale=30.0)}
+    assert make_rewards(seen[0]) == {"colour": rewards.as_reward(rewards.Colour(scale=30.0))}
 
 
 @pytest.mark.parametrize(

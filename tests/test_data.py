@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcgrpo_jax.data import EditExample, EditFolder, check_example
+from rcgrpo_jax.data import EditExample, EditFolder, Needs, check_example
 from rcgrpo_jax.errors import UsageError, UserError
 
 UNICODE = "  把杯子涂成红色 🎨\u2028« noch röter »"
@@ -94,9 +94,11 @@ def test_supervised_triples_need_no_mask_and_flawed_targets_say_so(folder):
     line = row("a", target="images/target.png", flawed=True)
     del line["mask"]
     write_lines(folder, line, row("a", mask_polarity="black"))
-    with pytest.raises(UserError, match="line 1: the field 'mask' is missing"):
+    with pytest.raises(
+        UserError, match=r"line 1: the field 'mask' is missing; found .*; an edit by region needs 'mask'\."
+    ):
         EditFolder(folder)
-    whole, part = (EditFolder(folder, needs_mask=False)[i] for i in range(2))
+    whole, part = (EditFolder(folder, needs=Needs())[i] for i in range(2))
     assert whole.mask.shape == whole.image.shape[:2]
     assert whole.mask.dtype == part.mask.dtype
     assert (whole.mask == 1).all()

@@ -33,11 +33,12 @@ def test_a_step_goes_on_without_the_group(monkeypatch, value):
     programs, rollout, batch = trainer.programs, trainer.programs.rollout, small_run.make_batch(trainer)
     monkeypatch.setattr(programs, "rollout", lambda *given: diverged(rollout(*given), value))
     scores = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    monkeypatch.setattr(trainer, "rewards", {"judge": lambda inputs: scores})
+    monkeypatch.setattr(trainer, "rewards", {"judge": rewards.as_reward(lambda inputs: scores)})
     monkeypatch.setattr(trainer, "weights", {"judge": 1.0})
     metrics, rows = take_step(trainer, batch)
     assert metrics["groups/dropped"] == 1
     assert metrics["reward/judge"] == pytest.approx(scores[1].mean())
+    assert metrics["reward_failed/judge"] == 1 / 8
     assert [name for name, x in metrics.items() if not np.isfinite(x)] == []
     assert metrics["grad_norm"] > 0
     assert (rows[0].candidates[2] == (255, 0, 255)).all()  # magenta
@@ -76,6 +77,8 @@ def test_how_far_backgrounds_move_is_told_of_the_other_groups(value):
 def test_a_picture_with_a_pixel_that_is_not_finite_has_no_score():
     edited = np.zeros((2, 3, 4, 4, 3), np.float32)
     edited[0, 1, 2, 2, 1], edited[1, 0, 0, 0, 0] = np.nan, np.inf
-    scores = rewards.refuse_broken({"judge": np.ones((2, 3), np.float32)}, edited)["judge"]
+    judge = rewards.as_reward(lambda inputs: np.ones((2, 3), np.float32))
+    inputs = RewardInputs(edited[:, 0], edited, edited[:, 0, ..., 0], ("",) * 2)
+    scores = rewards.start_all({"judge": judge}, inputs).result().by_reward["judge"]
     np.testing.assert_array_equal(scores, [[1, np.nan, 1], [np.nan, 1, 1]])
     assert scores.dtype == np.float32

@@ -1,8 +1,13 @@
 """Rewards measure what they say: the background by PSNR and SSIM, the region by its colour; NaN stays NaN."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
+from ml_collections import ConfigDict
 from skimage import color, data, metrics
 
 from rcgrpo_jax import rewards
@@ -10,6 +15,8 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards import base
 from rcgrpo_jax.rewards.colour import lab_from_srgb, named_colour
 from rcgrpo_jax.rewards.preservation import PSNR_CAP, masked_psnr, masked_ssim
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import make_rewards
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +199,14 @@ def test_unknown_rewards_and_options_name_the_nearest():
 def test_a_name_is_registered_once(monkeypatch):
     monkeypatch.setattr(base, "_FACTORIES", {})
     rewards.register("mine")(Fixed)
-    assert rewards.make("mine", scores=3).scores == 3
+    assert rewards.make("mine", scores=3).function.scores == 3
     with pytest.raises(ValueError, match="twice"):
         rewards.register("mine")(Fixed)
+
+
+def score(by_name, *parts):
+    """Scores of the parts, all of which are started first."""
+    return rewards.take_all([rewards.start_all(by_name, part) for part in parts])
 
 
 class Fixed:
@@ -202,9 +214,6 @@ class Fixed:
 
     def __init__(self, scores):
         self.scores = scores
-
-    def validate(self, instruction):
-        pass
 
     def __call__(self, inputs):
         if isinstance(self.scores, Exception):
@@ -215,15 +224,16 @@ class Fixed:
 def test_nan_passes_through(photo, mask):
     broken = photo.copy()
     broken[30, 45] = np.nan  # in the region
-    batch = inputs(photo, [photo, broken], mask)
+    batch = inputs(photo, [photo, broken, photo], mask)
     by_name = {
-        "fixed": Fixed(np.array([[np.nan, 2.0]])),
+        "fixed": rewards.as_reward(Fixed(np.array([[np.nan, 2.0, 3.0]]))),
         "p": rewards.make("preservation"),
         "c": rewards.make("colour"),
     }
-    scores = rewards.score_all(by_name, batch)
+    scores, failures = score(by_name, batch)
+    assert failures == {}
     assert {name: np.isnan(value).tolist() for name, value in scores.items()} == {
-        "fixed": [[True, False]], "p": [[False, True]], "c": [[False, True]],
+        "fixed": [[True, True, False]], "p": [[False, True, False]], "c": [[False, True, False]],
     }  # fmt: skip
     assert all(type(value) is np.ndarray and value.dtype == np.float32 for value in scores.values())
 
@@ -235,5 +245,111 @@ def test_nan_passes_through(photo, mask):
 ])  # fmt: skip
 def test_a_failing_reward_is_named(photo, mask, scores, problem, remedy):
     with pytest.raises(UserError, match=problem) as caught:
-        rewards.score_all({"mine": Fixed(scores)}, inputs(photo, [photo, photo], mask))
+        score({"mine": rewards.as_reward(Fixed(scores))}, inputs(photo, [photo, photo], mask))
     assert remedy in caught.value.remedy
+
+
+def test_a_function_is_a_reward_with_what_it_says_of_itself():
+    plain = rewards.as_reward(lambda inputs: inputs)
+    assert not plain.needs_target
+    plain.validate("anything")
+    assert rewards.make("oracle").needs_target
+    with pytest.raises(UserError, match="no colour is named"):
+        rewards.make("colour").validate("remove the dog")
+    assert rewards.as_reward(plain) is plain
+
+
+# Rewards that ask a server
+
+
+class Judge(rewards.Reward):
+    """A toy of a server: it scores each candidate by its mean, in a thread, once `gate` is open.
+
+    Args:
+        down: Calls that fail as wholes: of the first, the second, ...
+        at: Where a call fails, "start" or "result".
+        lost: Indices (p, g) of candidates without an answer.
+        gate: Waited for by every answer.
+    """
+
+    def __init__(self, down=(), at="result", lost=(), gate=None):
+        self.down, self.at, self.lost, self.gate, self.calls = down, at, lost, gate, 0
+        self.pool = ThreadPoolExecutor(4)
+
+    def start(self, inputs):
+        self.calls += 1
+        if self.calls in self.down and self.at == "start":
+            raise rewards.Unscored(f"call {self.calls} was refused")
+        return self.pool.submit(self.ask, np.asarray(inputs.edited), self.calls)
+
+    def ask(self, edited, call):
+        if self.gate is not None:
+            assert self.gate.wait(60)
+        if call in self.down:
+            raise rewards.Unscored(f"call {call} was cut off")
+        scores = edited.mean((2, 3, 4))
+        for index in self.lost:
+            scores[index] = np.nan
+        return scores
+
+
+def test_a_server_is_a_reward_by_its_name(monkeypatch):
+    monkeypatch.setattr(base, "_FACTORIES", {**base._FACTORIES})
+    rewards.register("judge")(Judge)
+    config = small_run.make_config(rewards=ConfigDict({"judge": 1.0}))
+    config.reward_options.judge = ConfigDict({"at": "start"})
+    validate(config, 1)
+    made = make_rewards(config)
+    assert [(name, type(reward), reward.at) for name, reward in made.items()] == [("judge", Judge, "start")]
+    assert not made["judge"].needs_target
+    made["judge"].validate("anything")
+    config.reward_options.judge = ConfigDict({"at": 3})
+    with pytest.raises(UsageError, match=r"reward_options\.judge\.at: 3 found; str was wanted"):
+        validate(config, 1)
+
+
+def flat(*levels):
+    """One prompt with a candidate of each level."""
+    edited = np.broadcast_to(np.float32(levels)[:, None, None, None], (len(levels), 4, 4, 3))
+    return inputs(edited[0], edited, np.ones((4, 4), np.float32))
+
+
+def test_all_parts_of_all_rewards_are_started_before_a_server_answers():
+    gate, order = threading.Event(), []
+
+    def local(batch):
+        order.append(judge.calls)  # a local reward, which may hold the host, comes after the server's
+        if judge.calls == other.calls == 2:
+            gate.set()  # an answer that was waited for any earlier would never come
+        return batch.edited.mean((2, 3, 4))
+
+    judge, other = Judge(gate=gate), Judge(gate=gate)
+    by_name = {"local": rewards.as_reward(local), "judge": judge, "other": other}
+    scores, failures = score(by_name, flat(0.25, 0.5), flat(0.75, 1.0))
+    assert order == [1, 2]
+    assert failures == {}
+    assert list(scores) == ["local", "judge", "other"]
+    for found in scores.values():
+        np.testing.assert_array_equal(found, [[0.25, 0.5, 0.75, 1.0]])
+
+
+def test_a_candidate_without_an_answer_leaves_the_others_theirs():
+    scores, failures = score({"judge": Judge(lost=[(0, 1)])}, flat(0.25, 0.5), flat(0.75, 1.0))
+    np.testing.assert_array_equal(scores["judge"], [[0.25, np.nan, 0.75, np.nan]])
+    assert failures == {}
+
+
+@pytest.mark.parametrize(("at", "cause"), [("start", "call 2 was refused"), ("result", "call 2 was cut off")])
+def test_a_call_that_fails_costs_its_part_alone(at, cause):
+    by_name = {"judge": Judge(down=(2, 3), at=at), "other": Judge()}
+    scores, failures = score(by_name, flat(0.25), flat(0.5), flat(0.75), flat(1.0))
+    np.testing.assert_array_equal(scores["judge"], np.float32([[0.25, np.nan, np.nan, 1.0]]))
+    np.testing.assert_array_equal(scores["other"], np.float32([[0.25, 0.5, 0.75, 1.0]]))
+    assert failures == {"judge": cause}
+
+
+def test_another_error_of_a_server_ends_the_run_by_name():
+    judge = Judge()
+    judge.ask = lambda edited, call: {}["score"]  # an answer in another form
+    with pytest.raises(UserError, match="reward 'judge' failed: KeyError: 'score'"):
+        score({"judge": judge}, flat(0.5))

@@ -18,6 +18,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
+from rcgrpo_jax.rewards import as_reward
 from rcgrpo_jax.rl.setup import first_state
 from rcgrpo_jax.rl.trainer import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.load import ModelFolder
@@ -352,8 +353,8 @@ def test_rewards_that_fail_in_turns_leave_no_group_either():
 
 def always(monkeypatch, trainer: Trainer, score: float) -> None:
     """Makes `score` the only reward of every candidate."""
-    rewards = {"stub": lambda inputs: np.full(inputs.edited.shape[:2], score, np.float32)}
-    monkeypatch.setattr(trainer, "rewards", rewards)
+    stub = as_reward(lambda inputs: np.full(inputs.edited.shape[:2], score, np.float32))
+    monkeypatch.setattr(trainer, "rewards", {"stub": stub})
     monkeypatch.setattr(trainer, "weights", {"stub": 1.0})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import EditExample, Needs
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
@@ -174,8 +174,8 @@ def test_pictures_are_treated_as_files_are(tmp_path):
 def test_masks_are_the_whole_pictures_where_none_is_needed(tmp_path):
     features, row = by_hand()
     path = write_by_hand(tmp_path, *({key: x[key] for key in x if key != "mask"} for x in (features, row)))
-    assert (TfdsSource(str(path), needs_mask=False)[0].mask == np.ones((20, 30), np.float32)).all()
-    with pytest.raises(UserError, match="the feature 'mask' is missing"):
+    assert (TfdsSource(str(path), needs=Needs())[0].mask == np.ones((20, 30), np.float32)).all()
+    with pytest.raises(UserError, match=r"the feature 'mask' is missing; found .*; an edit by region needs it\."):
         TfdsSource(str(path))
 
 

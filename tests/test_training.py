@@ -3,8 +3,11 @@
 import json
 import logging
 import math
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.rewards import Reward, RewardInputs, Unscored, as_reward
 from rcgrpo_jax.rl.trainer import Trainer, train
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import TrainState
@@ -39,6 +43,9 @@ GOLDEN = {
     "reward/acd": 1.0962,
     "reward/colour": 0.10776,
     "reward/preservation": 0.11392,
+    "reward_failed/acd": 0.0,
+    "reward_failed/colour": 0.0,
+    "reward_failed/preservation": 0.0,
     "reward_std/acd": 0.015256,
     "reward_std/colour": 0.0023173,
     "reward_std/preservation": 0.00048529,
@@ -51,6 +58,7 @@ HOW_TO_UPDATE = (
 METRICS = {
     "reward/preservation", "reward/colour", "reward/acd",  # as they came
     "reward_std/preservation", "reward_std/colour", "reward_std/acd", "reward_std/total",  # within a group
+    "reward_failed/preservation", "reward_failed/colour", "reward_failed/acd",  # share of candidates
     "background/drift", "background/error",
     "ratio_mean", "ratio_deviation", "clip_fraction", "kl", "policy_entropy", "loss", "grad_norm",
     "groups/zero_std", "groups/dropped",
@@ -175,36 +183,84 @@ def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monke
     assert compiled[1:3] == [[], []]
 
 
-def test_every_part_rolls_out_before_the_first_is_scored(monkeypatch):
-    """The devices have work while a reward, which may be a server's, takes its time."""
-    trainer, order = small_run.make_trainer(rollout__micro_batch=4), []
+class Judge(Reward):
+    """A toy of a server that answers, from a thread, once it has been asked about every part."""
+
+    def __init__(self, parts: int, fails: Callable[[np.ndarray], None] = lambda scores: None):
+        self.parts, self.fails, self.order, self.all_asked = parts, fails, [], threading.Event()
+        self.pool = ThreadPoolExecutor(parts)
+
+    def start(self, inputs: RewardInputs) -> Future:
+        self.order.append("start" if inputs.edited.is_ready() else "too early")
+        if self.order.count("start") == self.parts:
+            self.all_asked.set()
+        return self.pool.submit(self.answer, inputs.edited.shape[:2])
+
+    def answer(self, shape: tuple[int, int]) -> np.ndarray:
+        assert self.all_asked.wait(120), "an answer is waited for before all parts have been started"
+        scores = np.random.default_rng(0).random(shape, np.float32)
+        self.fails(scores)
+        self.order.append("answer")
+        return scores
+
+
+def test_a_server_is_asked_about_each_part_as_it_comes_and_waited_for_in_the_end(monkeypatch):
+    """The devices have work while a reward takes its time, and the servers have all parts at once."""
+    trainer, judge = small_run.make_trainer(rollout__micro_batch=4), Judge(parts=2)
     programs = trainer.programs
-    for owner, name in ((trainer, "compared"), (programs, "rollout"), (programs, "decode"), (trainer, "score")):
+    for owner, name in ((trainer, "compared"), (programs, "rollout"), (programs, "decode")):
         call = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: order.append(name) or call(*args))
+        monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: judge.order.append(name) or call(*args))
+    monkeypatch.setattr(trainer, "rewards", trainer.rewards | {"judge": judge})
     with jax.set_mesh(programs.mesh):
-        trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
-    assert order == ["compared", *["rollout", "decode"] * 2, "score", "score"]
+        sample = trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
+    assert judge.order == ["compared", *["rollout", "decode"] * 2, *["start"] * 2, *["answer"] * 2]
+    assert sample.scores["judge"].shape == (2, 4)
+
+
+def no_answer(scores: np.ndarray) -> None:
+    raise Unscored("503 Service Unavailable")
+
+
+def one_lost(scores: np.ndarray) -> None:
+    scores[0, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("fails", "share", "dropped", "warnings"),
+    [(one_lost, 1 / 8, 1, []), (no_answer, 1, 2, ["step 1: reward 'judge': 503 Service Unavailable"])],
+)
+def test_a_step_goes_on_without_what_a_server_has_not_scored(monkeypatch, caplog, fails, share, dropped, warnings):
+    trainer = small_run.make_trainer()
+    judge = Judge(1, fails)
+    monkeypatch.setattr(trainer, "rewards", trainer.rewards | {"judge": judge})
+    monkeypatch.setattr(trainer, "weights", trainer.weights | {"judge": 1.0})
+    monkeypatch.setattr(trainer, "unscored", 0)
+    _, metrics, _ = small_run.take_step(trainer, small_run.make_state(trainer), small_run.make_batch(trainer))
+    assert metrics["reward_failed/judge"] == share
+    assert metrics["reward_failed/colour"] == 0
+    assert metrics["groups/dropped"] == dropped
+    assert caplog.messages == warnings
 
 
 def test_the_devices_finish_the_next_part_while_a_reward_takes_its_time(monkeypatch):
     """The reward of the first part returns only once the pictures of the second are there."""
     trainer, pictures = small_run.make_trainer(rollout__micro_batch=4), []
-    decode, score = trainer.programs.decode, trainer.score
+    decode, colour = trainer.programs.decode, trainer.rewards["colour"]
 
     def decoded(*args):
         pictures.append(decode(*args))
         return pictures[-1]
 
-    def slow(compared, images):
+    def slow(inputs):
         deadline = time.monotonic() + 120
         while not pictures[1].is_ready():
             assert time.monotonic() < deadline, "nothing runs beside the reward"
             time.sleep(0.001)
-        return score(compared, images)
+        return colour(inputs)
 
     monkeypatch.setattr(trainer.programs, "decode", decoded)
-    monkeypatch.setattr(trainer, "score", slow)
+    monkeypatch.setattr(trainer, "rewards", {"colour": as_reward(slow)})
     with jax.set_mesh(trainer.programs.mesh):
         sample = trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
     assert len(pictures) == 2
@@ -251,8 +307,8 @@ def test_the_update_writes_the_state_where_the_old_one_was():
 
 @pytest.mark.parametrize(
     ("data", "problem"),
-    [({}, "no target image; the reward 'oracle' compares with one"),
-     ({"data__path": "scenes:train:6:1"}, "flawed on purpose; the reward 'oracle' takes targets for right")],
+    [({}, "no target image; the reward 'oracle' needs one"),
+     ({"data__path": "scenes:train:6:1"}, "flawed on purpose; the reward 'oracle' needs a right one")],
 )  # fmt: skip
 def test_a_reward_that_needs_a_target_is_refused_without_a_right_one(data, problem, tmp_path):
     config = small_run.make_config(**data)

@@ -21,6 +21,7 @@ from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.rl.config import name_rewards, reward_fields
 from rcgrpo_jax.runs.fields import flatten
+from rcgrpo_jax.runs.writers import writer_names
 
 
 def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> tuple[ConfigDict, Path]:
@@ -207,8 +208,9 @@ def _lines(error: Exception, path: str) -> list[int]:
     return [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
 
 
-def print_records(workdir: Path) -> None:
+def print_records(workdir: Path, config: ConfigDict) -> None:
     """Says where a run leaves its records."""
     print(f"metrics      {workdir / 'metrics.jsonl'}")
-    print(f"tensorboard  {workdir / 'tensorboard'}")
+    for name in writer_names(config.train.writers):
+        print(f"{name:<11}  {workdir / name}")
     print(f"images       {workdir / 'images'}")

@@ -18,6 +18,7 @@ from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_apart, check_file, path_flag, write_text
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
+from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import check_fits, open_editor
 from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
@@ -38,7 +39,7 @@ PICTURED = 8  # examples in the grid
 def _flags(values: flags.FlagValues) -> None:
     path_flag("model", "diffusers folder or converted directory", values)
     define_lora(values)
-    path_flag("data", "folder, tfds:DATASET[@SPLIT] or scenes:SPLIT[/KINDS][:COUNT]", values)
+    path_flag("data", forms(), values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     path_flag("out", "directory to write", values)

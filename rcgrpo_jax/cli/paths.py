@@ -11,7 +11,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.data.sources import dataset_and_split
+from rcgrpo_jax.data.kinds import split_prefix
+from rcgrpo_jax.data.sources import folder_of
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.runs.fields import flatten
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
@@ -54,8 +55,9 @@ def expand_home(field: str, path: str) -> str:
     Raises:
         UsageError: There is no such user, or no home directory.
     """
-    if path.startswith("tfds:"):
-        return "tfds:" + expand_home(field, path.removeprefix("tfds:"))
+    prefix, rest = split_prefix(path)
+    if prefix:
+        return f"{prefix}:{expand_home(field, rest)}"
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         name = path.partition("/")[0]
@@ -139,8 +141,8 @@ def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = 
         UsageError: It is or does.
     """
     for field, path in inputs.items():
-        read = _folder(str(path or ""))
-        if not path or not read.exists():
+        read = folder_of(str(path)) if path else None
+        if read is None or not read.exists():
             continue
         if not _same(output, read):
             inside = any(_same(parent, read) for parent in output.resolve().parents)
@@ -187,13 +189,6 @@ def _has_only(folder: Path, patterns: Collection[str]) -> bool:
     """Whether a folder is new, or all that is in it has a name of these patterns."""
     found = folder.iterdir() if folder.is_dir() else ()
     return all(any(fnmatch(file.name, pattern) for pattern in patterns) for file in found)
-
-
-def _folder(path: str) -> Path:
-    """The file or folder that a value of `Inputs` reads."""
-    if path.startswith("tfds:"):
-        return Path(dataset_and_split(path)[0])
-    return Path(path).parent if path.endswith(".jsonl") else Path(path)
 
 
 def _overwrites(flag: str, output: Path, read: str) -> UsageError:

@@ -18,5 +18,5 @@ def run(argv: list[str]) -> int:
     if is_main():
         print(f"{'LoRA' if config.stage == 'lora' else 'model':<12} {result or 'not yet: the run was stopped'}")
         print(f"checkpoints  {workdir / 'checkpoints'}")
-        print_records(workdir)
+        print_records(workdir, config)
     return 0 if result else STOPPED

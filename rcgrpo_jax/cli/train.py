@@ -17,5 +17,5 @@ def run(argv: list[str]) -> int:
     state = train(config, workdir)
     if is_main():
         print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
-        print_records(workdir)
+        print_records(workdir, config)
     return STOPPED if int(state.step) < config.train.num_steps else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -82,6 +82,49 @@ def check_example(example: EditExample) -> EditExample:
             "It was cut within a character: write it again.",
         )
     return example
+
+
+class Needs(NamedTuple):
+    """What examples must have beside an image and an instruction.
+
+    Each field names who needs it, for the message to those whose examples lack it; empty: nobody does.
+    """
+
+    mask: str = ""
+    target: str = ""  # also one that is flawed on purpose
+    right_target: str = ""  # one that is not
+
+
+REGION = Needs(mask="an edit by region")
+
+
+class Described(Protocol):
+    """What can be known of an example without its pictures."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def has_target(self) -> bool: ...
+    @property
+    def flawed(self) -> bool: ...
+
+
+def check_needs(example: Described, needs: Needs) -> None:
+    """Refuses an example without the target that is needed; sources themselves refuse those without a mask.
+
+    Raises:
+        UserError: With the example, what it lacks, and who needs it.
+    """
+    if not example.has_target and (who := needs.target or needs.right_target):
+        raise UserError(
+            f"{example.name}: no target image; {who} needs one.",
+            "Add targets, or choose examples that have them, such as scenes:train.",
+        )
+    if example.flawed and needs.right_target:
+        raise UserError(
+            f"{example.name}: its target is flawed on purpose; {needs.right_target} needs a right one.",
+            "Leave such examples out; of scenes, the share of flaws.",
+        )
 
 
 class Source(Protocol):

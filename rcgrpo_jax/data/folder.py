@@ -16,18 +16,17 @@ from PIL import Image
 
 from rcgrpo_jax import filetypes
 from rcgrpo_jax.borders import shorten
-from rcgrpo_jax.data.example import EditExample, check_example
+from rcgrpo_jax.data.example import REGION, EditExample, Needs, Source, check_example
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.data.jsonl import REMEDY, SEPARATED, check_row, mask_value_of, read_rows, read_text
-from rcgrpo_jax.data.masks import Polarity, check_marking, read_mask
+from rcgrpo_jax.data.kinds import SourceKind, forms, register
+from rcgrpo_jax.data.masks import Marking, Polarity, check_marking, read_mask
 from rcgrpo_jax.data.paths import Finder, composed, printable
 from rcgrpo_jax.errors import UserError
 
 _SHOWN = 3  # missing files that a message names before it counts the rest
 _BY_SUFFIX = {".csv": SEPARATED, ".tsv": SEPARATED, ".json": "a JSON document"}
 _LOOKED_AT = 1000  # most files whose kinds are looked up in a folder without examples, for the message
-
-Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class EditFolder:
         image_field: The key of the image in `metadata.jsonl`.
         mask_field: The key of the mask.
         instruction_field: The key of the instruction.
-        needs_mask: Whether a line of `metadata.jsonl` without a mask is refused; else its mask is the whole picture.
+        needs: Whether a line of `metadata.jsonl` without a mask is refused; else its mask is the whole picture.
 
     Raises:
         UserError: There is no such folder, nothing in it, a bad line, or files that do not exist: all are looked for
@@ -83,12 +82,12 @@ class EditFolder:
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
-        needs_mask: bool = True,
+        needs: Needs = REGION,
     ):
         check_marking(polarity, mask_value)
         fields = (image_field, mask_field, instruction_field)
         try:
-            self._entries = _find_entries(path, (polarity, mask_value), fields, needs_mask)
+            self._entries = _find_entries(path, (polarity, mask_value), fields, needs)
         except OSError as error:
             which = shorten(str(error.filename))
             raise UserError(
@@ -124,14 +123,36 @@ class EditFolder:
         )
 
 
-def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, str], needs_mask: bool) -> list[_Entry]:
+@register("")
+class FolderKind(SourceKind):
+    """Examples in the user's own files."""
+
+    form = "a folder, a .jsonl file (JSON Lines)"
+
+    def open(self, path: str, marking: Marking, needs: Needs) -> Source:
+        return EditFolder(path, polarity=marking[0], mask_value=marking[1], needs=needs)
+
+    def same_examples(self, path: str, other: str) -> bool:
+        """Whether they are one folder, also if one names its table."""
+
+        def place(path: str) -> Path:
+            resolved = Path(path).resolve()
+            return resolved.parent if resolved.name == "metadata.jsonl" else resolved
+
+        return place(path) == place(other)
+
+    def folder(self, path: str) -> Path:
+        return Path(path).parent if path.endswith(".jsonl") else Path(path)
+
+
+def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, str], needs: Needs) -> list[_Entry]:
     find = Finder()
     path = find(Path(path))
     if not path.exists():
-        raise UserError(f"{path}: there is no such folder or file.", "Correct the path to the examples.")
+        raise UserError(f"{path}: there is no such folder or file.", f"Correct the path: {forms()}.")
     table = path if path.is_file() else path / "metadata.jsonl"
     if table.is_file():
-        entries = list(_from_jsonl(table, marking, fields, needs_mask, find))
+        entries = list(_from_jsonl(table, marking, fields, needs, find))
     else:
         entries = list(_from_folders(path, marking))
     if not entries:
@@ -147,12 +168,11 @@ def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, st
 
 
 def _from_jsonl(
-    table: Path, marking: Marking, fields: tuple[str, str, str], needs_mask: bool, find: Finder
+    table: Path, marking: Marking, fields: tuple[str, str, str], needs: Needs, find: Finder
 ) -> Iterator[_Entry]:
-    needed = [field for field in fields if needs_mask or field != fields[1]]
     for number, row in read_rows(table):
         where = f"{table}, line {number}"
-        check_row(row, where, fields, needed)
+        check_row(row, where, fields, needs)
         image, mask, instruction = (row.get(field) for field in fields)
         target = row.get("target")
         yield _Entry(

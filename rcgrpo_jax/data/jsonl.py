@@ -11,9 +11,10 @@ from typing import Any
 
 from rcgrpo_jax import filetypes
 from rcgrpo_jax.borders import parse_json, shorten
+from rcgrpo_jax.data.example import Needs
+from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.errors import UserError, nearest
 
-WANTED = "a folder, a .jsonl file (JSON Lines), tfds:DATASET or scenes:SPLIT was wanted"
 REMEDY = (
     "Such files are not read: save each picture and mask as a PNG, and a metadata.jsonl beside them with a line an "
     'example, {"image": "a.png", "mask": "a_mask.png", "instruction": "Make the mug red."}.'
@@ -81,7 +82,7 @@ def check_kind(path: Path) -> None:
     if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):  # unless it is UTF-16
         kind = kind or "binary data"
     if kind and head:
-        raise UserError(f"{path}: this is {kind}; {WANTED}.", REMEDY)
+        raise UserError(f"{path}: this is {kind}; {forms()} was wanted.", REMEDY)
 
 
 def read_text(path: Path) -> str:
@@ -110,7 +111,7 @@ def _object(text: str, where: str, table: Path) -> dict[str, Any]:
         row = parse_json(text)
     except json.JSONDecodeError as error:
         if kind := _document(table, text):
-            raise UserError(f"{table}: this is {kind}; {WANTED}.", REMEDY) from None
+            raise UserError(f"{table}: this is {kind}; {forms()} was wanted.", REMEDY) from None
         raise UserError(
             f"{where}: {error.msg} at column {error.colno}; a JSON object was wanted.",
             "Write one example a line, in braces and double quotes.",
@@ -122,7 +123,7 @@ def _object(text: str, where: str, table: Path) -> dict[str, Any]:
         ) from None
     if isinstance(row, dict):
         if _is_coco(row):
-            raise UserError(f"{where}: this is {_COCO}; {WANTED}.", REMEDY)
+            raise UserError(f"{where}: this is {_COCO}; {forms()} was wanted.", REMEDY)
         return row
     raise UserError(
         f"{where}: a JSON {type(row).__name__} found; an object was wanted.",
@@ -151,20 +152,21 @@ def _is_coco(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), list) for name in ("images", "annotations"))
 
 
-def check_row(row: Mapping[str, Any], where: str, fields: Sequence[str], needed: Sequence[str]) -> None:
+def check_row(row: Mapping[str, Any], where: str, fields: Sequence[str], needs: Needs) -> None:
     """Refuses a row that lacks needed fields or has values of other types.
 
     Args:
         row: Of `read_rows`.
         where: Names it in messages.
         fields: The keys of image, mask and instruction.
-        needed: Those without which there is no example.
+        needs: Says whether the mask is needed.
 
     Raises:
         UserError: With the field, what was found and what was wanted.
     """
+    needed = [field for field in fields if needs.mask or field != fields[1]]
     if missing := [field for field in needed if field not in row]:
-        raise _missing(row, where, missing, fields)
+        raise _missing(row, where, missing, fields, needs)
     for field in (*fields, "caption", "target", "mask_polarity"):
         value, is_file = row.get(field), field in (*fields[:2], "target")
         if value is None and field not in needed:
@@ -195,7 +197,9 @@ def mask_value_of(row: Mapping[str, Any]) -> Any:
     return "" if (value := row.get("mask_value")) is None else value
 
 
-def _missing(row: Mapping[str, Any], where: str, missing: Sequence[str], fields: Sequence[str]) -> UserError:
+def _missing(
+    row: Mapping[str, Any], where: str, missing: Sequence[str], fields: Sequence[str], needs: Needs
+) -> UserError:
     usual = dict(zip(fields, ("image", "mask", "instruction"), strict=True))
     others = [name for name in row if name not in (*fields, *_OPTIONAL)]
     meant = {near: field for field in missing if (near := likely(usual[field], others) or nearest(field, others))}
@@ -209,7 +213,8 @@ def _missing(row: Mapping[str, Any], where: str, missing: Sequence[str], fields:
         remedies.append(f"Add {_all([*map(repr, absent)])} to the line.")
     listed = ", ".join(map(shorten, row)) or "none"
     are = f"fields {_all([*map(repr, missing)])} are" if missing[1:] else f"field {missing[0]!r} is"
-    return UserError(f"{where}: the {are} missing; found {listed}.", " ".join(remedies))
+    who = f"; {needs.mask} needs {fields[1]!r}" if missing == [fields[1]] else ""
+    return UserError(f"{where}: the {are} missing; found {listed}{who}.", " ".join(remedies))
 
 
 def _all(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 
 Polarity = Literal["white", "black"]
 MaskValue = int | tuple[int, int, int]  # a number as it is stored, or a colour
+Marking = tuple[Polarity, str]  # how a mask tells its region: by polarity, or by the mask value where there is one
 
 _LARGEST = 2**16 - 1  # number that a file can store
 _WHITE = 0.94  # of the range: what lossy files and cameras leave of white

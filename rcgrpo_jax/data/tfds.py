@@ -7,21 +7,19 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from rcgrpo_jax import filetypes
-from rcgrpo_jax.data.example import EditExample, check_example
+from rcgrpo_jax.data.example import REGION, EditExample, Needs, Source, check_example
 from rcgrpo_jax.data.images import as_rgb, open_image
 from rcgrpo_jax.data.jsonl import likely
-from rcgrpo_jax.data.masks import Polarity, check_marking, edit_region
+from rcgrpo_jax.data.kinds import SourceKind, register
+from rcgrpo_jax.data.masks import Marking, Polarity, check_marking, edit_region
 from rcgrpo_jax.errors import UsageError, UserError, reason
-
-if TYPE_CHECKING:
-    from rcgrpo_jax.data.example import Source
 
 VERSION = "1.0.0"  # of every dataset written here
 _LOOKED_AT = 16  # files of a dataset that are looked at for pointers: of Git LFS's, none or most are
@@ -46,7 +44,7 @@ class TfdsSource:
         image_field: The feature with the image.
         mask_field: The feature with the mask.
         instruction_field: The feature with the instruction.
-        needs_mask: Whether a dataset without masks is refused; else its masks are the whole pictures.
+        needs: Whether a dataset without masks is refused; else its masks are the whole pictures.
 
     Raises:
         UserError: There is no such dataset or split, it is empty or not in ArrayRecord, or a feature is missing or of
@@ -65,7 +63,7 @@ class TfdsSource:
         image_field: str = "image",
         mask_field: str = "mask",
         instruction_field: str = "instruction",
-        needs_mask: bool = True,
+        needs: Needs = REGION,
     ):
         import tensorflow_datasets as tfds  # imported here: two seconds that a folder of images need not wait
 
@@ -75,10 +73,10 @@ class TfdsSource:
         builder = _open(name, data_dir)
         features = builder.info.features
         required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
-        if not needs_mask and mask_field not in features:
+        if not needs.mask and mask_field not in features:
             del required[1]
         for field, kind in required:
-            _check_feature(f"tfds:{name}", features, field, kind)
+            _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")
         optional = {"name": "text", "caption": "text", "target": "RGB", "flawed": "bool"}
         known = [
             (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
@@ -135,6 +133,38 @@ class TfdsSource:
                 flawed=row.get("flawed", False),
             )
         )
+
+
+@register("tfds")
+class TfdsKind(SourceKind):
+    """`DATASET` is a name in TFDS's data directory, or the folder of one version; `SPLIT` is `train` if not given:
+    `tfds:edits`, `tfds:edits/config:1.0.0@train[:90%]`, `tfds:/data/edits/1.0.0@test`.
+    """
+
+    form = "tfds:DATASET[@SPLIT]"
+
+    def open(self, path: str, marking: Marking, needs: Needs) -> Source:
+        dataset, split = dataset_and_split(path)
+        if not dataset or not split:
+            raise UsageError(f"data.path: 'tfds:{path}' found; {self.form} was wanted.", "Write tfds:edits@train.")
+        return TfdsSource(dataset, split=split, polarity=marking[0], mask_value=marking[1], needs=needs)
+
+    def same_examples(self, path: str, other: str) -> bool:
+        """Whether they are one split, of which two different slices are taken to be apart."""
+        one, two = ("@".join(dataset_and_split(x)) for x in (path, other))
+        whole = {x.partition("[")[0] for x in (one, two) if "[" in x}
+        return one == two or not whole.isdisjoint({one, two})
+
+    def folder(self, path: str) -> Path:
+        return Path(dataset_and_split(path)[0])
+
+
+def dataset_and_split(path: str) -> tuple[str, str]:
+    """The two parts of `DATASET[@SPLIT]`."""
+    dataset, at, split = path.rpartition("@")
+    if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
+        return path, "train"
+    return dataset, split
 
 
 def write_tfds(source: Source, name: str, data_dir: str | Path, *, split: str = "train") -> Path:
@@ -257,12 +287,13 @@ def _kind(feature) -> str | None:
     return None
 
 
-def _check_feature(where: str, features: Mapping, field: str, kind: str) -> None:
-    """Raises a UserError unless the dataset has the feature and it holds what it should."""
+def _check_feature(where: str, features: Mapping, field: str, kind: str, who: str) -> None:
+    """Raises a UserError, with who needs it, unless the dataset has the feature and it holds what it should."""
     if field not in features:
         near = likely(field, features)
         raise UserError(
-            f"{where}: the feature {field!r} is missing; found {', '.join(map(repr, sorted(features)))}.",
+            f"{where}: the feature {field!r} is missing; found {', '.join(map(repr, sorted(features)))}"
+            f"{f'; {who} needs it' if who else ''}.",
             f"Did you mean {near!r}? Rename it." if near else f"Write the dataset with {field!r}.",
         )
     if _kind(features[field]) != kind:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import REGION, EditExample, Needs, check_needs
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.encoding.batches import Batches
@@ -26,8 +26,8 @@ def encode(
     workdir: Path,
     mesh: Mesh,
     batch_size: int,
-    check: Callable[[EditExample | Known], None],
-    needs_mask: bool = True,
+    check: Callable[[EditExample | Known], None] = lambda example: None,
+    needs: Needs = REGION,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
 
@@ -37,10 +37,15 @@ def encode(
         workdir: Has the cache, unless `data.cache` says where.
         mesh: The mesh of all processes.
         batch_size: Examples in a batch.
-        check: Raises if an example cannot be used.
-        needs_mask: Whether examples without a mask are refused; else the whole picture is their region.
+        check: Raises if an example cannot be used for another reason than `needs`.
+        needs: What examples must have.
     """
-    source = open_source(config.data.path, config.data.polarity, needs_mask, config.data.mask_value)
+    source = open_source(config.data.path, config.data.polarity, config.data.mask_value, needs)
+
+    def check_all(example: EditExample | Known) -> None:
+        check_needs(example, needs)
+        check(example)
+
     mesh = mesh.local_mesh  # each process encodes its own share of the examples
     with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(
@@ -48,7 +53,7 @@ def encode(
             open_editor(folder, mesh, dtype=config.model.dtype, max_text_tokens=config.model.max_text_tokens),
             tuple(config.data.size),
             config.data.cache or workdir / "cache",
-            check,
+            check_all,
             lambda done, _: progress.update(),
         )
     return Batches(encoded, batch_size, config.seed)

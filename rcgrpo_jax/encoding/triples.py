@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.example import Needs, Source, check_needs
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.encoding.prefetch import Prefetch
-from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel.distributed import own_rows
 from rcgrpo_jax.weights.tokenizers import Tokenizers, tokenize
+
+SUPERVISED = Needs(target="supervised training")
 
 
 class Triples(NamedTuple):
@@ -60,8 +61,7 @@ class TripleBatches:
     def _make(self, step: int) -> Triples:
         examples = [self._dataset[step * self._count + i] for i in own_rows(self._count)]
         for example in examples:
-            if example.target is None:
-                raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
+            check_needs(example, SUPERVISED)
         instructions = tuple(example.instruction for example in examples)
         tokens = tokenize(self._tokenizers, instructions, self._length)
         return Triples(

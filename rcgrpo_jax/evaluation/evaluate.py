@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.borders import STRICT, check_memory, conform, parse_json
-from rcgrpo_jax.data.example import EditExample, Source
+from rcgrpo_jax.data.example import EditExample, Needs, Source, check_needs
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.scenes.source import KINDS, Scenes
 from rcgrpo_jax.editors.flux_kontext import Editor
@@ -251,16 +251,7 @@ def check_size(editor: Editor, size: tuple[int, int]) -> None:
 
 
 def _check(example: EditExample) -> EditExample:
-    if example.target is None:
-        raise UserError(
-            f"{example.name}: no target image; the success of an edit is measured against one.",
-            "Add targets, or evaluate on scenes:heldout:500.",
-        )
-    if example.flawed:
-        raise UserError(
-            f"{example.name}: its target is flawed on purpose; a right one was wanted.",
-            "Leave such examples out.",
-        )
+    check_needs(example, Needs(right_target="the measure of success"))
     return example
 
 

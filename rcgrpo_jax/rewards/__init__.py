@@ -1,21 +1,25 @@
 """Rewards: a batch of edits in, a score for each candidate out. Importing this package registers the ones below."""
 
 from rcgrpo_jax.rewards.base import (
+    Local,
+    Pending,
     Reward,
     RewardInputs,
+    Unscored,
+    as_reward,
     make,
     name_problems,
     option_problems,
-    refuse_broken,
     register,
     registered,
-    score_all,
 )
 from rcgrpo_jax.rewards.colour import Colour
 from rcgrpo_jax.rewards.oracle import Oracle
 from rcgrpo_jax.rewards.preservation import Preservation
+from rcgrpo_jax.rewards.scoring import PendingScores, Scores, start_all, take_all
 
 __all__ = [
-    "Colour", "Oracle", "Preservation", "Reward", "RewardInputs", "make", "name_problems", "option_problems",
-    "refuse_broken", "register", "registered", "score_all",
+    "Colour", "Local", "Oracle", "Pending", "PendingScores", "Preservation", "Reward", "RewardInputs", "Scores",
+    "Unscored", "as_reward", "make", "name_problems", "option_problems", "register", "registered",
+    "start_all", "take_all",
 ]  # fmt: skip

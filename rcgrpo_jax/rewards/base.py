@@ -1,17 +1,17 @@
-"""What a reward is, how one is found by name, and how several score one batch."""
+"""What a reward is, and how one is found by name."""
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.borders import is_like
-from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.errors import UsageError, nearest
 
 
 class RewardInputs(NamedTuple):
@@ -24,26 +24,80 @@ class RewardInputs(NamedTuple):
     targets: Float[Array, "P H W 3"] | None = None  # reference edits
 
 
-class Reward(Protocol):
-    """Scores candidates; higher is better. A candidate that cannot be scored gets NaN, never a made-up number.
+class Pending(Protocol):
+    """Scores under way; a `concurrent.futures.Future` of the array is one."""
 
-    A class with `needs_target = True` is given only examples with a reference edit.
+    def result(self) -> Float[Array, "P G"]:
+        """Waits for the scores, float32; NaN, never a made-up number, for a candidate that could not be scored."""
+
+
+class Unscored(Exception):
+    """What a reward raises, at its start or as its result, if what it asks gave no answer; the message is the cause.
+
+    The candidates have no score then, the cause is logged, and the run goes on. Any other exception ends the run.
     """
 
-    def validate(self, instruction: str) -> None:
+
+class Reward(ABC):
+    """Scores candidates; higher is better.
+
+    A reward that asks a server inherits from this class, and its `start` returns at once. One that is computed here is
+    a function of the inputs, or a class with `__call__`: `as_reward` makes it a reward.
+    """
+
+    needs_target: bool = False  # whether it is given only examples with a reference edit
+
+    def validate(self, instruction: str) -> None:  # noqa: B027 (a reward may accept every instruction)
         """Raises a UserError if no edit for this instruction could be scored; called before training starts."""
 
+    @abstractmethod
+    def start(self, inputs: RewardInputs) -> Pending:
+        """Starts to score every candidate."""
+
+
+@dataclass(frozen=True)
+class Local(Reward):
+    """A reward that is computed here; `needs_target` and `validate` are the function's, where it has them."""
+
+    function: Callable[[RewardInputs], Float[Array, "P G"]]
+
+    @property
+    def needs_target(self) -> bool:
+        return getattr(self.function, "needs_target", Reward.needs_target)
+
+    def validate(self, instruction: str) -> None:
+        if hasattr(self.function, "validate"):
+            self.function.validate(instruction)
+
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
-        """Scores every candidate, float32."""
+        return self.function(inputs)
+
+    def start(self, inputs: RewardInputs) -> Pending:
+        return _Dispatched(self.function(inputs))
 
 
-_FACTORIES: dict[str, Callable[..., Reward]] = {}
+class _Dispatched(NamedTuple):
+    """What a function has returned; the device may still be at work on it."""
+
+    scores: Float[Array, "P G"]
+
+    def result(self) -> Float[Array, "P G"]:
+        return self.scores
 
 
-def register(name: str) -> Callable[[Callable[..., Reward]], Callable[..., Reward]]:
+def as_reward(found: Reward | Callable[[RewardInputs], Float[Array, "P G"]]) -> Reward:
+    """A reward as it is, a function as a local one."""
+    return found if isinstance(found, Reward) else Local(found)
+
+
+Factory = Callable[..., Reward | Callable[[RewardInputs], Float[Array, "P G"]]]  # of its options
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
     """Makes a factory, usually the reward's class, known to `make` under a name."""
 
-    def add(factory: Callable[..., Reward]) -> Callable[..., Reward]:
+    def add(factory: Factory) -> Factory:
         if name in _FACTORIES:
             raise ValueError(f"The reward {name!r} is registered twice.")
         _FACTORIES[name] = factory
@@ -76,7 +130,7 @@ def make(name: str, **options: Any) -> Reward:
             f"reward {name!r}: {error}; the options {', '.join(signature.parameters) or '(none)'} were wanted.",
             "Correct the options.",
         ) from None
-    return _FACTORIES[name](**options)
+    return as_reward(_FACTORIES[name](**options))
 
 
 def registered() -> dict[str, dict[str, Any]]:
@@ -124,52 +178,3 @@ def _nearest(name: str, known: Collection[str]) -> str:
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value can stand for a default; any can where there is none."""
     return default is None or default is inspect.Parameter.empty or is_like(value, default)
-
-
-def refuse_broken(
-    scores: Mapping[str, Float[np.ndarray, "P G"]], edited: Float[Array, "P G H W 3"]
-) -> dict[str, Float[np.ndarray, "P G"]]:
-    """The scores, NaN where the picture has a pixel that is not finite: a judge may round it to 8 bits and find black.
-
-    Args:
-        scores: Of `score_all`.
-        edited: The candidates that were scored.
-    """
-    sound = np.asarray(jnp.isfinite(edited).all((2, 3, 4)))
-    return {name: np.where(sound, score, np.float32("nan")) for name, score in scores.items()}
-
-
-def score_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> dict[str, Float[np.ndarray, "P G"]]:
-    """Scores a batch by every reward.
-
-    NaN passes through as it is: what combines the scores decides what becomes of the group.
-
-    Args:
-        rewards: The rewards under the names that the scores shall have.
-        inputs: The batch.
-
-    Returns:
-        `{name: [P, G]}` float32 on the host.
-
-    Raises:
-        UserError: A reward failed or returned another shape; the message names it.
-    """
-    wanted = inputs.edited.shape[:2]
-    scores = {}
-    for name, reward in rewards.items():
-        try:
-            # Copied to the host inside the `try`: an error in asynchronously dispatched work surfaces here.
-            scores[name] = np.asarray(reward(inputs), np.float32)
-        except UserError as error:
-            raise UserError(f"reward {name!r}: {error.problem}", error.remedy) from error
-        except Exception as error:
-            raise UserError(
-                f"reward {name!r} failed: {type(error).__name__}: {error}",
-                "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
-            ) from error
-        if scores[name].shape != wanted:
-            raise UserError(
-                f"reward {name!r}: scores of shape {scores[name].shape}; (prompts, candidates) = {wanted} was wanted.",
-                "Return one score for each candidate.",
-            )
-    return scores

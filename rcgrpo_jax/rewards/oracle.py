@@ -95,9 +95,6 @@ class Oracle:
     needs_target = True
     seed: int = 0  # of the noise, which depends on nothing else but the candidate's pixels and the instruction
 
-    def validate(self, instruction: str) -> None:
-        """Accepts every instruction: the target says what is right."""
-
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
         if inputs.targets is None:
             raise UserError(

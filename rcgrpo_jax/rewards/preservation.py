@@ -93,8 +93,5 @@ class Preservation:
 
     cap: float = PSNR_CAP  # dB of PSNR that count as perfect
 
-    def validate(self, instruction: str) -> None:
-        """Accepts every instruction: the background is scored whatever the edit."""
-
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
         return _score(inputs.source, inputs.edited, inputs.mask, self.cap)

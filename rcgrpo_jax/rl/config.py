@@ -29,6 +29,7 @@ from rcgrpo_jax.runs.fields import (
     size_problems,
     value_problems,
 )
+from rcgrpo_jax.runs.writers import writer_problems
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
@@ -139,6 +140,7 @@ def default_config() -> ConfigDict:
             save_every=10,  # steps between checkpoints
             keep=2,  # checkpoints kept
             image_every=10,  # steps between image grids
+            writers="tensorboard",  # of metrics, beside metrics.jsonl, with commas: tensorboard, wandb; empty: none
             profile_steps=0,  # steps that jax.profiler traces into WORKDIR/profile, from the second of a start on
         ),
         mesh=group(
@@ -242,6 +244,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     problems += _weight_problems(flatten(config.to_dict()))
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
+    problems = problems or writer_problems(config.train.writers)
     if problems := problems or _spread_problems(config, num_devices):
         raise refusal(problems)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,21 +10,22 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import EditExample, Needs, check_needs
 from rcgrpo_jax.encoding.index import Known
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.parallel.mesh import check_parts
 from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
 
-def make_rewards(config: ConfigDict) -> dict[str, Any]:
+def make_rewards(config: ConfigDict) -> dict[str, Reward]:
     """The rewards that have a weight, by name."""
     return {
         name: reward_registry.make(name, **config.reward_options.get(name, {}))
@@ -84,19 +84,9 @@ def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
     check_lora(config, folder)
 
 
-def check_scorable(rewards: Mapping[str, Any], example: EditExample | Known) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
-        if not getattr(reward, "needs_target", False):
-            continue
-        if not example.has_target:
-            raise UserError(
-                f"{example.name}: no target image; the reward {name!r} compares with one.",
-                f"Add targets, or set --config.rewards.{name}=0.",
-            )
-        if example.flawed:
-            raise UserError(
-                f"{example.name}: its target is flawed on purpose; the reward {name!r} takes targets for right.",
-                "Leave the share of flaws out of data.path.",
-            )
+        if reward.needs_target:
+            check_needs(example, Needs(right_target=f"the reward {name!r}"))

@@ -23,12 +23,13 @@ def _mean(x: np.ndarray) -> float:
 
 
 def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
-    """Mean and mean within-group std of each reward as it came, and the groups that teach nothing."""
+    """Mean, mean within-group std and share of failed candidates of each reward, and the groups that teach nothing."""
     metrics = {}
     for name, score in scores.items():
         kept = _whole(score)
         metrics[f"reward/{name}"] = _mean(kept)
         metrics[f"reward_std/{name}"] = _mean(kept.std(axis=-1))
+        metrics[f"reward_failed/{name}"] = float(1 - np.isfinite(score).mean())
     kept = _whole(np.asarray(total))
     metrics["reward_std/total"] = _mean(kept.std(axis=-1))
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,6 +46,7 @@ from rcgrpo_jax.runs.state import TrainState, start_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 
+logger = logging.getLogger(__name__)
 UNSCORED_STEPS = 3  # without a group that could be scored, in a row, before a run gives up
 
 
@@ -150,7 +152,7 @@ class Trainer:
         rewards: Name -> reward.
     """
 
-    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict):
+    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict[str, reward_registry.Reward]):
         self.config, self.rewards = config, rewards
         self.params = editor.transformer_params
         self.decoder = editor.decoder_params
@@ -230,12 +232,16 @@ class Trainer:
             rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
             pictures.append(self.own(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
         with together():  # all is dispatched: the devices roll out the next part while one is scored
-            scores = [self.score(compared, images) for images in pictures[:-1]]
-            jax.block_until_ready(pictures[-1])
-            rolled_out = time.monotonic()
-            scores.append(self.score(compared, pictures[-1]))
+            started = []
+            for images in pictures:
+                jax.block_until_ready(images)
+                rolled_out = time.monotonic()
+                started.append(self.start_scoring(compared, images))
+            scores, failures = reward_registry.take_all(started)
+        for name, cause in failures.items():
+            logger.warning("step %d: reward %r: %s", int(state.step) + 1, name, cause)
         rollout = join(*rollouts)
-        scores = gather(jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *scores))
+        scores = gather(scores)
         if "acd" in self.weights:
             scores["acd"] = np.asarray(rollout.acd)
         with jax.set_mesh(self.own_mesh):
@@ -273,14 +279,12 @@ class Trainer:
                 instructions=batch.instructions, targets=targets,
             )  # fmt: skip
 
-    def score(
+    def start_scoring(
         self, compared: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]
-    ) -> dict[str, Float[np.ndarray, "p g"]]:
-        """Every reward of this process' candidates; NaN where one could not be scored."""
+    ) -> reward_registry.PendingScores:
+        """Starts every reward on candidates of this process."""
         with jax.set_mesh(self.own_mesh):
-            return reward_registry.refuse_broken(
-                reward_registry.score_all(self.rewards, compared(edited=images)), images
-            )
+            return reward_registry.start_all(self.rewards, compared(edited=images))
 
 
 def join(*parts: Any) -> Any:

@@ -27,7 +27,10 @@ from rcgrpo_jax.parallel.distributed import together
 
 _SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
-ADDED = {"data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour"}
+ADDED = {
+    "data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour",
+    "train.writers": "tensorboard",
+}  # fmt: skip
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: `metrics.jsonl` and TensorBoard."""
+"""What a run reports while it trains: `metrics.jsonl`, which every run has, and what `train.writers` names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NotRequired, Self
 
 import jax
@@ -18,46 +20,83 @@ from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, parse_json
 from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.runs.writers import WRITERS, Writer, check_installed
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends the scalars of each step to `<workdir>/metrics.jsonl` and to TensorBoard (`<workdir>/tensorboard`).
+    """Appends the scalars of each step to `<workdir>/metrics.jsonl`, and passes them on to other writers.
 
-    Steps after `resume_step`, which a killed run wrote and the resumed one will repeat, are dropped from both, so
-    that a curve has one value a step. In a multi-process run only process 0 writes.
+    Steps after `resume_step`, which a killed run wrote and the resumed one will repeat, are written once, so that a
+    curve has one value a step. In a multi-process run only process 0 writes.
 
     Args:
         workdir: Directory of the run.
         resume_step: Step of the checkpoint that the run resumes from; 0 for a new run.
+        names: The other writers, of `writers.WRITERS`.
+        config: The configuration of the run, for those that show it.
+
+    Raises:
+        UserError: A writer cannot be opened.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int):
-        self._active = jax.process_index() == 0
-        if not self._active:
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int,
+        names: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self._writers: list[Writer] = []
+        if jax.process_index() != 0:
             return
-        from tensorboardX import SummaryWriter
-
         path = Path(workdir) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
-        _rewind(path, resume_step)
-        self._lines = path.open("a", encoding="utf-8")
-        unique = f".{time.time_ns()}"  # the file's name only counts seconds: a quick restart would overwrite it
-        board = str(path.parent / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=resume_step + 1, filename_suffix=unique)
+        check_installed(names)
+        with ExitStack() as opened:
+            for kind, place in ((JsonLines, path), *((WRITERS[name], path.parent / name) for name in names)):
+                self._writers.append(kind(place, resume_step, config))
+                opened.callback(self._writers[-1].close)
+            self._opened = opened.pop_all()
 
     def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes one step, on disk when this returns; a value that is not finite becomes `null` in the JSON.
+        """Writes one step, in `metrics.jsonl` on disk when this returns.
 
         Args:
             step: Training steps done.
             metrics: Name -> scalar (a number or a 0-dimensional array).
         """
-        if not self._active:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        values = {name: float(value) for name, value in metrics.items()} if self._writers else {}
+        for writer in self._writers:
+            writer.scalars(step, values)
+
+    def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
+        """Sends images, uint8 `[height, width, 3]`, to the writers that show them."""
+        for writer in self._writers:
+            writer.images(step, images)
+
+    def close(self) -> None:
+        if self._writers:
+            self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class JsonLines(Writer):
+    """Writes a JSON object a step to a file; a value that is not finite becomes `null`. Images have no place there."""
+
+    def __init__(self, file: Path, resume_step: int, config: Mapping[str, Any]):
+        _rewind(file, resume_step)
+        self._lines = file.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
         try:
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")
             self._lines.flush()
@@ -66,28 +105,12 @@ class MetricsWriter:
                 f"{self._lines.name}: cannot be written ({error}).",
                 "Free some space, then run the same command: it resumes from the last checkpoint.",
             ) from None
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
 
     def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
-        """Sends images, uint8 `[height, width, 3]`, to TensorBoard."""
-        if not self._active:
-            return
-        for name, image in images.items():
-            self._board.add_image(name, image, step, dataformats="HWC")
-        self._board.flush()
+        pass
 
     def close(self) -> None:
-        if self._active:
-            self._lines.close()
-            self._board.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._lines.close()
 
 
 class _Line(TypedDict):

@@ -24,6 +24,7 @@ from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_d
 from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite
 from rcgrpo_jax.runs.saved import Schema, saved_config
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK, hold, make_folder
+from rcgrpo_jax.runs.writers import check_installed, writer_names
 
 logger = logging.getLogger(__name__)
 State = TypeVar("State")
@@ -56,6 +57,7 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
                 steps = [f"checkpoints/{x.name}" for x in workdir.glob("checkpoints/[0-9]*") if x.name.isdecimal()]
                 make_folder(workdir, "workdir", (*FOLDERS, *results, *steps), (METRICS, LOCK))
                 stack.enter_context(hold(workdir))
+                check_installed(writer_names(options.writers))  # now, and not after hours of encoding
         saving = Checkpointer(workdir / "checkpoints", save_every=options.save_every, keep=options.keep)
         checkpointer = stack.enter_context(saving)
         found = gather(np.array([checkpointer.latest_step() or 0]))
@@ -138,7 +140,8 @@ def run_steps(
         step_function: One step. Its state may be donated.
         config: With the group `train`.
         described: The configuration as it is saved with each checkpoint.
-        workdir: Gets `metrics.jsonl`, `tensorboard/`, `images/`, and `profile/` if `train.profile_steps` asks for it.
+        workdir: Gets `metrics.jsonl`, `images/`, a folder of each of `train.writers`, and `profile/` if
+            `train.profile_steps` asks for it.
         checkpointer: Of `open_run`.
         name: Of the progress bar.
         samples: Samples a step, for the rate.
@@ -151,8 +154,11 @@ def run_steps(
         UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
     """
     first, last = int(state.step), config.train.num_steps
+    with together():  # process 0 alone opens them, and may fail
+        names = writer_names(config.train.writers)
+        metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=described)
     with (
-        MetricsWriter(workdir, resume_step=first) as writer,
+        metrics_writer as writer,
         Progress(last, first, name) as progress,
         termination() as stop,
     ):

@@ -13,9 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.runs.writers import WRITERS
 
 logger = logging.getLogger(__name__)
-FOLDERS = ("checkpoints", "images", "tensorboard", "profile", "cache", "compiled")  # in the directory of a run
+FOLDERS = ("checkpoints", "images", *WRITERS, "profile", "cache", "compiled")  # in the directory of a run
 LOCK = "lock"
 CACHES = ("cache", "compiled")  # which may be there for reading alone
 

@@ -28,6 +28,7 @@ from rcgrpo_jax.runs.fields import (
     size_problems,
     value_problems,
 )
+from rcgrpo_jax.runs.writers import writer_problems
 
 # Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
 MAY_DIFFER = ("save_dtype", "train", "mesh", "model.attention", "model.remat", "data.cache", "batch.micro_batch")
@@ -105,6 +106,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         )
     if not problems:
         problems += cache_problems(config) + size_problems(config.data.size) + mask_problems(config)
+        problems += writer_problems(config.train.writers)
         problems += quantization_problems(config)
         problems += schedule_problems(config, config.train.num_steps)
         spread = math.prod(

@@ -16,15 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.base import sample
 from rcgrpo_jax.editors.flux_kontext import to_unit
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
-from rcgrpo_jax.encoding.index import Known
-from rcgrpo_jax.encoding.triples import TripleBatches
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
 from rcgrpo_jax.flow import matching
 from rcgrpo_jax.method.region import token_mask
 from rcgrpo_jax.models.clip import CLIPTextEncoder
@@ -57,7 +54,7 @@ class Stage:
         """Step -> batch on the host, with `instructions`."""
         config = self.config
         tokenizers = self.folder.tokenizers()
-        source = open_source(config.data.path, config.data.polarity, False, config.data.mask_value)
+        source = open_source(config.data.path, config.data.polarity, config.data.mask_value, SUPERVISED)
         return TripleBatches(
             source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
         )
@@ -213,12 +210,8 @@ class LoRAStage(FlowStage):
         target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
 
     def batches(self):
-        def check(example: EditExample | Known) -> None:
-            if not example.has_target:
-                raise UserError(f"{example.name}: no target image; supervised training needs one.", "Add targets.")
-
         size = self.config.batch.size
-        return encode(self.config, self.folder, self.workdir, self.mesh, size, check, needs_mask=False)
+        return encode(self.config, self.folder, self.workdir, self.mesh, size, needs=SUPERVISED)
 
     def identity(self, batches):
         return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}

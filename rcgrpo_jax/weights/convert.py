@@ -32,7 +32,7 @@ SAVED_AT_ONCE = 2**28  # bytes of small leaves that are gathered into one write
 Progress = Callable[[str, int, int], None]  # (network, leaves done, leaves in all)
 
 
-def open_source(source: str, base: str | None) -> tuple[dict[str, LeafReader], dict[str, dict], Path | None]:
+def open_checkpoint(source: str, base: str | None) -> tuple[dict[str, LeafReader], dict[str, dict], Path | None]:
     """A reader and a `config.json` for each network of the source, and the folder with tokenizers and scheduler."""
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -96,7 +96,7 @@ def convert(
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination}: already exists.", "Choose another directory, or remove this one.")
-    readers, configs, folder = open_source(source, base)
+    readers, configs, folder = open_checkpoint(source, base)
     if folder is not None and folder.resolve() in destination.resolve().parents:
         raise UserError(f"{destination}: lies inside the source {folder}.", "Choose a directory outside of it.")
     _raise_all([(reader, reader.problems()) for reader in readers.values()])

@@ -14,7 +14,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.data.example import EditExample, Needs, Source
+from rcgrpo_jax.data.kinds import SourceKind, register
+from rcgrpo_jax.data.masks import Marking
 from rcgrpo_jax.data.scenes import flaws
 from rcgrpo_jax.data.scenes.backgrounds import TEXTURES, find_photographs, photograph, texture
 from rcgrpo_jax.data.scenes.composition import HELD_OUT, SEEN, Kind, Scene, compose
@@ -180,3 +182,17 @@ def parse_scenes(text: str) -> Scenes:
     options = {"kinds": tuple(kinds.split("+"))} if kinds is not None else {}
     options |= {"count": int(count), "flaws": float(flaws or 0)} if count else {}
     return Scenes(split, **options)
+
+
+@register("scenes")
+class ScenesKind(SourceKind):
+    """Tasks that are drawn; their masks are exact, so that there is nothing to mark."""
+
+    form = "scenes:SPLIT[/KINDS][:COUNT[:FLAWS]]"
+
+    def open(self, path: str, marking: Marking, needs: Needs) -> Source:
+        return parse_scenes(path)
+
+    def same_examples(self, path: str, other: str) -> bool:
+        """Whether they are of one split."""
+        return re.split("[/:]", path)[0] == re.split("[/:]", other)[0]

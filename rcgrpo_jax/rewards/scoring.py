@@ -1,0 +1,105 @@
+"""How several rewards score a batch at the same time: all are started before the first result is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from rcgrpo_jax.errors import UserError, reason
+from rcgrpo_jax.rewards.base import Local, Pending, Reward, RewardInputs, Unscored
+
+
+class Scores(NamedTuple):
+    """What the rewards say of a batch."""
+
+    by_reward: dict[str, Float[np.ndarray, "P G"]]  # float32; NaN where a candidate has no score
+    failures: dict[str, str]  # reward -> why a call of it gave no scores at all, the first such cause
+
+
+@dataclass(frozen=True)
+class PendingScores:
+    """The scores of a batch by every reward, under way."""
+
+    started: Mapping[str, Pending | Unscored]  # what a reward started, or why it could not
+    sound: Bool[Array, "P G"]  # whether a picture is finite
+
+    def result(self) -> Scores:
+        """Waits for all scores.
+
+        NaN passes through as it is: what combines the scores decides what becomes of the group.
+
+        Raises:
+            UserError: A reward failed, but for `Unscored`, or returned another shape; the message names it.
+        """
+        sound = np.asarray(self.sound)
+        by_reward, failures = {}, {}
+        for name, pending in self.started.items():
+            try:
+                with _named(name):
+                    if isinstance(pending, Unscored):
+                        raise pending
+                    # Copied to the host here: an error in asynchronously dispatched work surfaces now.
+                    scores = np.asarray(pending.result(), np.float32)
+            except Unscored as cause:
+                failures[name] = reason(cause)
+                scores = np.full(sound.shape, np.nan, np.float32)
+            if scores.shape != sound.shape:
+                raise UserError(
+                    f"reward {name!r}: scores of shape {scores.shape}; (prompts, candidates) = {sound.shape} was "
+                    "wanted.",
+                    "Return one score for each candidate.",
+                )
+            # A judge may round a picture to 8 bits and find black where it is not finite.
+            by_reward[name] = np.where(sound, scores, np.float32("nan"))
+        return Scores(by_reward, failures)
+
+
+def start_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> PendingScores:
+    """Starts every reward on a batch.
+
+    Args:
+        rewards: The rewards under the names that the scores shall have.
+        inputs: The batch. A picture with a pixel that is not finite gets no score, whatever the rewards say.
+
+    Raises:
+        UserError: A reward failed, but for `Unscored`; the message names it.
+    """
+    started = {}
+    # Local rewards come last: one that computes on the host would keep the others waiting.
+    for name in sorted(rewards, key=lambda name: isinstance(rewards[name], Local)):
+        try:
+            with _named(name):
+                started[name] = rewards[name].start(inputs)
+        except Unscored as cause:
+            started[name] = cause
+    return PendingScores({name: started[name] for name in rewards}, jnp.isfinite(inputs.edited).all((2, 3, 4)))
+
+
+def take_all(parts: Sequence[PendingScores]) -> Scores:
+    """Waits for the scores of all parts `[P, g]` of a batch, and puts them side by side."""
+    taken = [part.result() for part in parts]
+    by_reward = {name: np.concatenate([x.by_reward[name] for x in taken], axis=1) for name in taken[0].by_reward}
+    failures = {name: cause for x in reversed(taken) for name, cause in x.failures.items()}
+    return Scores(by_reward, failures)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says which reward failed."""
+    try:
+        yield
+    except Unscored:
+        raise
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error.problem}", error.remedy) from error
+    except Exception as error:
+        raise UserError(
+            f"reward {name!r} failed: {type(error).__name__}: {error}",
+            "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
+        ) from error
