@@ -5,9 +5,41 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 from tqdm import tqdm
+
+
+class Told(Protocol):
+    """Is told of each step of long jobs: how functions below the command line say how far they are."""
+
+    def __call__(self, job: str, done: int, total: int) -> None: ...
+
+
+class Jobs:
+    """Shows each job that it is told of (`Told`) by a `Progress` of its own.
+
+    Args:
+        lines: Lines that a whole job may print where there is no terminal; None: one a step.
+    """
+
+    def __init__(self, lines: int | None = None):
+        self._lines = lines
+        self._shown: dict[str, Progress] = {}
+
+    def __call__(self, job: str, done: int, total: int) -> None:
+        if job not in self._shown:
+            self._shown[job] = Progress(total, done - 1, job, lines=self._lines)
+        self._shown[job].update()
+        if done == total:
+            self._shown.pop(job).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for progress in self._shown.values():
+            progress.close()
 
 
 class Progress:

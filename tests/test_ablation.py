@@ -9,7 +9,7 @@ import small_run
 
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.experiments import ablation
 from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
 from rcgrpo_jax.rl import trainer as rl_trainer

@@ -15,7 +15,7 @@ from PIL import Image
 from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.weights.load import SMALL_EDITOR

@@ -22,7 +22,8 @@ from PIL import Image
 from rcgrpo_jax.cli import report as command
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
+from rcgrpo_jax.evaluation.edit import initial_noise
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.method import concentration, region

@@ -23,12 +23,11 @@ from rcgrpo_jax.cli.paths import (
     expand_home,
     path_fields,
     path_flag,
-    write_text,
 )
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import differences, group_table, make_tables, markdown, notes, plain
 from rcgrpo_jax.experiments.ablation import (
     BASE,
@@ -48,7 +47,7 @@ from rcgrpo_jax.report.page import Report, write_report
 from rcgrpo_jax.report.plots import as_file, distributions
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.setup import check_model_fits, check_rollout
-from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, write_text
 from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Trains variants of one configuration, several seeds each, and evaluates all on the same held-out edits.

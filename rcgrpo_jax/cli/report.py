@@ -21,8 +21,9 @@ from rcgrpo_jax.data.images import for_display, outline, resize_image, resize_ma
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
-from rcgrpo_jax.evaluation.tables import COLUMNS, differences, make_tables
+from rcgrpo_jax.evaluation.edit import initial_noise
+from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.tables import all_columns, differences, make_tables
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.report.heatmaps import attention_maps, overlay
@@ -138,7 +139,9 @@ def example_row(index: int, example: EditExample, evaluations: Mapping[str, Eval
     """An example's source with its region outlined, all edits of it, and the target."""
 
     def caption(name: str, evaluation: Evaluation) -> str:
-        shown = [column for column in COLUMNS if column.measure in CAPTIONED and column.measure in evaluation.measures]
+        shown = [
+            column for column in all_columns() if column.measure in CAPTIONED and column.measure in evaluation.measures
+        ]
         return ", ".join([name, *(f"{c.header} {evaluation.measures[c.measure][index]:.{c.decimals}f}" for c in shown)])
 
     pictures = [("source", outline(for_display(example.image), example.mask))]

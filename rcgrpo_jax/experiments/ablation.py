@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.encoding.encode import Batches, encode
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
+from rcgrpo_jax.evaluation.evaluate import evaluate
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import Progress
