@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TextIO
 
 from tqdm import tqdm
@@ -14,6 +14,22 @@ class Told(Protocol):
     """Is told of each step of long jobs: how functions below the command line say how far they are."""
 
     def __call__(self, job: str, done: int, total: int) -> None: ...
+
+
+def silent(job: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+def count_steps(progress: Told, job: str, total: int) -> Callable[[], None]:
+    """What is called after each step of one job, counts the calls, and tells of them."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(job, done, total)
+
+    return step
 
 
 class Jobs:

@@ -16,11 +16,11 @@ from rcgrpo_jax.rl import trainer as rl_trainer
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """Two variants, two seeds, two steps each; the directory and what was printed."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "config.py").write_text(

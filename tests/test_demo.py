@@ -12,10 +12,11 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.experiments.compare import Comparison
+from rcgrpo_jax.report import demo as demo_report
 from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.weights.load import SMALL_EDITOR
@@ -57,9 +58,15 @@ def test_says_where_everything_is(demo):
 
 def test_run_again_it_trains_nothing_and_compares_again(out, monkeypatch):
     ran = []
+
+    def compared(found, source, folder, title):
+        ran.append("evaluate")
+        return Comparison({}, [], [], np.zeros((1, 1, 3), np.uint8))
+
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(evaluate, "run", lambda argv, devices: ran.append("evaluate"))
-    monkeypatch.setattr(report, "run", lambda argv, devices: ran.append("report"))
+    monkeypatch.setattr(demo_report, "compare", compared)
+    monkeypatch.setattr(demo_report, "describe_run", lambda *_, **__: ran.append("report"))
+    monkeypatch.setattr(demo_report, "write_report", lambda *_: None)
     assert main(["demo", f"--out={out}", *ARGUMENTS]) == 0
     assert ran == ["evaluate", "report"]
 

@@ -110,6 +110,8 @@ def test_calls_that_share_the_work_make_each_edit_once(tmp_path, made):
     edit_into(tmp_path)  # the rest, in one
     assert made == [1, 4, 2, 0, 3]
     assert len(measure(tmp_path, SCENES, measures=["acd"]).names) == COUNT
+    with pytest.raises(UsageError, match="share: 3 of 3 found"):
+        edit_into(tmp_path, share=(3, 3))
 
 
 def test_processes_share_the_work(tmp_path, made, monkeypatch):
@@ -241,7 +243,7 @@ def test_pictures_in_memory_have_their_shape():
 @pytest.mark.parametrize(
     ("file", "text", "problem"),
     [
-        ("settings.json", "{}", "settings.json: settings"),
+        ("settings.json", "{}", "settings: {} found"),
         ("settings.json", "text", "settings.json: not JSON"),
         ("edits-0-of-1.jsonl", "text\n", "edits-0-of-1.jsonl, line 1: not JSON"),
         ("edits-0-of-1.jsonl", '{"name": 1}\n', "edits-0-of-1.jsonl, line 1:"),
@@ -308,3 +310,19 @@ def test_the_command_says_what_is_wrong(tmp_path, argv, problem):
 def test_either_a_model_or_pictures_are_named(tmp_path):
     with pytest.raises(UsageError, match="neither --model nor --pictures"):
         command.run([f"--out={tmp_path}", "--data=scenes:heldout:1"])
+
+
+def test_the_command_keeps_edits_and_goes_on_with_them(tmp_path, made):
+    argv = [f"--model={small_run.model_folder()}", f"--data=scenes:heldout:{COUNT}", f"--size={SIZE}x{SIZE}"]
+    argv += ["--dtype=float32", "--text_tokens=16", "--steps=2", f"--edits={tmp_path / 'edits'}"]
+    command.run([*argv, f"--out={tmp_path / 'a'}"])
+    assert made == [*range(COUNT)]
+    (tmp_path / "edits" / "base" / f"{NAMES[2]}.png").unlink()
+    command.run([*argv, f"--out={tmp_path / 'b'}"])
+    assert made == [*range(COUNT), 2]
+    first, again = (Evaluation.load(tmp_path / out / "base.npz") for out in "ab")
+    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.measures["acd"], np.arange(COUNT, dtype=np.float32) / 8)
+    assert first.settings == again.settings
+    with pytest.raises(UserError, match="steps: there 2, now 3"):
+        command.run([*argv[:-2], "--steps=3", argv[-1], f"--out={tmp_path / 'c'}"])

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
 from rcgrpo_jax.cli.data import write_folder
+from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import Editor
@@ -326,11 +327,11 @@ def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_measures_pictures_of_other_programs(tmp_path, capsys):
-    source = scenes()
+    write_folder(scenes(), tmp_path / "data")
+    source = EditFolder(tmp_path / "data")
     for i in range(COUNT):
         for folder, picture in (("theirs", source[i].image), ("right", source[i].target)):
             save_image(tmp_path / folder / f"{source[i].name}.png", picture)
-    write_folder(source, tmp_path / "data")
     out = tmp_path / "out"
     argv = [f"--pictures={tmp_path / name}" for name in ("theirs", "right")]
     command.run([*argv, f"--data={tmp_path / 'data'}", f"--out={out}"])

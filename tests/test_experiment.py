@@ -15,6 +15,8 @@ from rcgrpo_jax.experiments import ablation
 from rcgrpo_jax.experiments.ablation import COMPONENTS, group_statistics
 from rcgrpo_jax.rl.recipes import small_editor, small_editor_balanced
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SEEDS = 8  # of the recipe, kept in docs/evaluations
 
 

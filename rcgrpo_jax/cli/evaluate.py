@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse, parse_size
@@ -14,8 +13,7 @@ from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, path_flag
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.evaluation.tables import plain
-from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders
+from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
 from rcgrpo_jax.weights.load import ModelFolder
@@ -25,7 +23,18 @@ ABOUT = """Edits examples that have targets, and measures the edits: success ins
 With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals. With --pictures in
 place of --model, edits that are there are measured, whoever made them: a PNG for each example, NAME.png, in pixels of
 --size; given again, the folders are compared with the first."""
-_MAKE = ("lora", "lora_scale", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype", "quantization")
+_MAKE = (
+    "edits",
+    "lora",
+    "lora_scale",
+    "seed",
+    "steps",
+    "guidance",
+    "acd_layers",
+    "text_tokens",
+    "dtype",
+    "quantization",
+)
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -37,6 +46,9 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     path_flag("out", "directory to write", values)
+    path_flag(
+        "edits", "directory that keeps the edits as they are made, so that a call that was stopped goes on", values
+    )
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
@@ -54,14 +66,14 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
 
 
-def run(argv: list[str], devices: list[jax.Device] | None = None) -> None:
-    """Runs the command, on these devices where the caller has opened them."""
+def run(argv: list[str]) -> None:
     values, _ = parse("evaluate", ABOUT, argv, _flags, required=("data", "out"))
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
     folders = picture_folders(values)
     check_file("out", out / "grid.png", ".png")
     inputs = {"--data": values.data, "--model": values.model}
     check_apart("--out", out, inputs, FILES)
+    check_apart("--edits", Path(values.edits or ""), inputs if values.edits else {})
     for folder in folders.values():
         check_apart("--out", out, {"--pictures": folder})
     common = {"batch": values.batch, "size": size}
@@ -73,21 +85,17 @@ def run(argv: list[str], devices: list[jax.Device] | None = None) -> None:
             title = "pictures as they were found"
         else:
             model = ModelFolder(values.model)
-            devices = devices or open_devices()
+            devices = open_devices()
             lora = read_lora(values, model)
             source = open_source(values.data, values.polarity, mask_value=values.mask_value)
             found = evaluate_adapters(
                 model, source, {"base": None} | ({"lora": lora} if lora else {}), **common, steps=values.steps,
                 guidance=values.guidance, seed=values.seed, acd_layers=values.acd_layers, **editor_options(values),
-                devices=devices, progress=progress,
+                edits=Path(values.edits) if values.edits else None, devices=devices, progress=progress,
             )  # fmt: skip
             title = f"{values.steps} solver steps, guidance {values.guidance}, one noise"
         comparison = compare(found, source, out, title)
-    remarks = "\n".join(comparison.remarks)
-    print(f"{plain(comparison.tables)}\n{remarks}\n")
-    print(f"measures  {', '.join(str(out / f'{name}.npz') for name in comparison.evaluations)}")
-    print(f"table     {out / 'table.md'}")
-    print(f"grid      {out / 'grid.png'}")
+    print(summary(comparison, out))
 
 
 def picture_folders(values: flags.FlagValues) -> dict[str, Path]:

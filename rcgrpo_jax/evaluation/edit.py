@@ -73,11 +73,13 @@ def edit_all(
 
     Raises:
         UserError: An example cannot be read, two have one name, the folder holds other edits, or it cannot be written.
-        UsageError: There are no examples, or the size is not a whole number of tokens.
+        UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     rank, count = share or (jax.process_index(), jax.process_count())
+    if not 0 <= rank < count:
+        raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
     own = indices[rank::count]
     with distributed.together():
         names, digest = [], Digest()

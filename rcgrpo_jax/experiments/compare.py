@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.editors.open import check_fits, open_editor
+from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.evaluate import evaluate
+from rcgrpo_jax.evaluation.examples import check_targets
 from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.evaluation.result import Evaluation
-from rcgrpo_jax.evaluation.tables import Table, make_tables, markdown, notes
+from rcgrpo_jax.evaluation.tables import Table, make_tables, markdown, notes, plain
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.progress import Told
+from rcgrpo_jax.progress import Told, count_steps, silent
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.runs.workdir import write_text
 from rcgrpo_jax.weights.load import ModelFolder
@@ -37,6 +39,13 @@ class Comparison(NamedTuple):
     tables: list[Table]
     remarks: list[str]  # what a reader of the tables must know
     grid: UInt8[np.ndarray, "_ _ 3"]  # the first examples with all edits of them
+
+
+def summary(comparison: Comparison, out: Path) -> str:
+    """What people read of it: the tables as text, and where the files are."""
+    files = ", ".join(str(out / f"{name}.npz") for name in comparison.evaluations)
+    lines = [plain(comparison.tables), *comparison.remarks, "", f"measures  {files}"]
+    return "\n".join([*lines, f"table     {out / 'table.md'}", f"grid      {out / 'grid.png'}"])
 
 
 def compare(found: Iterable[tuple[str, Evaluation]], source: Source, out: Path, title: str = "") -> Comparison:
@@ -74,8 +83,9 @@ def evaluate_adapters(
     batch: int = 8,
     size: tuple[int, int] | None = None,
     dtype: str = "bfloat16",
+    edits: Path | None = None,
     devices: Sequence[jax.Device] | None = None,
-    progress: Told = lambda job, done, total: None,
+    progress: Told = silent,
     **editor_options: Any,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Edits all examples with each adapter, from the same noise, and measures the edits.
@@ -90,6 +100,8 @@ def evaluate_adapters(
         batch: Edits at a time.
         size: (height, width) in pixels; that of the first example by default.
         dtype: Of computation and parameters.
+        edits: Folder that keeps the edits of each adapter, in a folder of its name, as they are made: what is there is
+            not made again (`edit_all`). None: they are in memory alone.
         devices: The weights are spread over these; all by default.
         progress: Told of each edit; the job has the adapter's name.
         **editor_options: Of `open_editor`: `max_text_tokens`, `quantization`, `acd_layers`.
@@ -107,11 +119,15 @@ def evaluate_adapters(
         check_fits(folder, (height, width), steps, dtype, min(batch, len(source)))
         _check_edits_fit(len(source), height, width)
     editor = open_editor(folder, mesh, dtype=dtype, **editor_options)
+    making = {"num_steps": steps, "guidance": guidance, "seed": seed, "batch": batch, "size": size, "mesh": mesh}
     for name, lora in adapters.items():
-        found = evaluate(
-            editor, source, range(len(source)), num_steps=steps, guidance=guidance, seed=seed, lora=lora, batch=batch,
-            size=size, mesh=mesh, progress=_counted(progress, name, len(source)),
-        )  # fmt: skip
+        options = {**making, "lora": lora, "progress": count_steps(progress, name, len(source))}
+        if edits is None:
+            found = evaluate(editor, source, range(len(source)), **options)
+        else:
+            check_targets(source)
+            edit_all(editor, source, range(len(source)), edits / name, **options)
+            found = measure(edits / name, source, batch=batch)
         yield name, replace(found, origin={"lora": adapter_fingerprint(lora)} if lora else {})
 
 
@@ -121,7 +137,7 @@ def measure_folders(
     *,
     batch: int = 8,
     size: tuple[int, int] | None = None,
-    progress: Told = lambda job, done, total: None,
+    progress: Told = silent,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measures the pictures in folders, whoever made them; arguments, results and errors as `evaluate_adapters`.
 
@@ -135,7 +151,7 @@ def measure_folders(
     for name, folder in folders.items():
         if len(source):
             _check_edits_fit(len(source), *(size or source[0].image.shape[:2]))
-        yield name, measure(folder, source, batch=batch, size=size, progress=_counted(progress, name, len(source)))
+        yield name, measure(folder, source, batch=batch, size=size, progress=count_steps(progress, name, len(source)))
 
 
 def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[GridRow]:
@@ -160,15 +176,3 @@ def _check_edits_fit(count: int, height: int, width: int) -> None:
     """Refuses edits that no memory here holds all together."""
     edits = f"--data: {count} edits of {width}x{height}"
     check_memory(edits, 3 * count * height * width, "Evaluate on fewer examples.")
-
-
-def _counted(progress: Told, job: str, total: int) -> Callable[[], None]:
-    """What counts the calls to it, and tells of each."""
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(job, done, total)
-
-    return step
