@@ -23,18 +23,9 @@ ABOUT = """Edits examples that have targets, and measures the edits: success ins
 With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals. With --pictures in
 place of --model, edits that are there are measured, whoever made them: a PNG for each example, NAME.png, in pixels of
 --size; given again, the folders are compared with the first."""
-_MAKE = (
-    "edits",
-    "lora",
-    "lora_scale",
-    "seed",
-    "steps",
-    "guidance",
-    "acd_layers",
-    "text_tokens",
-    "dtype",
-    "quantization",
-)
+_MAKE = (  # flags that say how a model edits
+    "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype", "quantization",
+)  # fmt: skip
 
 
 def _flags(values: flags.FlagValues) -> None:
