@@ -4,10 +4,58 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Self, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, TextIO
 
 from tqdm import tqdm
+
+
+class Told(Protocol):
+    """Is told of each step of long jobs: how functions below the command line say how far they are."""
+
+    def __call__(self, job: str, done: int, total: int) -> None: ...
+
+
+def silent(job: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+def count_steps(progress: Told, job: str, total: int) -> Callable[[], None]:
+    """What is called after each step of one job, counts the calls, and tells of them."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(job, done, total)
+
+    return step
+
+
+class Jobs:
+    """Shows each job that it is told of (`Told`) by a `Progress` of its own.
+
+    Args:
+        lines: Lines that a whole job may print where there is no terminal; None: one a step.
+    """
+
+    def __init__(self, lines: int | None = None):
+        self._lines = lines
+        self._shown: dict[str, Progress] = {}
+
+    def __call__(self, job: str, done: int, total: int) -> None:
+        if job not in self._shown:
+            self._shown[job] = Progress(total, done - 1, job, lines=self._lines)
+        self._shown[job].update()
+        if done == total:
+            self._shown.pop(job).close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for progress in self._shown.values():
+            progress.close()
 
 
 class Progress:

@@ -3,24 +3,25 @@
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 import small_run
 
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.experiments import ablation
 from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
 from rcgrpo_jax.rl import trainer as rl_trainer
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     """Two variants, two seeds, two steps each; the directory and what was printed."""
     folder = tmp_path_factory.mktemp("ablation")
     (folder / "config.py").write_text(
@@ -196,6 +197,25 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
     config = small_run.make_config(acd__layers=2, data__polarity="black", data__mask_value="15")
     ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, Protocol("here"), tmp_path)
     assert heard == [("here", "black", {"mask_value": "15"}), 2]
+
+
+def test_runs_and_evaluations_are_on_the_mesh_of_the_configuration(tmp_path, monkeypatch):
+    heard = {}
+
+    def measure(*_, mesh, **__):
+        heard["mesh"] = dict(mesh.shape)
+        return Evaluation((), {}, np.zeros((0, 1, 1, 3), np.uint8), {})
+
+    def train(config, workdir, devices):
+        heard["devices"] = devices
+        return SimpleNamespace(averaged={})
+
+    monkeypatch.setattr(ablation, "evaluate", measure)
+    monkeypatch.setattr(ablation, "open_source", lambda *_, **__: [])
+    monkeypatch.setattr(ablation, "train_to_end", train)
+    config, devices = small_run.make_config(mesh__fsdp=2), jax.local_devices()[:4]
+    ablation.run_variant(config, Variant("x", {}), 0, Protocol("here"), tmp_path, devices)
+    assert heard == {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "devices": devices}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 from references import diffusers, torch
 
-from rcgrpo_jax.cli import demo as command
-from rcgrpo_jax.cli import evaluate, report
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.experiments.compare import Comparison
+from rcgrpo_jax.report import demo as demo_report
 from rcgrpo_jax.rl.recipes import small_editor
 from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
@@ -39,7 +39,7 @@ def demo(tmp_path_factory, one_device, quick_compilation) -> tuple[Path, str]:
     """A demo of two steps, each of two groups, and one edit: its folder, and what it printed."""
     path, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "small_editor", short_recipe)
+        patch.setattr(demo_report, "small_editor", short_recipe)
         assert main(["demo", f"--out={path}", *ARGUMENTS]) == 0
     return path, printed.getvalue()
 
@@ -67,10 +67,16 @@ def test_says_where_everything_is(demo):
 
 def test_run_again_it_trains_nothing_and_compares_again(out, monkeypatch):
     ran = []
-    monkeypatch.setattr(command, "small_editor", short_recipe)
+    monkeypatch.setattr(demo_report, "small_editor", short_recipe)
+
+    def compared(found, source, folder, title):
+        ran.append("evaluate")
+        return Comparison({}, [], [], np.zeros((1, 1, 3), np.uint8))
+
     monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(evaluate, "run", lambda argv, devices: ran.append("evaluate"))
-    monkeypatch.setattr(report, "run", lambda argv, devices: ran.append("report"))
+    monkeypatch.setattr(demo_report, "compare", compared)
+    monkeypatch.setattr(demo_report, "describe_run", lambda *_, **__: ran.append("report"))
+    monkeypatch.setattr(demo_report, "write_report", lambda *_: None)
     assert main(["demo", f"--out={out}", *ARGUMENTS]) == 0
     assert ran == ["evaluate", "report"]
 

@@ -14,9 +14,9 @@ import pytest
 import small_run
 from safetensors.numpy import load_file
 
-from rcgrpo_jax.cli.export import export
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.errors import STOPPED
+from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl.trainer import train

@@ -12,12 +12,19 @@ import small_run
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
+from rcgrpo_jax.cli.data import write_folder
+from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
-from rcgrpo_jax.evaluation.lpips import MISSING
+from rcgrpo_jax.evaluation.edit import edit_all
+from rcgrpo_jax.evaluation.evaluate import evaluate
+from rcgrpo_jax.evaluation.measure import measure
+from rcgrpo_jax.evaluation.measures import REGISTERED, note
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import Column, group_table, make_tables, markdown, plain
+from rcgrpo_jax.experiments import compare
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, sown_masses
@@ -29,6 +36,7 @@ from rcgrpo_jax.weights.lora import save_lora
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 COUNT, SIZE, STEPS, BATCH = 3, 64, 2, 2
+MISSING = note(REGISTERED["lpips"])
 
 
 @cache
@@ -102,6 +110,16 @@ def test_a_lora_edits_from_the_same_noise():
     zero = jax.tree.map(jnp.zeros_like, adapter())
     np.testing.assert_allclose(run(lora=zero).images.astype(int), base().images.astype(int), atol=1)
     assert (run(lora=adapter()).images != base().images).mean() > 0.1
+
+
+def test_edits_in_a_folder_measure_to_the_digit_as_those_in_memory(tmp_path):
+    edit_all(editor(), scenes(), range(COUNT), tmp_path, num_steps=STEPS, batch=BATCH)
+    found = measure(tmp_path, scenes(), batch=BATCH)
+    assert (found.names, found.settings, found.origin) == (base().names, base().settings, {})
+    np.testing.assert_array_equal(found.images, base().images)
+    assert set(found.measures) == set(base().measures)
+    for name, values in base().measures.items():
+        np.testing.assert_array_equal(found.measures[name], values)
 
 
 def test_acd_is_the_density_of_the_attention_map():
@@ -290,7 +308,7 @@ def evaluate_command(out, *argv: str) -> None:
 
 
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
+    monkeypatch.setattr(compare, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
     of = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "lpips" in name else of(name, *rest))
     lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().transformer_params)
@@ -306,6 +324,25 @@ def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
     pair = [Evaluation.load(out / f"{name}.npz") for name in ("base", "lora")]
     assert pair[0].names == pair[1].names
     assert markdown(make_tables({"base": pair[:1], "lora": pair[1:]})) in (out / "table.md").read_text()
+
+
+def test_the_command_measures_pictures_of_other_programs(tmp_path, capsys):
+    write_folder(scenes(), tmp_path / "data")
+    source = EditFolder(tmp_path / "data")
+    for i in range(COUNT):
+        for folder, picture in (("theirs", source[i].image), ("right", source[i].target)):
+            save_image(tmp_path / folder / f"{source[i].name}.png", picture)
+    out = tmp_path / "out"
+    argv = [f"--pictures={tmp_path / name}" for name in ("theirs", "right")]
+    command.run([*argv, f"--data={tmp_path / 'data'}", f"--out={out}"])
+    printed = capsys.readouterr().out
+    assert "Difference from theirs" in printed
+    assert "ACD is not measured" in printed
+    assert "caption is not measured" in printed  # of a folder, no caption is known
+    assert {x.name for x in out.iterdir()} == {"theirs.npz", "right.npz", "table.md", "grid.png"}
+    theirs, right = (Evaluation.load(out / f"{name}.npz") for name in ("theirs", "right"))
+    np.testing.assert_allclose(theirs.measures["success"], 0, atol=1e-3)
+    np.testing.assert_allclose(right.measures["success"], 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from rcgrpo_jax import borders
 from rcgrpo_jax.editors.flux_kontext import to_pixels
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.runs.grid import candidate_pixels
 
 SETTINGS = {

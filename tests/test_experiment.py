@@ -9,11 +9,13 @@ import pytest
 import small_run
 
 from rcgrpo_jax.cli.main import main
-from rcgrpo_jax.evaluation.evaluate import Evaluation
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import paired_interval
 from rcgrpo_jax.experiments import ablation
 from rcgrpo_jax.experiments.ablation import COMPONENTS, group_statistics
 from rcgrpo_jax.rl.recipes import small_editor, small_editor_balanced
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SEEDS = 8  # of the recipe, kept in docs/evaluations
 

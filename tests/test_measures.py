@@ -18,9 +18,13 @@ from skimage.metrics import structural_similarity
 from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, render
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.caption import caption_scores, read_region
-from rcgrpo_jax.evaluation.lpips import load_weights, lpips
-from rcgrpo_jax.evaluation.metrics import PSNR_CAP, background_scores, edit_scores
+from rcgrpo_jax.evaluation.measures import MeasureInputs
+from rcgrpo_jax.evaluation.measures.caption import caption_scores, read_region
+from rcgrpo_jax.evaluation.measures.lpips import background_lpips, load_weights, lpips
+from rcgrpo_jax.evaluation.measures.overall import overall
+from rcgrpo_jax.evaluation.measures.psnr import CAP, psnr
+from rcgrpo_jax.evaluation.measures.ssim import ssim
+from rcgrpo_jax.evaluation.measures.success import success
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,30 +45,29 @@ def pictures(seed: int = 0, count: int = 3, size: int = 48) -> tuple[np.ndarray,
 # Metrics
 
 
-def test_edit_scores_are_full_for_the_target_and_none_for_the_source():
+def test_success_and_overall_are_full_for_the_target_and_none_for_the_source():
     examples = [Scenes("heldout", 3, 64)[i] for i in range(3)]
     source, target = (np.stack([getattr(x, f) for x in examples]) / np.float32(255) for f in ("image", "target"))
     mask = np.stack([x.mask for x in examples])
-    right, untouched = (edit_scores(source, edited, mask, target) for edited in (target, source))
-    np.testing.assert_allclose(right["success"], 1, atol=1e-3)
-    np.testing.assert_allclose(right["overall"], 1, atol=0.02)
-    np.testing.assert_allclose(untouched["success"], 0, atol=1e-3)
+    right, untouched = (MeasureInputs(source, edited, mask, target) for edited in (target, source))
+    np.testing.assert_allclose(success(right), 1, atol=1e-3)
+    np.testing.assert_allclose(overall(right), 1, atol=0.02)
+    np.testing.assert_allclose(success(untouched), 0, atol=1e-3)
 
 
 def test_psnr_is_of_the_whole_frame_without_the_edit():
     a, _, mask = pictures()
     outside = 1 - 400 / 48**2
-    psnr = background_scores(a, a + 0.1, mask, None)["psnr"]
-    np.testing.assert_allclose(psnr, -10 * np.log10(0.01 * outside), rtol=1e-5)
+    np.testing.assert_allclose(psnr(MeasureInputs(a, a + 0.1, mask)), -10 * np.log10(0.01 * outside), rtol=1e-5)
 
 
 def test_the_background_does_not_see_the_edit():
     a, b, mask = pictures()
     edited = np.where(mask[..., None] > 0, b, a)
-    scores = background_scores(a, edited, mask, load_weights())
-    np.testing.assert_array_equal(scores["psnr"], PSNR_CAP)
-    np.testing.assert_allclose(scores["ssim"], 1, atol=1e-6)
-    np.testing.assert_allclose(scores["lpips"], 0, atol=1e-6)
+    inputs = MeasureInputs(a, edited, mask)
+    np.testing.assert_array_equal(psnr(inputs), CAP)
+    np.testing.assert_allclose(ssim(inputs), 1, atol=1e-6)
+    np.testing.assert_allclose(background_lpips(inputs, load_weights()), 0, atol=1e-6)
 
 
 def test_ssim_is_that_of_skimage():
@@ -75,7 +78,7 @@ def test_ssim_is_that_of_skimage():
         structural_similarity(x, y, channel_axis=-1, **options)[1] for x, y in zip(a * shown, b * shown, strict=True)
     ]
     inner = [x[5:-5, 5:-5].mean() for x in maps]  # where the window lies in the picture
-    np.testing.assert_allclose(background_scores(a, b, mask, None)["ssim"], inner, atol=1e-5)
+    np.testing.assert_allclose(ssim(MeasureInputs(a, b, mask)), inner, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (31, 97))])

@@ -20,7 +20,8 @@ from references import diffusers, torch, transformer_flux
 from rcgrpo_jax.cli import report as command
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, initial_noise
+from rcgrpo_jax.evaluation.edit import initial_noise
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.method import concentration, region
@@ -398,6 +399,20 @@ def test_an_evaluation_adds_results_and_pictures(tmp_path):
     for instruction, _ in small_run.EDITS:
         assert instruction in text
     assert f"--data={small_run.data_folder()} --steps=2 --guidance=2.5 --seed=7 --size=64x64" in text
+
+
+def test_an_evaluation_of_pictures_of_another_program_is_shown_too(tmp_path):
+    write_run(tmp_path / "run", small_run.make_config().to_dict())
+    write_evaluation(tmp_path / "evaluation")
+    kept = Evaluation.load(tmp_path / "evaluation" / "base.npz")
+    alone = replace(kept, settings={"size": [64, 64], "data": "abc"})
+    alone.save(tmp_path / "pictures" / "theirs.npz")
+    arguments = ("--workdir", tmp_path / "run", "--out", tmp_path / "a.html", "--data", small_run.data_folder())
+    page, text = page_of(*arguments, "--evaluation", tmp_path / "pictures")
+    assert {"results", "examples"} <= set(page.values("id"))
+    assert "3 edits of 64 x 64 pixels" in text
+    assert "solver steps, guidance" not in text
+    assert "rcgrpo evaluate" not in text  # a model's edits are not what was measured
 
 
 def test_attention_maps_of_base_and_lora(tmp_path, edits):

@@ -9,7 +9,7 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import check_for_checkpoints, expand_home, path_flag
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.progress import Jobs
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.load import on_default_device
 
@@ -34,21 +34,15 @@ def run(argv: list[str]) -> None:
     sharding_of = on_default_device
     if len(open_devices()) > 1:
         sharding_of = parameter_sharding(make_mesh({"fsdp": -1}))
-    bars: dict[str, Progress] = {}
-
-    def progress(name: str, done: int, total: int) -> None:
-        bars.setdefault(name, Progress(total, description=name, lines=4)).update()
-        if done == total:
-            bars[name].close()
-
-    counts = convert(
-        source,
-        destination,
-        base=values.base,
-        dtype=dtype_of(values.dtype) if values.dtype else None,
-        sharding_of=sharding_of,
-        progress=progress,
-    )
+    with Jobs(lines=4) as progress:
+        counts = convert(
+            source,
+            destination,
+            base=values.base,
+            dtype=dtype_of(values.dtype) if values.dtype else None,
+            sharding_of=sharding_of,
+            progress=progress,
+        )
     for name, count in counts.items():
         print(f"{name:<16} {count:>14,} parameters")
     print(f"converted to {destination}")

@@ -18,20 +18,30 @@ def define_lora(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_float("lora_scale", None, strength, flag_values=values)
 
 
+def read_strengths(values: flags.FlagValues) -> list[float]:
+    """The strength of each `--lora`.
+
+    Raises:
+        UsageError: If there are not as many strengths as LoRAs.
+    """
+    count = len(values.lora or [])
+    strengths = values.lora_scale or [1.0] * count
+    if len(strengths) != count:
+        raise UsageError(
+            f"--lora_scale: {len(strengths)} strengths for {count} LoRAs; one for each was wanted.",
+            "Give it once for each --lora, in the same order.",
+        )
+    return strengths
+
+
 def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
     """The adapter of all `--lora`, with every scale folded in; None without any.
 
     Raises:
-        UsageError: If there are not as many strengths as LoRAs.
+        UsageError: As `read_strengths`.
         UserError: As `load_lora`.
     """
-    paths = values.lora or []
-    strengths = values.lora_scale or [1.0] * len(paths)
-    if len(strengths) != len(paths):
-        raise UsageError(
-            f"--lora_scale: {len(strengths)} strengths for {len(paths)} LoRAs; one for each was wanted.",
-            "Give it once for each --lora, in the same order.",
-        )
-    if not paths:
+    strengths = read_strengths(values)
+    if not values.lora:
         return None
-    return load_loras(paths, strengths, abstract_params("transformer", folder.config("transformer")))
+    return load_loras(values.lora, strengths, abstract_params("transformer", folder.config("transformer")))

@@ -172,19 +172,6 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file of `--out`, and makes its folder.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
-
-
 def _has_only(folder: Path, patterns: Collection[str]) -> bool:
     """Whether a folder is new, or all that is in it has a name of these patterns."""
     found = folder.iterdir() if folder.is_dir() else ()

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation
-from rcgrpo_jax.evaluation.lpips import MISSING
+from rcgrpo_jax.evaluation.measures import REGISTERED, note
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, paired_interval
 
 Variants = Mapping[str, Sequence[Evaluation]]  # a row of the table -> its evaluations, one a training seed
@@ -26,16 +26,9 @@ class Column(NamedTuple):
     better: str  # the direction that is better, ↑ or ↓
 
 
-# Those of the paper's Tables 2 and 3, success and caption standing for LC-I and LC-T, and two more.
-COLUMNS = (
-    Column("success", "edit success", 3, "↑"),
-    Column("caption", "caption", 3, "↑"),
-    Column("psnr", "PSNR", 2, "↑"),
-    Column("ssim", "SSIM", 3, "↑"),
-    Column("lpips", "LPIPS", 3, "↓"),
-    Column("overall", "overall", 3, "↑"),
-    Column("acd", "ACD", 3, "↑"),
-)
+def all_columns() -> list[Column]:
+    """A column for each of `evaluation.measures`."""
+    return [Column(one.name, one.header, one.decimals, one.better) for one in REGISTERED.values()]
 
 
 class Table(NamedTuple):
@@ -45,7 +38,7 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
 
-def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list[Table]:
+def make_tables(variants: Variants, columns: Sequence[Column] | None = None) -> list[Table]:
     """Lays out the means of all variants, their paired differences from the first and from the row above, and seeds.
 
     Cells are `mean [low, high]` with 95 % intervals (`statistics`). A star marks a difference whose interval excludes
@@ -53,13 +46,14 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
 
     Args:
         variants: Row -> evaluations of the same examples, one a training seed; the first row is the base.
-        columns: What to show.
+        columns: What to show; all measures by default.
 
     Raises:
         UserError: Two evaluations differ in examples or settings.
     """
     evaluations = [evaluation for group in variants.values() for evaluation in group]
     _check_comparable(evaluations)
+    columns = all_columns() if columns is None else columns
     columns = [column for column in columns if all(column.measure in x.measures for x in evaluations)]
     headers = [f"{column.header} {column.better}" for column in columns]
     names = list(variants)
@@ -92,14 +86,15 @@ def make_tables(variants: Variants, columns: Sequence[Column] = COLUMNS) -> list
     ]:
         title = f"Difference of each seed from {names[0]}, in pairs; intervals over edits"
         tables.append(Table(title, [["variant", "seed", *headers], *lines]))
-    if None not in evaluations[0].kinds:
+    if None not in evaluations[0].kinds and all("success" in x.measures for x in evaluations):
         tables.append(_by_kind(variants))
     return tables
 
 
-def differences(variants: Variants, columns: Sequence[Column] = COLUMNS) -> dict[str, dict[str, Interval]]:
+def differences(variants: Variants, columns: Sequence[Column] | None = None) -> dict[str, dict[str, Interval]]:
     """Measure -> row -> its paired difference from the first row, to be drawn; arguments as for `make_tables`."""
     (base, reference), *others = variants.items()
+    columns = all_columns() if columns is None else columns
 
     def difference(evaluations: Sequence[Evaluation], measure: str) -> Interval:
         return paired_interval(*(np.stack([x.measures[measure] for x in group]) for group in (evaluations, reference)))
@@ -134,16 +129,21 @@ def group_table(label: str, groups: Mapping[str, Float[np.ndarray, " Q"]]) -> Ta
     return Table(f"{label}, {len(reference)} groups", [header, *lines])
 
 
-def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader of the tables must know to read them right, a line each."""
+def notes(evaluation: Evaluation, *others: Evaluation) -> list[str]:
+    """What a reader of the tables must know to read them right, a line each; of all evaluations in them."""
+    measured = set.intersection(*(set(x.measures) for x in (evaluation, *others)))
     lines = [
         "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
         "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS are in "
-        "no reward.",
-        f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.",
-        "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
+        "no reward."
     ]
-    return lines if "lpips" in evaluation.measures else [*lines, MISSING]
+    if "acd" in measured:
+        lines.append(f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.")
+    return [
+        *lines,
+        "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
+        *(note(one) for name, one in REGISTERED.items() if name not in measured),
+    ]
 
 
 def _by_kind(variants: Variants) -> Table:
@@ -184,10 +184,16 @@ def _cell(interval: Interval, decimals: int, sign: bool = False) -> str:
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
+    """Refuses other examples or settings than those of the first; of pictures alone, the settings are their data."""
     first = evaluations[0]
     for other in evaluations[1:]:
         a, b = ({"examples": len(x.names), **x.settings} for x in (first, other))
-        differing = [f"{name} {a.get(name)} and {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+        common = a.keys() & b.keys() if first.of_pictures or other.of_pictures else a.keys() | b.keys()
+        differing = [
+            f"{name} {a.get(name)} and {b.get(name)}"
+            for name in {**a, **b}
+            if name in common and a.get(name) != b.get(name)
+        ]
         if differing or other.names != first.names:
             raise UserError(
                 f"evaluations with {', '.join(differing) or 'other names of examples'} found; the same examples and "

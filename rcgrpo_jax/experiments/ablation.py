@@ -1,16 +1,16 @@
 """The paper's ablations: variants of one run, several training seeds each, evaluated on the same held-out edits.
 
 Every piece (a run, an evaluation) is kept on disk and made once, so that an interrupted ablation goes on where it was.
-All is done on one device.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +21,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.data.sources import open_source, same_examples
+from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.encoding.encode import Batches, encode
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.evaluate import Evaluation, evaluate
+from rcgrpo_jax.evaluation.evaluate import evaluate
+from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.progress import Progress
-from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards
-from rcgrpo_jax.rl.setup import check_scorable, first_state, make_rewards
+from rcgrpo_jax.progress import Told, count_steps, silent
+from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards, validate
+from rcgrpo_jax.rl.setup import check_model_fits, check_rollout, check_scorable, first_state, make_rewards
 from rcgrpo_jax.rl.step_metrics import background_drift
 from rcgrpo_jax.rl.trainer import Trainer, train_to_end
 from rcgrpo_jax.runs.checkpoint import config_differences
@@ -119,7 +121,67 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
     return changed
 
 
-def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Protocol, out: Path) -> Evaluation:
+def check_variants(
+    config: ConfigDict, variants: Sequence[Variant], protocol: Protocol, seeds: int, batches: int, num_devices: int
+) -> dict[str, ConfigDict]:
+    """The configuration of each variant's run, by its name, before hours of training.
+
+    Args:
+        config: Common to all variants.
+        variants: What each of them changes.
+        protocol: Of the evaluation.
+        seeds: How many trainings of each.
+        batches: How many batches of groups each explores before training.
+        num_devices: Of the mesh.
+
+    Raises:
+        UsageError: A variant cannot run or is another's, or nothing would be done.
+        UserError: The held-out examples cannot be read, or no memory here holds an edit of them.
+    """
+    names = [variant.name for variant in variants]
+    if not variants or len({"", BASE, *map(slug, names)}) < len(names) + 2:
+        raise UsageError(
+            f"--table, --variant: {', '.join(names) or 'none'} found; at least one was wanted, of names that differ in "
+            "their letters and digits.",
+            "Write --table components, or --variant 'NAME: FIELD=VALUE'.",
+        )
+    runs = {variant.name: configure(config, variant, 0) for variant in variants}
+    for name, run in runs.items():
+        validate(run, num_devices)
+        folder = ModelFolder(run.model.path)
+        check_model_fits(run, folder)
+        check_rollout(run, folder)
+        if same_examples(run.data.path, protocol.data):
+            raise UsageError(
+                f"--data: {protocol.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",
+                "Name a held-out split or folder.",
+            )
+    for (one, a), (other, b) in combinations(runs.items(), 2):
+        if a == b:
+            raise UsageError(f"variants {one!r} and {other!r} are the same run.", "Leave one of them out.")
+        if batches and (a.data, a.rollout.prompts) != (b.data, b.rollout.prompts):
+            raise UsageError(
+                f"--batches: {one!r} and {other!r} differ in data or rollout.prompts; the same groups were wanted.",
+                "Leave --batches out, and call it again for variants that explore the same examples.",
+            )
+    if not seeds and not batches:
+        raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
+    open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
+    if seeds:
+        folder = ModelFolder(config.model.path)
+        check_fits(folder, config.data.size, protocol.num_steps, config.model.dtype, field="data.size")
+    return runs
+
+
+def run_variant(
+    config: ConfigDict,
+    variant: Variant,
+    seed: int,
+    protocol: Protocol,
+    out: Path,
+    devices: Sequence[jax.Device] | None = None,
+    progress: Told = silent,
+) -> Evaluation:
     """Trains one variant from one seed and evaluates its adapter.
 
     Args:
@@ -128,6 +190,8 @@ def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Proto
         seed: Of the training.
         protocol: Of the evaluation.
         out: Gets `runs/VARIANT/SEED` and `evaluations/VARIANT/SEED.npz`.
+        devices: The run's mesh is over these; all by default.
+        progress: Told of each edit of the evaluation.
 
     Raises:
         UserError: The training was stopped, or an evaluation is there that was made otherwise.
@@ -137,15 +201,24 @@ def run_variant(config: ConfigDict, variant: Variant, seed: int, protocol: Proto
     origin = _origin(config, protocol, changed)
     if file.exists():
         return _load(file, origin)
-    state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), jax.devices()[:1])
+    state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), devices)
     adapter = scale_adapter(state.averaged, LoRAConfig(**changed.lora).scale)
-    return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, adapter)
+    mesh = make_mesh(config.mesh, devices)
+    return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, mesh, progress, adapter)
 
 
-def run_base(config: ConfigDict, protocol: Protocol, out: Path) -> Evaluation:
-    """Evaluates the model without an adapter."""
+def run_base(
+    config: ConfigDict,
+    protocol: Protocol,
+    out: Path,
+    devices: Sequence[jax.Device] | None = None,
+    progress: Told = silent,
+) -> Evaluation:
+    """Evaluates the model without an adapter; arguments as for `run_variant`."""
     file, origin = out / "evaluations" / f"{BASE}.npz", _origin(config, protocol)
-    return _load(file, origin) if file.exists() else _evaluate(config, protocol, file, BASE, origin)
+    if file.exists():
+        return _load(file, origin)
+    return _evaluate(config, protocol, file, BASE, origin, make_mesh(config.mesh, devices), progress)
 
 
 def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
@@ -173,23 +246,28 @@ def _load(file: Path, origin: Mapping[str, Any]) -> Evaluation:
 
 
 def _evaluate(
-    config: ConfigDict, protocol: Protocol, file: Path, name: str, origin: Mapping[str, Any], lora: dict | None = None
+    config: ConfigDict,
+    protocol: Protocol,
+    file: Path,
+    name: str,
+    origin: Mapping[str, Any],
+    mesh: Mesh,
+    progress: Told,
+    lora: dict | None = None,
 ) -> Evaluation:
-    mesh = make_mesh({}, jax.devices()[:1])
     source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
-    with Progress(len(source), description=f"evaluate {name}", lines=5) as progress:
-        evaluation = evaluate(
-            load_editor(config, ModelFolder(config.model.path), mesh),
-            source,
-            range(len(source)),
-            num_steps=protocol.num_steps,
-            guidance=config.model.guidance,
-            seed=protocol.seed,
-            lora=lora,
-            size=tuple(config.data.size),
-            mesh=mesh,
-            progress=progress.update,
-        )
+    evaluation = evaluate(
+        load_editor(config, ModelFolder(config.model.path), mesh),
+        source,
+        range(len(source)),
+        num_steps=protocol.num_steps,
+        guidance=config.model.guidance,
+        seed=protocol.seed,
+        lora=lora,
+        size=tuple(config.data.size),
+        mesh=mesh,
+        progress=count_steps(progress, f"evaluate {name}", len(source)),
+    )
     evaluation = replace(evaluation, origin=origin, images=evaluation.images[:0])  # the adapters make them again
     evaluation.save(file)
     return evaluation
@@ -200,7 +278,7 @@ def untrained(config: ConfigDict, mesh: Mesh, cache: Path) -> tuple[Trainer, Tra
 
     Args:
         config: Of the run.
-        mesh: Of one device, set by `jax.set_mesh`.
+        mesh: That of the run, set by `jax.set_mesh`.
         cache: Has the cache of encodings.
     """
     folder, rewards = ModelFolder(config.model.path), make_rewards(config)
@@ -217,7 +295,14 @@ class GroupStatistics(NamedTuple):
     reward_std: Mapping[str, Float[np.ndarray, " Q"]]  # of each reward, within the group
 
 
-def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path, num_batches: int) -> GroupStatistics:
+def group_statistics(
+    config: ConfigDict,
+    variant: Variant,
+    seed: int,
+    out: Path,
+    num_batches: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> GroupStatistics:
     """Groups of the untrained model under a variant's perturbation; equal seeds see equal prompts and references.
 
     Candidate 0 is left out: RDP does not perturb it, and global perturbation does.
@@ -228,11 +313,12 @@ def group_statistics(config: ConfigDict, variant: Variant, seed: int, out: Path,
         seed: Of prompts and noise.
         out: Has the cache of encodings.
         num_batches: Batches of `rollout.prompts` groups.
+        devices: The run's mesh is over these; all by default.
     """
     config = configure(config, variant, seed)
     config.acd.weight = 0.0  # as in the paper: task reward only
     drifts, stds = [], []
-    mesh = make_mesh({}, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):

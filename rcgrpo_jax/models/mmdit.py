@@ -364,18 +364,3 @@ def sown_masses(intermediates: dict, name: str, acd_layers: int) -> Array:
         if stack in intermediates
     ]
     return jnp.concatenate(stacks)[-acd_layers:]
-
-
-def sown_density(
-    intermediates: dict, acd_layers: int, region: Float[Array, " N"], text_weights: Float[Array, " N_txt"] | None = None
-) -> Float[Array, " L_sel"]:
-    """ACD of each of the last `acd_layers` blocks (Eq. 17), of what an `apply` with that region sowed.
-
-    Args:
-        intermediates: Its `intermediates` collection.
-        acd_layers: L_sel.
-        region: M.
-        text_weights: As `concentration.density_from_masses` has them.
-    """
-    inside, total = (sown_masses(intermediates, name, acd_layers) for name in ("acd_inside", "acd_total"))
-    return concentration.density_from_masses(inside, total, region, text_weights)

@@ -52,6 +52,19 @@ def make_folder(path: Path, name: str, folders: Sequence[str] = (), files: Seque
             ) from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of results, and makes its folder.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
+
+
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process. The system holds the lock, not the file `lock`: it ends with the process.

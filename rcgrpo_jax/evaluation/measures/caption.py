@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import ImageColor
 
+from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.scenes.shapes import COLOURS, SHAPES, SceneObject, render
 from rcgrpo_jax.data.scenes.source import Scenes
+from rcgrpo_jax.evaluation.measures.base import Measure
 from rcgrpo_jax.rewards.colour import lab_from_srgb
 from rcgrpo_jax.rewards.oracle import VISIBLE
 
@@ -99,3 +101,15 @@ def caption_scores(edited: Float[Array, "P S S 3"], regions: Region) -> Float[Ar
 def _span(inside: Bool[np.ndarray, " w"]) -> Bool[np.ndarray, " w"]:
     """True from the first True to the last."""
     return np.logical_or.accumulate(inside) & np.logical_or.accumulate(inside[::-1])[::-1]
+
+
+def _is_drawn(source: Source, size: tuple[int, int]) -> bool:
+    """Whether all that a region could show can be drawn: of scenes in their own size."""
+    return isinstance(source, Scenes) and tuple(size) == (source.size, source.size)
+
+
+CAPTION = Measure(
+    "caption", "caption", 3, "↑", lambda inputs, regions: caption_scores(inputs.edited, regions),
+    fits=_is_drawn, read=read_region,
+    wanted="it compares with all that a region could show, which is known of synthetic scenes in their own size",
+)  # fmt: skip

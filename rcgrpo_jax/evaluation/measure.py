@@ -1,0 +1,200 @@
+"""Measures edits of any model against the examples that they are edits of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, check_targets, read_batches, right_batches
+from rcgrpo_jax.evaluation.measures import Measure, MeasureInputs, choose
+from rcgrpo_jax.evaluation.pictures import read_common, read_lines, read_picture
+from rcgrpo_jax.evaluation.result import Evaluation
+
+
+def measure(
+    pictures: str | Path | UInt8[np.ndarray, "N H W 3"],
+    source: Source,
+    indices: Sequence[int] | None = None,
+    measures: Sequence[str] | None = None,
+    *,
+    batch: int = 8,
+    size: tuple[int, int] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measures edits that are there, whoever made them.
+
+    What cannot be measured of them is left out (`evaluation.measures`): success where examples have no targets, R_acd
+    where `edit_all` has not made the edits, and so on.
+
+    Args:
+        pictures: A folder with a PNG for each example, named by it, or the pictures in the order of the indices.
+        source: The examples.
+        indices: Which of them; all by default.
+        measures: Names of `evaluation.measures`; all by default.
+        batch: Examples at a time. Memory depends on it, results do not.
+        size: (height, width) of the pictures, which the examples are brought to. By default that of the edits where
+            `edit_all` made them, else that of the first example.
+        progress: Called for each example, after its batch.
+
+    Returns:
+        One value a measure and example, in the order of the indices. Its settings are those that `edit_all` left in the
+        folder, or the size and the digest of the data alone.
+
+    Raises:
+        UserError: A picture is missing or of another size, the folder holds edits of other data, an example cannot be
+            read, or its target is flawed or missing where others have one.
+        UsageError: There are no examples, no measure has one of the names, or the targets are flawed on purpose.
+    """
+    check_targets(source)
+    chosen, every = choose(measures), indices is None
+    indices = range(len(source)) if every else indices
+    if not len(indices):
+        raise UsageError("measure: no examples found; at least one was wanted.", "Name more examples.")
+    folder = None if isinstance(pictures, np.ndarray) else Path(pictures)
+    common = None if folder is None else read_common(folder)
+    size = tuple(size or (common and common["settings"]["size"]) or source[indices[0]].image.shape[:2])
+    batches = right_batches(read_batches(source, indices, min(batch, len(indices)), size))
+    if folder is None:
+        edits = _of_array(pictures, batches, len(indices), size)
+    else:
+        edits = _of_folder(folder, batches, None if common is None else read_lines(folder), size)
+    found = measure_edits(edits, source, chosen, progress)
+    if common is None:
+        return found
+    if every and (there := common["settings"].get("data")) != found.settings["data"]:
+        raise UserError(
+            f"{folder}: its edits are of data of the digest {there}; the examples have {found.settings['data']}.",
+            "Name the data that was edited.",
+        )
+    return replace(found, settings={**common["settings"], **found.settings}, origin=common["origin"])
+
+
+def measure_edits(
+    edits: Iterable[EditedBatch],
+    source: Source,
+    measures: Sequence[Measure],
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measures batch after batch.
+
+    Args:
+        edits: Batches of examples and their edits, all of one size; one at least.
+        source: What the examples are of.
+        measures: What to measure; what cannot be measured of the first batch is left out.
+        progress: Called for each example, after its batch.
+
+    Returns:
+        All values and pictures. Its settings are the size and the digest of the data.
+
+    Raises:
+        UserError: A target is missing, and the first examples have theirs.
+    """
+    opened: dict[Measure, tuple] | None = None
+    names, images, values, digest = [], [], [], Digest()
+    for batch, pictures, acd in edits:
+        for example in batch.own:
+            digest.add(example)
+        inputs = _inputs(batch, pictures, acd)
+        if opened is None:
+            opened = _open(measures, source, inputs)
+        if inputs.target is None and any("target" in one.needs for one in opened):
+            lacking = next(example.name for example in batch.own if example.target is None)
+            raise UserError(
+                f"{lacking}: no target image, and examples before it have theirs.",
+                "Add it, or leave such examples out.",
+            )
+        besides = tuple((*loaded, *_read(one, source, batch.indices)) for one, loaded in opened.items())
+        found = _compute(tuple(opened), inputs, besides)
+        values.append({name: np.asarray(x, np.float32)[: batch.count] for name, x in found.items()})
+        names += [example.name for example in batch.own]
+        images.append(pictures[: batch.count])
+        for _ in batch.own:
+            progress()
+    joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
+    images = np.concatenate(images)
+    return Evaluation(tuple(names), joined, images, {"size": list(images.shape[1:3]), "data": str(digest)})
+
+
+def _of_folder(
+    folder: Path, batches: Iterable[ExampleBatch], lines: Mapping[str, Mapping[str, Any]] | None, size: tuple[int, int]
+) -> Iterator[EditedBatch]:
+    """The pictures of a folder, and R_acd where the lines of `edit_all` tell it."""
+
+    def acd_of(name: str) -> float:
+        if name not in lines:
+            raise UserError(
+                f"{folder}: the picture of {name} has no line in edits-*.jsonl, so it may not be whole.",
+                "Edit again with the same settings: what is missing is made.",
+            )
+        return np.nan if lines[name]["acd"] is None else lines[name]["acd"]
+
+    for batch in batches:
+        names = [example.name for example in batch.examples]
+        pictures = np.stack([read_picture(folder, name, size) for name in names])
+        yield EditedBatch(batch, pictures, None if lines is None else np.array([*map(acd_of, names)], np.float32))
+
+
+def _of_array(
+    pictures: UInt8[np.ndarray, "N H W 3"], batches: Iterable[ExampleBatch], count: int, size: tuple[int, int]
+) -> Iterator[EditedBatch]:
+    wanted = (count, *size, 3)
+    if pictures.dtype != np.uint8 or pictures.shape != wanted:
+        raise UsageError(
+            f"measure: pictures of {pictures.dtype} {list(pictures.shape)} found; uint8 {list(wanted)} were wanted.",
+            "Give one 8-bit RGB picture for each example, and name their size.",
+        )
+    start = 0
+    for batch in batches:
+        rows = start + np.arange(len(batch.examples)).clip(max=batch.count - 1)
+        yield EditedBatch(batch, pictures[rows], None)
+        start += batch.count
+
+
+def _inputs(batch: ExampleBatch, pictures: np.ndarray, acd: np.ndarray | None) -> MeasureInputs:
+    targets = batch.targets
+    return MeasureInputs(
+        _unit(batch.pixels),
+        _unit(pictures),
+        jnp.asarray(batch.masks),
+        None if targets is None else _unit(targets),
+        None if acd is None else jnp.asarray(acd),
+    )
+
+
+def _open(measures: Sequence[Measure], source: Source, inputs: MeasureInputs) -> dict[Measure, tuple]:
+    """The measures that can be computed, with what each of them loads."""
+    opened, size = {}, tuple(inputs.edited.shape[1:3])
+    for one in measures:
+        if one.fits(source, size) and all(getattr(inputs, need) is not None for need in one.needs):
+            loaded = () if one.load is None else (one.load(),)
+            if None not in loaded:
+                opened[one] = loaded
+    return opened
+
+
+def _read(one: Measure, source: Source, indices: np.ndarray) -> tuple:
+    """What a measure reads of each example, stacked."""
+    if one.read is None:
+        return ()
+    return (jax.tree.map(lambda *x: np.stack(x), *(one.read(source, int(index)) for index in indices)),)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute(
+    measures: tuple[Measure, ...], inputs: MeasureInputs, besides: tuple[tuple, ...]
+) -> dict[str, Float[Array, " P"]]:
+    return {one.name: one.compute(inputs, *known) for one, known in zip(measures, besides, strict=True)}
+
+
+def _unit(pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P H W 3"]:
+    return jnp.asarray(pixels, jnp.float32) / 255
