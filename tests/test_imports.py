@@ -26,7 +26,7 @@ LAYERS = [
     ("report", "plan"),
     ("cli",),
 ]
-MAX_LINES = 400
+MAX_LINES = 350
 
 
 def imported(module: str) -> Iterator[str]:

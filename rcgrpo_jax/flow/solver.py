@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -31,6 +31,7 @@ def euler_step(
     return x + (sigma_next - sigma).astype(x.dtype) * velocity(x, sigma).astype(x.dtype)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A method for `dx / dsigma = v(x, sigma)`; it may remember earlier steps, and evaluate v several times in one."""
 

@@ -7,7 +7,6 @@ maps over candidates with `jax.vmap`, tests pass a batch.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +21,15 @@ from rcgrpo_jax.models import rope
 from rcgrpo_jax.models.attention import attend
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import Linear
+from rcgrpo_jax.models.mmdit_parts import (
+    Embedder,
+    Modulation,
+    Part,
+    RMSNorm,
+    modulate,
+    sinusoid,
+    thousandfold,
+)
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -37,37 +45,6 @@ class Condition(NamedTuple):
     pooled: Float[Array, "*b D_pool"]  # pooled CLIP vector
     reference: Float[Array, "*b N_ref C"]  # packed latents of the source image, on the target's grid
     guidance: Float[Array, "*b"]  # guidance scale; unused where the model has no guidance embedding
-
-
-def sinusoid(x: Float[Array, "*b"], dim: int = 256) -> Float[Array, "*b dim"]:
-    """`[cos(x f), sin(x f)]` with `f = 10000^(-i / (dim / 2))`, fp32 (FLUX)."""
-    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    arguments = x.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * x.ndim + (-1,))
-    return jnp.concatenate([jnp.cos(arguments), jnp.sin(arguments)], axis=-1)
-
-
-def thousandfold(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
-    """`1000 x` in fp32, `x` and the product rounded to `dtype` as the references round them.
-
-    A plain cast is not enough: XLA drops one that is cast back, and an angle of hundreds of radians would come out off.
-    """
-    info = jnp.finfo(dtype)
-
-    def rounded(value):
-        return jax.lax.reduce_precision(value, info.nexp, info.nmant)
-
-    return rounded(1000 * rounded(x.astype(jnp.float32)))
-
-
-def layer_norm(x: Float[Array, "*b D"], epsilon: float = 1e-6) -> Float[Array, "*b D"]:
-    """Layer normalisation without affine parameters, in fp32."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)
-
-
-def modulate(x: Float[Array, "*b N D"], shift: Float[Array, "*b D"], scale: Float[Array, "*b D"]) -> Array:
-    return layer_norm(x) * (1 + scale[..., None, :]) + shift[..., None, :]
 
 
 def keep_whole(*streams: Float[Array, "*b N D"]) -> tuple[Float[Array, "*b N D"], ...]:
@@ -93,50 +70,7 @@ class AttentionOptions(NamedTuple):
     acd_reference_keys: bool = False  # count the reference image's keys, under the same mask
 
 
-class _Block(nn.Module):
-    """What all submodules share: sizes, dtypes, and short ways to make parts with the same."""
-
-    config: MMDiTConfig
-    dtype: Any
-    param_dtype: Any
-
-    def part(self, module: type[_Block], name: str, *args: Any) -> _Block:
-        return module(self.config, self.dtype, self.param_dtype, *args, name=name)
-
-    def linear(self, features: int, name: str) -> Linear:
-        return Linear(features, self.dtype, self.param_dtype, name=name)
-
-
-class RMSNorm(_Block):
-    """RMS normalisation of each head's query or key, in fp32 and cast back."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b N H D"]) -> Float[Array, "*b N H D"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
-        return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
-
-
-class Modulation(_Block):
-    """`chunks` vectors of width D from the time-text vector; their order is diffusers'."""
-
-    chunks: int
-
-    @nn.compact
-    def __call__(self, vec: Float[Array, "*b D"]) -> list[Float[Array, "*b D"]]:
-        return jnp.split(self.linear(self.chunks * self.config.width, "linear")(nn.silu(vec)), self.chunks, axis=-1)
-
-
-class Embedder(_Block):
-    """Two linear layers with a SiLU between."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*b F"]) -> Float[Array, "*b D"]:
-        return self.linear(self.config.width, "linear_2")(nn.silu(self.linear(self.config.width, "linear_1")(x)))
-
-
-class TimeTextEmbed(_Block):
+class TimeTextEmbed(Part):
     """`vec = time + guidance + pooled text`; time and guidance are cast to the compute dtype *before* the x1000."""
 
     @nn.compact
@@ -148,7 +82,7 @@ class TimeTextEmbed(_Block):
         return vec + self.part(Embedder, "text_embedder")(condition.pooled)
 
 
-class Attention(_Block):
+class Attention(Part):
     """Joint attention over [text, target, reference].
 
     Double blocks give text and image apart, each with projections of its own (`joint`); single blocks give one stream.
@@ -218,7 +152,7 @@ class Attention(_Block):
             self.sow("intermediates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
-class GELU(_Block):
+class GELU(Part):
     """The widening half of a feed-forward, `gelu(x W)` with the tanh form."""
 
     @nn.compact
@@ -226,13 +160,13 @@ class GELU(_Block):
         return nn.gelu(self.linear(4 * self.config.width, "proj")(x), approximate=True)
 
 
-class FeedForward(_Block):
+class FeedForward(Part):
     @nn.compact
     def __call__(self, x: Float[Array, "*b N D"]) -> Float[Array, "*b N D"]:
         return self.linear(self.config.width, "net_2")(self.part(GELU, "net_0")(x))
 
 
-class DoubleBlock(_Block):
+class DoubleBlock(Part):
     """Text and image streams with weights of their own and one joint attention; a step of `nn.scan`."""
 
     options: AttentionOptions
@@ -252,7 +186,7 @@ class DoubleBlock(_Block):
         return keep_whole(text + gate_mlp_t[..., None, :] * text_mlp, image + gate_mlp[..., None, :] * image_mlp), None
 
 
-class SingleBlock(_Block):
+class SingleBlock(Part):
     """One stream [text, target, reference], attention and MLP side by side; a step of `nn.scan`."""
 
     options: AttentionOptions
@@ -287,7 +221,7 @@ class MMDiT(nn.Module):
     remat: str = "none"
     attention: AttentionOptions = AttentionOptions()
 
-    def _stack(self, block: type[_Block], length: int, name: str) -> nn.Module:
+    def _stack(self, block: type[Part], length: int, name: str) -> nn.Module:
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
