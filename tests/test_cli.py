@@ -85,7 +85,7 @@ def test_debug_shows_the_traceback_and_keeps_no_other_process_waiting(capsys, mo
 
     left = []
     monkeypatch.setattr("rcgrpo_jax.cli.edit.run", broken)
-    monkeypatch.setattr("rcgrpo_jax.parallel.distributed.leave", left.append)
+    monkeypatch.setattr("rcgrpo_jax.parallel.distributed.exit_at_once", left.append)
     found, _, err = small_run.run_command(capsys, "edit", "--debug")
     assert (found, left) == (code, [code])
     assert err.startswith("Traceback")

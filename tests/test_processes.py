@@ -169,7 +169,7 @@ def test_an_error_in_a_block_that_all_share_is_raised_as_it_is():
 
 
 def test_alone_all_rows_are_ones_own():
-    assert distributed.own_rows(6) == distributed.own_share(6) == range(6)
-    assert not distributed.anyone(False)
-    assert distributed.anyone(True)
-    np.testing.assert_array_equal(distributed.total(np.array([1, 2])), [1, 2])
+    assert distributed.local_row_range(6) == distributed.local_job_range(6) == range(6)
+    assert not distributed.any_process(False)
+    assert distributed.any_process(True)
+    np.testing.assert_array_equal(distributed.sum_over_processes(np.array([1, 2])), [1, 2])

@@ -97,7 +97,7 @@ def _leave(code: int) -> None:
     if "jax" in sys.modules:  # else there can be no other processes
         from rcgrpo_jax.parallel import distributed
 
-        distributed.leave(code)
+        distributed.exit_at_once(code)
 
 
 def _unknown(name: str) -> str:

@@ -50,7 +50,7 @@ class Batches:
         return self._prefetch[step]
 
     def _read(self, step: int) -> EditBatch:
-        rows = [self._dataset[step * self._prompts + i] for i in distributed.own_rows(self._prompts)]
+        rows = [self._dataset[step * self._prompts + i] for i in distributed.local_row_range(self._prompts)]
 
         def stack(name: str) -> np.ndarray:
             return np.stack([row[name] for row in rows])

@@ -66,7 +66,7 @@ class EncodedSource:
                 f"data: the processes find different numbers of examples, {', '.join(map(str, sizes))}.", _SAME_DATA
             )
             raise everywhere(apart)
-        own, counted = distributed.own_share(len(source)), itertools.count(1)
+        own, counted = distributed.local_job_range(len(source)), itertools.count(1)
 
         def count(indices: Sequence[int]) -> None:
             for _ in indices:
@@ -77,9 +77,9 @@ class EncodedSource:
             hashed = {index: hashes[index].tobytes().hex() for index in own}
             missing = self._absent(hashed)
             count(hashed.keys() - set(missing))
-        hashes = distributed.total(hashes)  # each row is another process' own
+        hashes = distributed.sum_over_processes(hashes)  # each row is another process' own
         self._names = [row.tobytes().hex() for row in hashes]
-        if distributed.anyone(bool(self._absent(dict(enumerate(self._names))))):
+        if distributed.any_process(bool(self._absent(dict(enumerate(self._names))))):
             editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
         with distributed.together():
             self._encode(source, missing, count)

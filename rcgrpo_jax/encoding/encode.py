@@ -15,7 +15,7 @@ from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.encoding.index import Known
-from rcgrpo_jax.parallel.distributed import own_share
+from rcgrpo_jax.parallel.distributed import local_job_range
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -47,7 +47,7 @@ def encode(
         check(example)
 
     mesh = mesh.local_mesh  # each process encodes its own share of the examples
-    with jax.set_mesh(mesh), Progress(len(own_share(len(source))), description="encode", lines=10) as progress:
+    with jax.set_mesh(mesh), Progress(len(local_job_range(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(
             source,
             open_editor(folder, mesh, dtype=config.model.dtype, max_text_tokens=config.model.max_text_tokens),

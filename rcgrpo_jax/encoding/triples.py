@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from rcgrpo_jax.data.example import Needs, Source, check_needs
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.encoding.prefetch import Prefetch
-from rcgrpo_jax.parallel.distributed import own_rows
+from rcgrpo_jax.parallel.distributed import local_row_range
 from rcgrpo_jax.weights.tokenizers import Tokenizers, tokenize
 
 SUPERVISED = Needs(target="supervised training")
@@ -59,7 +59,7 @@ class TripleBatches:
         return self._prefetch[step]
 
     def _make(self, step: int) -> Triples:
-        examples = [self._dataset[step * self._count + i] for i in own_rows(self._count)]
+        examples = [self._dataset[step * self._count + i] for i in local_row_range(self._count)]
         for example in examples:
             check_needs(example, SUPERVISED)
         instructions = tuple(example.instruction for example in examples)

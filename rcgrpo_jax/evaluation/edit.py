@@ -94,7 +94,7 @@ def edit_all(
         missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
     for _ in range(len(own) - len(missing)):
         progress()
-    if distributed.anyone(bool(missing)):  # all processes read a converted folder at once, or none
+    if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
         editor.load_encoders()
         _ = editor.transformer_params
     batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)

@@ -96,7 +96,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def own_rows(count: int) -> range:
+def local_row_range(count: int) -> range:
     """The rows of a global batch that this process reads, decodes and scores.
 
     Each process has one block of rows, in the order of the processes.
@@ -108,7 +108,7 @@ def own_rows(count: int) -> range:
     return range(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def own_share(count: int) -> range:
+def local_job_range(count: int) -> range:
     """The numbers of the jobs that this process does, of `count` in all: every n-th, for n processes."""
     return range(jax.process_index(), count, jax.process_count())
 
@@ -127,12 +127,12 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=True)), tree)
 
 
-def total(x: np.ndarray) -> np.ndarray:
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
     """Sums an array over the processes; every process gets the sum."""
     return gather(x[None]).sum(0, dtype=x.dtype)
 
 
-def anyone(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is true on at least one process; every process gets the same answer."""
     return bool(gather(np.array([flag])).any())
 
@@ -188,7 +188,7 @@ def from_main(tree: Any) -> Any:
 
 
 @contextmanager
-def watch() -> Iterator[None]:
+def report_lost_process() -> Iterator[None]:
     """Turns the failure of a collective operation in the block into a `UserError`: another process has ended.
 
     An error for lack of memory passes as it is.
@@ -207,7 +207,7 @@ def watch() -> Iterator[None]:
         ) from error
 
 
-def leave(code: int) -> None:
+def exit_at_once(code: int) -> None:
     """Ends this process at once if the run has several; does nothing if it has one.
 
     An orderly exit would wait for the other processes, which may have ended.
@@ -218,14 +218,14 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Copies arrays on the mesh to the host; every process gets them whole."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
 
 
-def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+def local_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
     """This process' rows of an array on the mesh, as an array on its own devices. Nothing is copied.
 
     Args:
@@ -242,7 +242,7 @@ def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, [shard.data for shard in x.addressable_shards])
 
 
-def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
+def to_mesh(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
     """Copies host arrays to the mesh.
 
     Args:
@@ -255,7 +255,7 @@ def put(tree: Any, mesh: Mesh, spec: P | None = None) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def put_rows(tree: Any, mesh: Mesh) -> Any:
+def rows_to_mesh(tree: Any, mesh: Mesh) -> Any:
     """Joins the rows of all processes into arrays on the mesh; each row lies on the devices of its process.
 
     Args:
@@ -263,4 +263,4 @@ def put_rows(tree: Any, mesh: Mesh) -> Any:
         mesh: The mesh of all processes, as `parallel.mesh.make_mesh` orders it.
     """
     processes = Mesh(mesh.devices.reshape(jax.process_count(), -1), ("process", "device"))
-    return put(tree, processes, P("process"))
+    return to_mesh(tree, processes, P("process"))

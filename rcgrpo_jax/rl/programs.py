@@ -24,7 +24,7 @@ from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.flow.solver import Velocity
 from rcgrpo_jax.method import concentration, grpo, region, surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
-from rcgrpo_jax.parallel.distributed import put_rows
+from rcgrpo_jax.parallel.distributed import rows_to_mesh
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
@@ -57,7 +57,7 @@ class Programs:
 
     def prompts(self, batch: EditBatch) -> Prompts:
         """The rows of all processes, on every device; does not wait for them."""
-        return self.gather_prompts(*put_rows((batch.encoded, batch.mask), self.mesh))
+        return self.gather_prompts(*rows_to_mesh((batch.encoded, batch.mask), self.mesh))
 
     def _prompts(self, encoded: Mapping[str, Array], mask: Float[Array, "P H W"]) -> Prompts:
         """A batch with its masks on the token grid."""

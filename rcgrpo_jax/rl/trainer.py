@@ -22,7 +22,7 @@ from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.method import grpo
-from rcgrpo_jax.parallel.distributed import gather, own_rows, put, spread_rows, together
+from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows, to_mesh, together
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS, validate
@@ -158,7 +158,7 @@ class Trainer:
         self.decoder = editor.decoder_params
         self.programs = Programs(config, editor.family, mesh)
         self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
-        self.own_prompts = len(own_rows(config.rollout.prompts))
+        self.own_prompts = len(local_row_range(config.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
         self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
@@ -253,7 +253,7 @@ class Trainer:
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """The updates on a sample; the state is donated. Does not wait for them."""
         programs = self.programs
-        advantages = put(advantages, programs.mesh)
+        advantages = to_mesh(advantages, programs.mesh)
         log_old = jnp.zeros(programs.policy.log_policy_shape(), jnp.float32)
         for update in range(self.config.objective.updates):
             state, log_pi, metrics = programs.update(
@@ -265,7 +265,7 @@ class Trainer:
 
     def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""
-        rows = spread_rows(images, self.programs.mesh)
+        rows = local_rows(images, self.programs.mesh)
         with jax.set_mesh(self.own_mesh):
             return rows.reshape(self.own_prompts, -1, *rows.shape[1:])
 

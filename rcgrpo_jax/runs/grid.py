@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rcgrpo_jax.data.images import DISPLAY_SIDES, for_display, outline
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.parallel.distributed import own_rows
+from rcgrpo_jax.parallel.distributed import local_row_range
 
 _GAP, _MARGIN = 8, 16  # pixels between cells, between rows
 _TEXT_SIZE, _LINE = 15, 20
@@ -48,7 +48,7 @@ def candidate_pixels(images: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray,
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
     """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
     pixels = candidate_pixels(images[:4, :6])
-    first = own_rows(len(next(iter(scores.values())))).start
+    first = local_row_range(len(next(iter(scores.values())))).start
 
     def caption(p: int, i: int) -> str:
         return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.errors import UserError, everywhere
-from rcgrpo_jax.parallel.distributed import anyone, gather, is_main, text_of_main, together, watch
+from rcgrpo_jax.parallel.distributed import any_process, gather, is_main, report_lost_process, text_of_main, together
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
 from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite
@@ -50,7 +50,7 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
     """
     options = config.train
     with ExitStack() as stack:
-        stack.enter_context(watch())
+        stack.enter_context(report_lost_process())
         with together():
             make_folder(workdir, "workdir")
             if is_main():
@@ -168,7 +168,7 @@ def run_steps(
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             with together():  # process 0 alone writes, and the save under way is to end on all
                 writer.scalars(step, metrics)
-            stopped = anyone(stop.is_set())  # a preemption may reach the processes in different steps
+            stopped = any_process(stop.is_set())  # a preemption may reach the processes in different steps
             checkpointer.save(step, state, described, force=step == last or stopped)
             if picture is not None:  # after saving: one that cannot be written costs no step
                 with together():

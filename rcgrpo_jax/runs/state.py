@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
-from rcgrpo_jax.parallel.distributed import fetch, from_main, put, together
+from rcgrpo_jax.parallel.distributed import from_main, to_host, to_mesh, together
 from rcgrpo_jax.weights.lora import load_loras
 
 
@@ -87,8 +87,8 @@ def start_lora(state: TrainState, config: ConfigDict, params: dict, mesh: Mesh) 
         return state
     with together():
         given = load_loras([config.lora.init], [1.0], params)
-        started = start_from(fetch(state.params), given, LoRAConfig(**config.lora))
-    started = put(from_main(started), mesh)
+        started = start_from(to_host(state.params), given, LoRAConfig(**config.lora))
+    started = to_mesh(from_main(started), mesh)
     return state.replace(params=started, ema=None if state.ema is None else jax.tree.map(jnp.copy, started))
 
 

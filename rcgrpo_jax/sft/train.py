@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.models.attention import choose
-from rcgrpo_jax.parallel.distributed import fetch, from_main, gather, is_main, put, text_of_main, together
+from rcgrpo_jax.parallel.distributed import from_main, gather, is_main, text_of_main, to_host, to_mesh, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
@@ -150,7 +150,7 @@ def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardi
         with together():
             batch = batches[index]
         examples = stage.arrays(batch)
-        state, metrics = update(state, frozen, put(examples, mesh, PartitionSpec(SAMPLE_AXES)))
+        state, metrics = update(state, frozen, to_mesh(examples, mesh, PartitionSpec(SAMPLE_AXES)))
         metrics = {name: float(x) for name, x in metrics.items()}
         metrics["samples_per_second"] = config.batch.size / (time.monotonic() - start)
         if not draw:
@@ -176,7 +176,7 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
     from safetensors import SafetensorError
 
     try:
-        trained, examples = fetch(state.averaged), gather(stage.arrays(batches[0]))
+        trained, examples = to_host(state.averaged), gather(stage.arrays(batches[0]))
         with together(), jax.set_mesh(stage.mesh.local_mesh):  # a program of one process
             written = stage.save(trained, examples) if is_main() else ""
         return Path(text_of_main(str(written)))
