@@ -208,13 +208,13 @@ def test_a_server_is_asked_about_each_part_as_it_comes_and_waited_for_in_the_end
     """The devices have work while a reward takes its time, and the servers have all parts at once."""
     trainer, judge = small_run.make_trainer(rollout__micro_batch=4), Judge(parts=2)
     programs = trainer.programs
-    for owner, name in ((trainer, "compared"), (programs, "rollout"), (programs, "decode")):
+    for owner, name in ((trainer, "reward_inputs"), (programs, "rollout"), (programs, "decode")):
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, call=call, name=name: judge.order.append(name) or call(*args))
     monkeypatch.setattr(trainer, "rewards", trainer.rewards | {"judge": judge})
     with jax.set_mesh(programs.mesh):
         sample = trainer.sample(small_run.make_state(trainer), trainer.prepare(small_run.make_batch(trainer)))
-    assert judge.order == ["compared", *["rollout", "decode"] * 2, *["start"] * 2, *["answer"] * 2]
+    assert judge.order == ["reward_inputs", *["rollout", "decode"] * 2, *["start"] * 2, *["answer"] * 2]
     assert sample.scores["judge"].shape == (2, 4)
 
 
@@ -285,10 +285,10 @@ def test_the_next_batch_is_on_its_way_before_the_update_is_waited_for(monkeypatc
         return state, log_pi, {name: Watched(x) for name, x in metrics.items()}
 
     with jax.set_mesh(trainer.programs.mesh):
-        ready, upcoming = prepare(batch), small_run.make_batch(trainer, step=1)
+        prepared_batch, upcoming = prepare(batch), small_run.make_batch(trainer, step=1)
         monkeypatch.setattr(trainer.programs, "update", watched_update)
         monkeypatch.setattr(trainer, "prepare", lambda batch: order.append("prepare") or prepare(batch))
-        *_, following = trainer.step(state, ready, upcoming)
+        *_, following = trainer.step(state, prepared_batch, upcoming)
     assert order[:3] == ["update", "prepare", "wait"]
     assert following.batch is upcoming
     np.testing.assert_array_equal(following.prompts.condition.text, upcoming.text)

@@ -166,7 +166,7 @@ def _edit(
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
     sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
     inputs = (condition, jnp.asarray(batch.masks), noise)
-    tokens, acd = _rollout(editor.family, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
+    tokens, acd = _edit_latents(editor.family, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
     return editor.decode(tokens, grid), acd
 
 
@@ -180,7 +180,7 @@ def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Fl
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
-def _rollout(
+def _edit_latents(
     family: Family, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
 ) -> tuple[Float[Array, "P N C"], Float[Array, " P"]]:
     """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""

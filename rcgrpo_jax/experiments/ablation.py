@@ -322,9 +322,9 @@ def group_statistics(
     with jax.set_mesh(mesh):
         trainer, state, batches = untrained(config, mesh, out)
         for step in range(num_batches):
-            ready = trainer.prepare(batches[step])
-            sample = trainer.sample(state.replace(step=jnp.int32(step)), ready)
-            drifts.append(np.asarray(background_drift(ready.compared(edited=sample.images))))
+            prepared_batch = trainer.prepare(batches[step])
+            sample = trainer.sample(state.replace(step=jnp.int32(step)), prepared_batch)
+            drifts.append(np.asarray(background_drift(prepared_batch.reward_inputs(edited=sample.images))))
             stds.append({name: scores[:, 1:].std(-1) for name, scores in sample.scores.items()})
     return GroupStatistics(np.concatenate(drifts), jax.tree.map(lambda *parts: np.concatenate(parts), *stds))
 

@@ -71,7 +71,7 @@ def attention_maps(
     grid = editor.grid(*images.shape[1:3])
     condition = editor.family.condition(editor.encode(images, instructions), guidance)
     regions = jax.vmap(partial(region.token_mask, grid=grid))(jnp.asarray(masks))
-    tokens, maps = _rollout(
+    tokens, maps = _latents_and_maps(
         with_maps(editor.family), editor.transformer_params, lora or {}, jnp.asarray(noise), condition, regions,
         editor.sigmas(num_steps, grid[0] * grid[1]), grid,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def with_maps(networks: Networks) -> Networks:
 
 
 @partial(jax.jit, static_argnums=(0, 7))
-def _rollout(
+def _latents_and_maps(
     family: Family, params: dict, lora: dict, noise: Array, condition: Any, regions: Array, sigmas: Array,
     grid: tuple[int, int],
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P N_img"]]:  # fmt: skip

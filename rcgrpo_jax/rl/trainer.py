@@ -77,35 +77,37 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     check_model_fits(config, folder)
     check_rollout(config, folder)
     with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
-        described = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
+        config_record = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
         state = first_state(config, folder, mesh)
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = start_lora(state, config, abstract_params("transformer", folder.config("transformer")), mesh)
         else:
-            check_same_config(saved_config(checkpointer, schema), described, (*MAY_DIFFER, *PATHS, "data_digest"))
+            check_same_config(saved_config(checkpointer, schema), config_record, (*MAY_DIFFER, *PATHS, "data_digest"))
         batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_scorable, rewards))
-        described["data_digest"] = batches.source.digest
-        state = restore(checkpointer, state, described, schema, (*MAY_DIFFER, *PATHS))
+        config_record["data_digest"] = batches.source.digest
+        state = restore(checkpointer, state, config_record, schema, (*MAY_DIFFER, *PATHS))
         if finished(state, config):
             return state
         trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-        ready = None
+        prepared_batch = None
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
-            nonlocal ready
+            nonlocal prepared_batch
             start = time.monotonic()
             with together():  # a thread has read it during the step before
-                batch = batches[index] if ready is None else ready.batch
+                batch = batches[index] if prepared_batch is None else prepared_batch.batch
                 upcoming = batches[index + 1] if index + 1 < config.train.num_steps else None
             metrics = {"seconds/data": time.monotonic() - start}
-            state, measured, rows, ready = trainer.step(state, ready or trainer.prepare(batch), upcoming, draw)
+            state, measured, rows, prepared_batch = trainer.step(
+                state, prepared_batch or trainer.prepare(batch), upcoming, draw
+            )
             return state, metrics | measured, comparison_grid(rows, f"step {index + 1}") if draw else None
 
         def shown(metrics: Mapping[str, float]) -> dict[str, float]:
             return {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
 
         samples = config.rollout.prompts * config.rollout.group_size
-        return run_steps(state, step, config, described, workdir, checkpointer, "train", samples, shown)
+        return run_steps(state, step, config, config_record, workdir, checkpointer, "train", samples, shown)
 
 
 def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
@@ -123,12 +125,12 @@ def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Devi
     return state
 
 
-class Ready(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A batch whose copies are on the devices, or on their way."""
 
     batch: EditBatch
     prompts: Prompts  # of all processes
-    compared: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
+    reward_inputs: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
 
 
 class Sample(NamedTuple):
@@ -157,25 +159,25 @@ class Trainer:
         self.params = editor.transformer_params
         self.decoder = editor.decoder_params
         self.programs = Programs(config, editor.family, mesh)
-        self.own_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
-        self.own_prompts = len(local_row_range(config.rollout.prompts))
+        self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
+        self.num_local_prompts = len(local_row_range(config.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
         self.weights = {name: float(config.rewards[name]) for name in rewards}
         if config.acd.weight:
             self.weights["acd"] = float(config.acd.weight)
 
-    def prepare(self, batch: EditBatch) -> Ready:
+    def prepare(self, batch: EditBatch) -> PreparedBatch:
         """Copies this process' rows of a batch to the devices, and does not wait for them."""
-        return Ready(batch, self.programs.prompts(batch), self.compared(batch))
+        return PreparedBatch(batch, self.programs.prompts(batch), self.reward_inputs(batch))
 
     def step(
-        self, state: TrainState, ready: Ready, upcoming: EditBatch | None = None, draw: bool = False
-    ) -> tuple[TrainState, dict[str, float], list[GridRow], Ready | None]:
+        self, state: TrainState, prepared_batch: PreparedBatch, upcoming: EditBatch | None = None, draw: bool = False
+    ) -> tuple[TrainState, dict[str, float], list[GridRow], PreparedBatch | None]:
         """Explore, roll out, score, update.
 
         Args:
             state: Donated.
-            ready: The step's batch.
+            prepared_batch: The step's batch.
             upcoming: That of the next step, prepared while the devices compute the update.
             draw: Whether to return rows for the image grid, of this process' own.
 
@@ -185,17 +187,17 @@ class Trainer:
         Raises:
             UserError: Rewards have failed in every group for `UNSCORED_STEPS` steps.
         """
-        start, batch = time.monotonic(), ready.batch
-        sample = self.sample(state, ready)
+        start, batch = time.monotonic(), prepared_batch.batch
+        sample = self.sample(state, prepared_batch)
         scores, times = sample.scores, [start, sample.rolled_out]
         self._check_scored(scores)
-        with jax.set_mesh(self.own_mesh):  # all processes have all scores, and come to the same advantages
+        with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
             total = grpo.combine_rewards(scores, self.weights)
             advantages = grpo.group_advantages(
                 total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
             )
             rows = grid_rows(batch, sample.images, scores) if draw else []
-            measured = reward_metrics(scores, total) | drift_metrics(ready.compared(edited=sample.images))
+            measured = reward_metrics(scores, total) | drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 
@@ -221,22 +223,22 @@ class Trainer:
             )
             raise everywhere(lost)  # scores are those of all processes
 
-    def sample(self, state: TrainState, ready: Ready) -> Sample:
+    def sample(self, state: TrainState, prepared_batch: PreparedBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
         programs, options = self.programs, self.config.rollout
-        _, prompts, compared = ready
+        _, prompts, reward_inputs = prepared_batch
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
         rollouts, pictures = [], []
         for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
             rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
-            pictures.append(self.own(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
+            pictures.append(self.local_pictures(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
         with together():  # all is dispatched: the devices roll out the next part while one is scored
             started = []
             for images in pictures:
                 jax.block_until_ready(images)
                 rolled_out = time.monotonic()
-                started.append(self.start_scoring(compared, images))
+                started.append(self.start_scoring(reward_inputs, images))
             scores, failures = reward_registry.take_all(started)
         for name, cause in failures.items():
             logger.warning("step %d: reward %r: %s", int(state.step) + 1, name, cause)
@@ -244,7 +246,7 @@ class Trainer:
         scores = gather(scores)
         if "acd" in self.weights:
             scores["acd"] = np.asarray(rollout.acd)
-        with jax.set_mesh(self.own_mesh):
+        with jax.set_mesh(self.local_mesh):
             images = join(*pictures)
         return Sample(prompts, exploration, rollout, images, scores, rolled_out)
 
@@ -263,15 +265,15 @@ class Trainer:
             log_old = log_pi if update == 0 else log_old
         return state, metrics
 
-    def own(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
+    def local_pictures(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""
         rows = local_rows(images, self.programs.mesh)
-        with jax.set_mesh(self.own_mesh):
-            return rows.reshape(self.own_prompts, -1, *rows.shape[1:])
+        with jax.set_mesh(self.local_mesh):
+            return rows.reshape(self.num_local_prompts, -1, *rows.shape[1:])
 
-    def compared(self, batch: EditBatch) -> Callable[..., reward_registry.RewardInputs]:
+    def reward_inputs(self, batch: EditBatch) -> Callable[..., reward_registry.RewardInputs]:
         """What this process' rewards compare edits with, all but `edited`."""
-        with jax.set_mesh(self.own_mesh):
+        with jax.set_mesh(self.local_mesh):
             source = jnp.asarray(batch.pixels, jnp.float32) / 255
             targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
             return partial(
@@ -280,11 +282,11 @@ class Trainer:
             )  # fmt: skip
 
     def start_scoring(
-        self, compared: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]
+        self, reward_inputs: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]
     ) -> reward_registry.PendingScores:
         """Starts every reward on candidates of this process."""
-        with jax.set_mesh(self.own_mesh):
-            return reward_registry.start_all(self.rewards, compared(edited=images))
+        with jax.set_mesh(self.local_mesh):
+            return reward_registry.start_all(self.rewards, reward_inputs(edited=images))
 
 
 def join(*parts: Any) -> Any:

@@ -86,7 +86,7 @@ def _check_same_command(config: ConfigDict) -> None:
 def restore(
     checkpointer: Checkpointer,
     state: State,
-    described: Mapping[str, Any],
+    config_record: Mapping[str, Any],
     schema: Schema,
     may_differ: Collection[str],
 ) -> State:
@@ -95,7 +95,7 @@ def restore(
     Args:
         checkpointer: Of `open_run`.
         state: The state before the first step. The checkpoint is read onto its shardings.
-        described: The configuration as it is saved with each checkpoint.
+        config_record: The configuration as it is saved with each checkpoint.
         schema: The fields of this kind of training.
         may_differ: Dotted fields that a run may change when it resumes.
 
@@ -103,12 +103,12 @@ def restore(
         The saved state, or `state` itself if there is no checkpoint.
 
     Raises:
-        UserError: If the configuration saved with it differs from `described` in a field outside of `may_differ`.
+        UserError: If the configuration saved with it differs from `config_record` in a field outside of `may_differ`.
     """
     step = checkpointer.latest_step()
     if step is None:
         return state
-    check_same_config(saved_config(checkpointer, schema), described, may_differ)
+    check_same_config(saved_config(checkpointer, schema), config_record, may_differ)
     state = checkpointer.restore(state)
     logger.warning("resuming from step %d of %s", step, checkpointer.directory)
     return state
@@ -126,7 +126,7 @@ def run_steps(
     state: State,
     step_function: StepFunction,
     config: ConfigDict,
-    described: Mapping[str, Any],
+    config_record: Mapping[str, Any],
     workdir: Path,
     checkpointer: Checkpointer,
     name: str,
@@ -139,7 +139,7 @@ def run_steps(
         state: Has `step`, the steps done.
         step_function: One step. Its state may be donated.
         config: With the group `train`.
-        described: The configuration as it is saved with each checkpoint.
+        config_record: The configuration as it is saved with each checkpoint.
         workdir: Gets `metrics.jsonl`, `images/`, a folder of each of `train.writers`, and `profile/` if
             `train.profile_steps` asks for it.
         checkpointer: Of `open_run`.
@@ -156,7 +156,7 @@ def run_steps(
     first, last = int(state.step), config.train.num_steps
     with together():  # process 0 alone opens them, and may fail
         names = writer_names(config.train.writers)
-        metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=described)
+        metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=config_record)
     with (
         metrics_writer as writer,
         Progress(last, first, name) as progress,
@@ -169,7 +169,7 @@ def run_steps(
             with together():  # process 0 alone writes, and the save under way is to end on all
                 writer.scalars(step, metrics)
             stopped = any_process(stop.is_set())  # a preemption may reach the processes in different steps
-            checkpointer.save(step, state, described, force=step == last or stopped)
+            checkpointer.save(step, state, config_record, force=step == last or stopped)
             if picture is not None:  # after saving: one that cannot be written costs no step
                 with together():
                     if is_main():

@@ -62,10 +62,10 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
     mesh = make_mesh(config.mesh, devices)
     whole = replicated(mesh)
     with jax.set_mesh(mesh), open_run(config, workdir, ("start", "model", "lora")) as checkpointer:
-        described = config.to_dict()
+        config_record = config.to_dict()
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
             check_same_config(
-                saved_config(checkpointer, schema), described, (*MAY_DIFFER, "data_digest", "model_digest")
+                saved_config(checkpointer, schema), config_record, (*MAY_DIFFER, "data_digest", "model_digest")
             )
         folder = open_folder(config, workdir)
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
@@ -78,13 +78,13 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
         if checkpointer.latest_step() is None and config.stage == "lora":
             state = start_lora(state, config, stage.editor.transformer_params, mesh)
         batches = stage.batches()
-        described |= stage.identity(batches)
+        config_record |= stage.identity(batches)
         shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
-        state = restore(checkpointer, jax.device_put(state, shardings), described, schema, MAY_DIFFER)
+        state = restore(checkpointer, jax.device_put(state, shardings), config_record, schema, MAY_DIFFER)
         if not finished(state, config):
             step = make_step(config, stage, mesh, batches, shardings)
             size = config.batch.size
-            state = run_steps(state, step, config, described, workdir, checkpointer, config.stage, size, _shown)
+            state = run_steps(state, step, config, config_record, workdir, checkpointer, config.stage, size, _shown)
         if int(state.step) < config.train.num_steps:
             return None
         return _save(stage, state, batches)
