@@ -291,7 +291,7 @@ def test_the_next_batch_is_on_its_way_before_the_update_is_waited_for(monkeypatc
         *_, following = trainer.step(state, prepared_batch, upcoming)
     assert order[:3] == ["update", "prepare", "wait"]
     assert following.batch is upcoming
-    np.testing.assert_array_equal(following.prompts.condition.text, upcoming.text)
+    np.testing.assert_array_equal(following.prompts.condition.text, upcoming.encoded["text"])
 
 
 def test_the_update_writes_the_state_where_the_old_one_was():
