@@ -28,10 +28,10 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.ablation import Variant, configure, parse_variant, untrained
 from rcgrpo_jax.method import grpo
-from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.plan.report import align
+from rcgrpo_jax.plan.text import align
 from rcgrpo_jax.rl import recipes
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.setup import set_up
 from rcgrpo_jax.rl.trainer import Sample, Trainer
 from rcgrpo_jax.runs.state import TrainState
 
@@ -82,9 +82,9 @@ def gradients(trainer: Trainer, state: TrainState, sample: Sample) -> dict[str, 
 def measure(config: ConfigDict, count: int, cache: Path) -> tuple[dict[str, float], dict[str, Agreement]]:
     """The median within-group std of each reward, and the agreements, over `count` batches."""
     config.objective.updates = 1
-    mesh = make_mesh({}, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        trainer, state, batches = untrained(config, mesh, cache)
+    setup = set_up(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        trainer, state, batches = untrained(setup, cache)
         stds, found = [], []
         for step in range(count):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), trainer.prepare(batches[step]))

@@ -14,7 +14,7 @@ from statistics import median
 
 from jax.profiler import ProfileData
 
-from rcgrpo_jax.plan.report import align
+from rcgrpo_jax.plan.text import align
 from rcgrpo_jax.runs.metrics import read_metrics
 
 PHASES = ("data", "rollout", "reward", "update")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rcgrpo_jax.plan.report import align
+from rcgrpo_jax.plan.text import align
 
 FRAMEWORKS = ("jax", "torch")
 PROGRAMS = ("rollout", "update")

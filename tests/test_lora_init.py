@@ -13,6 +13,7 @@ from test_lora_files import assert_equal, deltas
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
 from rcgrpo_jax.rl import trainer as rl_trainer
+from rcgrpo_jax.rl.setup import Setup
 from rcgrpo_jax.sft import train as sft
 from rcgrpo_jax.sft.config import default_config
 from rcgrpo_jax.sft.stages import LoRAStage
@@ -86,8 +87,8 @@ def test_training_starts_from_it_and_a_resumed_run_needs_it_no_more(tmp_path, mo
         checkpointer.wait()
         return state
 
-    for name in ("encode", "load_editor", "Trainer"):  # what no step is taken with
-        monkeypatch.setattr(rl_trainer, name, lambda *_: SimpleNamespace(source=SimpleNamespace(digest="0")))
+    for owner, name in ((Setup, "encode"), (Setup, "load_editor"), (rl_trainer, "Trainer")):  # which take a step
+        monkeypatch.setattr(owner, name, lambda *_: SimpleNamespace(source=SimpleNamespace(digest="0")))
     monkeypatch.setattr(rl_trainer, "run_steps", save_at_once)
     state = rl_trainer.train(config, tmp_path / "run", jax.devices()[:1])
     for adapter in (state.params, state.ema):

@@ -18,8 +18,8 @@ from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.gpu import cudnn_errors
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
-from rcgrpo_jax.plan.report import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
+from rcgrpo_jax.plan.text import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.setup import check_mesh, check_model_fits

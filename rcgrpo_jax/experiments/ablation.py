@@ -9,7 +9,6 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +22,20 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import open_source, same_examples
 from rcgrpo_jax.editors.open import check_fits
-from rcgrpo_jax.encoding.encode import Batches, encode
+from rcgrpo_jax.encoding.encode import Batches
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import Told, count_steps, silent
-from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards, validate
-from rcgrpo_jax.rl.setup import check_model_fits, check_rollout, check_scorable, first_state, make_rewards
+from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards
+from rcgrpo_jax.rl.setup import Setup, set_up
 from rcgrpo_jax.rl.step_metrics import background_drift
 from rcgrpo_jax.rl.trainer import Trainer, train_to_end
 from rcgrpo_jax.runs.checkpoint import config_differences
 from rcgrpo_jax.runs.model import load_editor
-from rcgrpo_jax.runs.state import TrainState, start_lora
+from rcgrpo_jax.runs.state import TrainState
 from rcgrpo_jax.weights.load import ModelFolder
 
 
@@ -122,7 +121,12 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
 
 
 def check_variants(
-    config: ConfigDict, variants: Sequence[Variant], protocol: Protocol, seeds: int, batches: int, num_devices: int
+    config: ConfigDict,
+    variants: Sequence[Variant],
+    protocol: Protocol,
+    seeds: int,
+    batches: int,
+    devices: Sequence[jax.Device],
 ) -> dict[str, ConfigDict]:
     """The configuration of each variant's run, by its name, before hours of training.
 
@@ -132,7 +136,7 @@ def check_variants(
         protocol: Of the evaluation.
         seeds: How many trainings of each.
         batches: How many batches of groups each explores before training.
-        num_devices: Of the mesh.
+        devices: Of the mesh.
 
     Raises:
         UsageError: A variant cannot run or is another's, or nothing would be done.
@@ -147,10 +151,7 @@ def check_variants(
         )
     runs = {variant.name: configure(config, variant, 0) for variant in variants}
     for name, run in runs.items():
-        validate(run, num_devices)
-        folder = ModelFolder(run.model.path)
-        check_model_fits(run, folder)
-        check_rollout(run, folder)
+        set_up(run, devices)
         if same_examples(run.data.path, protocol.data):
             raise UsageError(
                 f"--data: {protocol.data} found, and {name!r} trains on {run.data.path}; other examples were wanted.",
@@ -273,19 +274,16 @@ def _evaluate(
     return evaluation
 
 
-def untrained(config: ConfigDict, mesh: Mesh, cache: Path) -> tuple[Trainer, TrainState, Batches]:
+def untrained(setup: Setup, cache: Path) -> tuple[Trainer, TrainState, Batches]:
     """What the first step of a run starts from: its trainer, its state, and its prompts, encoded.
 
     Args:
-        config: Of the run.
-        mesh: That of the run, set by `jax.set_mesh`.
+        setup: Of the run; its mesh is set by `jax.set_mesh`.
         cache: Has the cache of encodings.
     """
-    folder, rewards = ModelFolder(config.model.path), make_rewards(config)
-    batches = encode(config, folder, cache, mesh, config.rollout.prompts, partial(check_scorable, rewards))
-    trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
-    state = start_lora(first_state(config, folder, mesh), config, trainer.params, mesh)
-    return trainer, state, batches
+    batches = setup.encode(cache)
+    trainer = Trainer(setup.config, setup.load_editor(), setup.mesh, setup.rewards)
+    return trainer, setup.first_state(), batches
 
 
 class GroupStatistics(NamedTuple):
@@ -318,9 +316,9 @@ def group_statistics(
     config = configure(config, variant, seed)
     config.acd.weight = 0.0  # as in the paper: task reward only
     drifts, stds = [], []
-    mesh = make_mesh(config.mesh, devices)
-    with jax.set_mesh(mesh):
-        trainer, state, batches = untrained(config, mesh, out)
+    setup = set_up(config, devices)
+    with jax.set_mesh(setup.mesh):
+        trainer, state, batches = untrained(setup, out)
         for step in range(num_batches):
             prepared_batch = trainer.prepare(batches[step])
             sample = trainer.sample(state.replace(step=jnp.int32(step)), prepared_batch)

@@ -69,7 +69,7 @@ def ablate(
         UsageError: As `check_variants`.
     """
     devices = jax.devices() if devices is None else devices
-    runs = check_variants(config, variants, protocol, seeds, batches, len(devices))
+    runs = check_variants(config, variants, protocol, seeds, batches, devices)
     config = config.copy_and_resolve_references()
     config.data.cache = config.data.cache or str(out / "cache")
     make_folder(out, "--out", ("runs", "evaluations", "cache", "compiled"), (*PAGES, LOCK))

@@ -1,8 +1,11 @@
-"""What a run is put together from: rewards and first state, and whether data, model and mesh go together."""
+"""What a run is put together from, made once of its configuration, and whether its parts go together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -11,18 +14,75 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import EditExample, Needs, check_needs
+from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.encoding.batches import Batches
+from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
-from rcgrpo_jax.parallel.mesh import check_parts
+from rcgrpo_jax.parallel.mesh import check_parts, make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
-from rcgrpo_jax.runs.state import TrainState, init_state
+from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration stands for, checked before any weight is read."""
+
+    config: ConfigDict
+    mesh: Mesh
+    folder: ModelFolder  # the model
+    rewards: Mapping[str, Reward]  # those that have a weight
+
+    def encode(self, workdir: Path) -> Batches:
+        """The data through the encoders, in the cache of a run in `workdir`."""
+        check = partial(check_scorable, self.rewards)
+        return encode(self.config, self.folder, workdir, self.mesh, self.config.rollout.prompts, check)
+
+    def load_editor(self) -> Editor:
+        """The model on the mesh."""
+        return load_editor(self.config, self.folder, self.mesh)
+
+    def fresh_state(self) -> TrainState:
+        """The state of an adapter that does nothing, on every device."""
+        return first_state(self.config, self.folder, self.mesh)
+
+    def first_state(self) -> TrainState:
+        """The state before the first step, with the LoRA of `lora.init` if there is one.
+
+        Raises:
+            UserError: If that LoRA cannot be read, or does not fit.
+        """
+        shapes = abstract_params("transformer", self.folder.config("transformer"))
+        return start_lora(self.fresh_state(), self.config, shapes, self.mesh)
+
+
+def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Checks a configuration and makes its parts.
+
+    Args:
+        config: As `rl.config.default_config` lays it out.
+        devices: Of the mesh; all by default.
+
+    Raises:
+        UserError: For every mistake in the configuration, and in it and the model together.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    validate(config, len(devices))
+    mesh, folder = make_mesh(config.mesh, devices), ModelFolder(config.model.path)
+    setup = Setup(config, mesh, folder, make_rewards(config))
+    check_mesh(config, mesh, folder.config("transformer"))
+    check_model_fits(config, folder)
+    check_rollout(config, folder)
+    return setup
 
 
 def make_rewards(config: ConfigDict) -> dict[str, Reward]:

@@ -19,32 +19,20 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows, to_mesh, together
-from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import config as schema
-from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS, validate
+from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import Programs
-from rcgrpo_jax.rl.setup import (
-    check_mesh,
-    check_model_fits,
-    check_rollout,
-    check_scorable,
-    first_state,
-    make_rewards,
-)
+from rcgrpo_jax.rl.setup import set_up
 from rcgrpo_jax.rl.step_metrics import drift_metrics, reward_metrics
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
-from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.run import finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
-from rcgrpo_jax.runs.state import TrainState, start_lora
-from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
+from rcgrpo_jax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
 UNSCORED_STEPS = 3  # without a group that could be scored, in a row, before a run gives up
@@ -68,27 +56,20 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         UserError: For every mistake in configuration, model, data or resume that can be told.
     """
     workdir = Path(workdir)
-    devices = jax.devices() if devices is None else devices
-    validate(config, len(devices))
-    mesh = make_mesh(config.mesh, devices)
-    rewards = make_rewards(config)
-    folder = ModelFolder(config.model.path)
-    check_mesh(config, mesh, folder.config("transformer"))
-    check_model_fits(config, folder)
-    check_rollout(config, folder)
-    with jax.set_mesh(mesh), open_run(config, workdir) as checkpointer:
-        config_record = config.to_dict() | {"model_digest": folder.fingerprint("transformer")}
-        state = first_state(config, folder, mesh)
+    setup = set_up(config, devices)
+    with jax.set_mesh(setup.mesh), open_run(config, workdir) as checkpointer:
+        config_record = config.to_dict() | {"model_digest": setup.folder.fingerprint("transformer")}
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
-            state = start_lora(state, config, abstract_params("transformer", folder.config("transformer")), mesh)
+            state = setup.first_state()
         else:
             check_same_config(saved_config(checkpointer, schema), config_record, (*MAY_DIFFER, *PATHS, "data_digest"))
-        batches = encode(config, folder, workdir, mesh, config.rollout.prompts, partial(check_scorable, rewards))
+            state = setup.fresh_state()
+        batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, config_record, schema, (*MAY_DIFFER, *PATHS))
         if finished(state, config):
             return state
-        trainer = Trainer(config, load_editor(config, folder, mesh), mesh, rewards)
+        trainer = Trainer(config, setup.load_editor(), setup.mesh, setup.rewards)
         prepared_batch = None
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
@@ -154,7 +135,7 @@ class Trainer:
         rewards: Name -> reward.
     """
 
-    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: dict[str, reward_registry.Reward]):
+    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward]):
         self.config, self.rewards = config, rewards
         self.params = editor.transformer_params
         self.decoder = editor.decoder_params
