@@ -315,3 +315,10 @@ def test_a_reward_that_needs_a_target_is_refused_without_a_right_one(data, probl
     config.rewards = ConfigDict({"oracle": 1.0})
     with pytest.raises(UserError, match=problem):
         train(config, tmp_path, jax.devices()[:1])
+
+
+def test_runs_share_programs_where_they_differ_in_nothing_that_these_read():
+    programs = small_run.make_trainer().programs
+    assert small_run.make_trainer(seed=5, train__num_steps=9, data__path="elsewhere").programs is programs
+    for changes in ({"objective__clip": 0.5}, {"lora__alpha": 3.0}, {"model__guidance": 3.5}, {"data__size": (64, 80)}):
+        assert small_run.make_trainer(**changes).programs is not programs

@@ -7,9 +7,10 @@ flattened to one axis that is vmapped and spread over the mesh in micro-batches.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -189,6 +190,30 @@ class Programs:
         scalars["ratio_deviation"] = jnp.max(metrics["ratio_deviation"], where=teaches, initial=0.0)
         scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         return state, log_pi, scalars
+
+
+_READ = ("policy", "explore", "rollout", "surrogate", "objective", "acd", "optimizer")
+
+
+def shared_programs(config: ConfigDict, family: Family, mesh: Mesh) -> Programs:
+    """`Programs`; runs that differ in nothing that these read, such as the seeds of an ablation, share one compilation.
+
+    Args:
+        config: The run's configuration, validated.
+        family: The networks.
+        mesh: The mesh.
+    """
+    read = {name: config[name] for name in _READ} | {
+        "lora": {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets},
+        "data": {"size": config.data.size},
+        "model": {"guidance": config.model.guidance},
+    }
+    return _programs(ConfigDict(read).to_json(sort_keys=True), family, mesh)
+
+
+@lru_cache(maxsize=4)  # of a few variants: each holds compiled programs
+def _programs(read: str, family: Family, mesh: Mesh) -> Programs:
+    return Programs(ConfigDict(json.loads(read)), family, mesh)
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

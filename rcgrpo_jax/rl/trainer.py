@@ -25,7 +25,7 @@ from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows,
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
-from rcgrpo_jax.rl.programs import Programs
+from rcgrpo_jax.rl.programs import shared_programs
 from rcgrpo_jax.rl.setup import set_up
 from rcgrpo_jax.rl.step_metrics import drift_metrics, reward_metrics
 from rcgrpo_jax.runs.checkpoint import check_same_config
@@ -139,7 +139,7 @@ class Trainer:
         self.config, self.rewards = config, rewards
         self.params = editor.transformer_params
         self.decoder = editor.decoder_params
-        self.programs = Programs(config, editor.family, mesh)
+        self.programs = shared_programs(config, editor.family, mesh)
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.num_local_prompts = len(local_row_range(config.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
