@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.report.run_record import config_script
+from rcgrpo_jax.rl import config as rl_config
 from rcgrpo_jax.rl.recipes import small_editor
+from rcgrpo_jax.sft import config as sft_config
 
 DEFAULTS = "rcgrpo_jax.rl.config"
 MINE = "from common_settings import base\n\ndef get_config():\n    return base()\n"
@@ -271,3 +273,19 @@ def test_the_spelling_with_a_colon_is_told_for_a_file_that_is_not_there(capsys, 
     _, problem, remedy = small_run.fail(capsys, "train", f"--config={missing}", "--workdir=w")
     assert problem == f"--config: {missing} cannot be read (No such file or directory)."
     assert remedy == f"Did you mean {named}:twenty?"
+
+
+@pytest.mark.parametrize(
+    ("text", "now"),
+    [
+        ("from rcgrpo_jax.training.config import default_config as get_config", rl_config.default_config),
+        ("from rcgrpo_jax.training.recipes import small_editor as get_config", small_editor),
+        ("from rcgrpo_jax.training import recipes\n\nget_config = recipes.small_editor", small_editor),
+        ("from rcgrpo_jax.training.pretrain_config import default_config as get_config", sft_config.default_config),
+    ],
+    ids=["config", "recipes", "module", "pretrain_config"],
+)
+def test_a_file_of_before_imports_what_it_did(tmp_path, text, now):
+    """Users have such files, and so do the pages that `rcgrpo report` made."""
+    (tmp_path / "theirs.py").write_text(text)
+    assert load_config(tmp_path / "theirs.py", DEFAULTS) == now()

@@ -22,7 +22,7 @@ LAYERS = [
     ("evaluation", "runs"),
     ("rl",),
     ("sft",),
-    ("experiments",),
+    ("experiments", "training"),
     ("report", "plan"),
     ("cli",),
 ]
