@@ -128,7 +128,7 @@ def test_acd_is_the_density_of_the_attention_map():
     text = model.encode_text([example.instruction] * BATCH)
     reference = model.encode_image(np.stack([example.image] * BATCH))
     condition = Condition(text.text[0], text.pooled[0], reference[0], jnp.float32(2.5))
-    tokens = region.token_mask(jnp.asarray(example.mask), (4, 4))
+    tokens = region.token_region(jnp.asarray(example.mask), (4, 4))
     with_map = model.transformer.clone(attention=AttentionOptions(acd_map=True))
     variables = {"params": model.transformer_params}
 

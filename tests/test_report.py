@@ -262,7 +262,7 @@ def test_maps_and_densities_are_those_of_the_explicit_attention(monkeypatch, edi
     for i in range(2):
         a = explicit_maps(monkeypatch, edits, i)[:, -selected:]
         np.testing.assert_allclose(found.maps[i], a.mean((0, 1)), rtol=1e-4)
-        mask = np.asarray(region.token_mask(edits.masks[i], GRID))
+        mask = np.asarray(region.token_region(edits.masks[i], GRID))
         densities = (a @ mask / mask.sum()) / a.mean(-1)  # [K, L]
         np.testing.assert_allclose(found.acd[i], densities.mean(), rtol=1e-4)
         np.testing.assert_allclose(found.acd[i], concentration.density(found.maps[i], jnp.asarray(mask)), rtol=1e-5)

@@ -186,7 +186,7 @@ def _edit_latents(
     """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
 
     def one(condition: Any, mask: Array, noise: Array) -> tuple[Array, Array]:
-        tokens = region.token_mask(mask, grid)
+        tokens = region.token_region(mask, grid)
         velocity = velocity_and_density(family, params, lora, condition, grid, tokens)
         states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
         return states[-1], concentration.reward(densities)

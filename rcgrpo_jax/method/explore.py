@@ -40,24 +40,24 @@ def neighbour_noise(
     return _mix(reference, delta, sigma)
 
 
-def perturbation_map(mask: Float[Array, " N"], alpha_edit: float, alpha_base: float) -> Float[Array, " N"]:
+def perturbation_map(region: Float[Array, " N"], alpha_edit: float, alpha_base: float) -> Float[Array, " N"]:
     """The strength of the perturbation at each token, alpha = alpha_edit M + alpha_base (1 - M) (Eq. 10).
 
     Args:
-        mask: M, [N] in [0, 1].
+        region: M, [N] in [0, 1].
         alpha_edit: Strength inside the edit region, in [0, 1].
         alpha_base: Strength in the background, in [0, 1]; small, so that the background is nearly shared by a group.
 
     Returns:
         [N] float32 in [0, 1].
     """
-    return alpha_edit * mask + alpha_base * (1.0 - mask)
+    return alpha_edit * region + alpha_base * (1.0 - region)
 
 
 def region_decoupled_noise(
     key: PRNGKeyArray,
     reference: Float[Array, "N C"],
-    mask: Float[Array, " N"],
+    region: Float[Array, " N"],
     group_size: int,
     alpha_edit: float,
     alpha_base: float,
@@ -67,7 +67,7 @@ def region_decoupled_noise(
     Args:
         key: Typed key (`jax.random.key`).
         reference: eps*, [N, C] float32 from N(0, I).
-        mask: M, [N] in [0, 1], from `region.token_mask`.
+        region: M, [N] in [0, 1], from `region.token_region`.
         group_size: G, the reference candidate included.
         alpha_edit: Strength inside the edit region, in [0, 1].
         alpha_base: Strength in the background, in [0, 1].
@@ -75,14 +75,14 @@ def region_decoupled_noise(
     Returns:
         [G, N, C] float32. Index 0 is the paper's i_0, bit for bit the reference; each candidate is marginally N(0, I).
     """
-    alpha = perturbation_map(mask, alpha_edit, alpha_base)
+    alpha = perturbation_map(region, alpha_edit, alpha_base)
     return _around(key, reference, group_size, alpha[None, :, None])
 
 
 def mixed_noise(
     key: PRNGKeyArray,
     reference: Float[Array, "N C"],
-    mask: Float[Array, " N"],
+    region: Float[Array, " N"],
     group_size: int,
     alpha_edit: float,
     alpha_base: float,
@@ -95,7 +95,7 @@ def mixed_noise(
     Args:
         key: Typed key (`jax.random.key`).
         reference: eps*, [N, C] float32 from N(0, I).
-        mask: M, [N] in [0, 1], from `region.token_mask`.
+        region: M, [N] in [0, 1], from `region.token_region`.
         group_size: G, the reference candidate included.
         alpha_edit: Strength inside the edit region of candidates 1, 3, ..., in [0, 1].
         alpha_base: Strength in their background, in [0, 1].
@@ -105,7 +105,7 @@ def mixed_noise(
         [G, N, C] float32. Index 0 is the reference, bit for bit; each candidate is marginally N(0, I).
     """
     local = jnp.arange(1, group_size)[:, None] % 2 == 1
-    alpha = jnp.where(local, perturbation_map(mask, alpha_edit, alpha_base)[None], sigma)
+    alpha = jnp.where(local, perturbation_map(region, alpha_edit, alpha_base)[None], sigma)
     return _around(key, reference, group_size, alpha[..., None])
 
 

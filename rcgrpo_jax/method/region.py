@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def token_mask(
+def token_region(
     mask_pixels: Float[Array, "h_px w_px"],
     grid: tuple[int, int],
     *,

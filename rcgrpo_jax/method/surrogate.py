@@ -61,7 +61,7 @@ def mean_distance(x: Float[Array, "... N C"], y: Float[Array, "... N C"]) -> Flo
 def region_distance(
     x: Float[Array, "... N C"],
     y: Float[Array, "... N C"],
-    mask: Float[Array, " N"],
+    region: Float[Array, " N"],
     tau_edit: float,
     tau_base: float,
 ) -> Float[Array, "..."]:
@@ -73,52 +73,52 @@ def region_distance(
     Args:
         x: [..., N, C] states.
         y: The same, or a shape of the same rank that broadcasts.
-        mask: M, [N] in [0, 1].
+        region: M, [N] in [0, 1].
         tau_edit: Bandwidth of the edit region, > 0.
         tau_base: Bandwidth of the background, > 0.
 
     Returns:
-        [...] float32, >= 0 and finite, with a finite gradient, for any mask.
+        [...] float32, >= 0 and finite, with a finite gradient, for any region.
     """
 
     def share(part: Float[Array, " N"]) -> Float[Array, " N"]:
         size = jnp.sum(part)
         return part / jnp.where(size > 0, size, 1.0)
 
-    weights = share(mask) / tau_edit**2 + share(1.0 - mask) / tau_base**2
+    weights = share(region) / tau_edit**2 + share(1.0 - region) / tau_base**2
     return _weighted_distance(x, y, weights / x.shape[-1])
 
 
 def tau_distance(
     x: Float[Array, "... N C"],
     y: Float[Array, "... N C"],
-    mask: Float[Array, " N"],
+    region: Float[Array, " N"],
     tau_edit: float,
     tau_base: float,
 ) -> Float[Array, "..."]:
     """The sum of squares under the bandwidths, d^2 = sum (M / tau_edit^2 + (1 - M) / tau_base^2) |x - y|^2 (ours).
 
-    Unlike `region_distance` it ignores the regions' sizes: a token's weight depends on its own mask value alone.
+    Unlike `region_distance` it ignores the regions' sizes: a token's weight depends on its own region value alone.
 
     Args:
         x: [..., N, C] states.
         y: The same, or a shape of the same rank that broadcasts.
-        mask: M, [N] in [0, 1].
+        region: M, [N] in [0, 1].
         tau_edit: Bandwidth of the edit region, > 0.
         tau_base: Bandwidth of the background, > 0.
 
     Returns:
         [...] float32, >= 0.
     """
-    return _weighted_distance(x, y, mask / tau_edit**2 + (1.0 - mask) / tau_base**2)
+    return _weighted_distance(x, y, region / tau_edit**2 + (1.0 - region) / tau_base**2)
 
 
-def distance_function(name: str, mask: Float[Array, " N"], tau_edit: float, tau_base: float) -> Distance:
+def distance_function(name: str, region: Float[Array, " N"], tau_edit: float, tau_base: float) -> Distance:
     """The distance called `name` as a function of two states.
 
     Args:
         name: 'l2', 'mean', 'region' or 'tau'.
-        mask: M, [N] in [0, 1]; 'l2' and 'mean' do not look at it, nor at the bandwidths.
+        region: M, [N] in [0, 1]; 'l2' and 'mean' do not look at it, nor at the bandwidths.
         tau_edit: Bandwidth of the edit region, > 0.
         tau_base: Bandwidth of the background, > 0.
 
@@ -134,9 +134,9 @@ def distance_function(name: str, mask: Float[Array, " N"], tau_edit: float, tau_
         case "mean":
             return mean_distance
         case "region":
-            return partial(region_distance, mask=mask, tau_edit=tau_edit, tau_base=tau_base)
+            return partial(region_distance, region=region, tau_edit=tau_edit, tau_base=tau_base)
         case "tau":
-            return partial(tau_distance, mask=mask, tau_edit=tau_edit, tau_base=tau_base)
+            return partial(tau_distance, region=region, tau_edit=tau_edit, tau_base=tau_base)
     raise ValueError(f"distance {name!r} is not one of 'l2', 'mean', 'region', 'tau'")
 
 
@@ -233,13 +233,13 @@ def source_candidate(
     anchor: Float[Array, "... N C"],
     shrink: Float[Array, "..."],
     source: Float[Array, "N C"],
-    mask: Float[Array, " N"],
+    region: Float[Array, " N"],
 ) -> Float[Array, "... N C"]:
     """A candidate that keeps the source, y = M xbar + (1 - M) (x_src + sigma' / sigma (x - x_src)) (ours).
 
     It joins the policy and Eq. 5 as candidate G + 1, with its own advantage and a ratio clipped like all others. Each
     term of the plain mean still counts 1 / G: the source takes nothing from the others.
-    Outside the mask it is where the straight line from the anchor's last state x to the source is after the step;
+    Outside the region it is where the straight line from the anchor's last state x to the source is after the step;
     inside it is the anchor itself, so that no distance sees the region.
 
     Args:
@@ -247,12 +247,12 @@ def source_candidate(
         anchor: xbar, [..., N, C], its state after the step, at sigma'.
         shrink: sigma' / sigma, [...] in [0, 1).
         source: x_src, [N, C], the source's latents.
-        mask: M, [N] in [0, 1].
+        region: M, [N] in [0, 1].
 
     Returns:
         [..., N, C], a constant to gradients.
     """
     source = jnp.broadcast_to(source, before.shape)
     straight = source + shrink[..., None, None] * (before - source)
-    inside = jnp.broadcast_to(mask[:, None], before.shape)
+    inside = jnp.broadcast_to(region[:, None], before.shape)
     return jax.lax.stop_gradient(inside * anchor + (1.0 - inside) * straight)

@@ -129,7 +129,7 @@ class Attention(Part):
         first = self.config.num_blocks - self.options.acd_layers
         if first >= (self.config.num_layers if self.joint else self.config.num_blocks):
             return  # no block of this stack is selected
-        mask = jnp.concatenate([region, region], axis=-1) if self.options.acd_reference_keys else region
+        key_region = jnp.concatenate([region, region], axis=-1) if self.options.acd_reference_keys else region
         num_text = q.shape[-3] - 2 * region.shape[-1]
         scale = self.config.attention_head_dim**-0.5
 
@@ -142,8 +142,8 @@ class Attention(Part):
             return concentration.attention_map(q, k, scale)
 
         def report() -> dict[str, Array]:
-            q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + mask.shape[-1], :, :]
-            inside, total = masses(q_txt, k_img, mask)
+            q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + key_region.shape[-1], :, :]
+            inside, total = masses(q_txt, k_img, key_region)
             extra = {"acd_map": attention_map(q_txt, k_img)} if self.options.acd_map else {}
             return {"acd_inside": inside, "acd_total": total, **extra}
 

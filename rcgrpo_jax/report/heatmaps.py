@@ -70,7 +70,7 @@ def attention_maps(
     """
     grid = editor.grid(*images.shape[1:3])
     condition = editor.family.condition(editor.encode(images, instructions), guidance)
-    regions = jax.vmap(partial(region.token_mask, grid=grid))(jnp.asarray(masks))
+    regions = jax.vmap(partial(region.token_region, grid=grid))(jnp.asarray(masks))
     tokens, maps = _latents_and_maps(
         with_maps(editor.family), editor.transformer_params, lora or {}, jnp.asarray(noise), condition, regions,
         editor.sigmas(num_steps, grid[0] * grid[1]), grid,

@@ -65,7 +65,7 @@ class Programs:
         options = {"threshold": self.config.explore.mask_threshold or None}
 
         def tokens(dilation: int) -> Array:
-            return jax.vmap(partial(region.token_mask, grid=self.grid, dilation=dilation, **options))(mask)
+            return jax.vmap(partial(region.token_region, grid=self.grid, dilation=dilation, **options))(mask)
 
         condition = self.family.condition(encoded, self.config.model.guidance)
         text_weights = self.family.text_weights(encoded)

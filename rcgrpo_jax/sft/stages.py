@@ -23,7 +23,7 @@ from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
 from rcgrpo_jax.flow import matching
-from rcgrpo_jax.method.region import token_mask
+from rcgrpo_jax.method.region import token_region
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
 from rcgrpo_jax.models.t5 import T5Encoder
@@ -175,7 +175,7 @@ class FlowStage(Stage):
         sigma = matching.sample_sigmas(key_sigma, (), len(data), self.config.flow.extra_shift, **self.shift_options)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
         predicted, _ = self.editor.family.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
-        region = token_mask(example.mask, self.grid)
+        region = token_region(example.mask, self.grid)
         everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
         loss = everywhere + self.config.flow.region_weight * inside
         return loss, {"loss_everywhere": everywhere, "loss_inside": inside}
