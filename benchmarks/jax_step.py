@@ -26,7 +26,7 @@ from rcgrpo_jax.plan.search import changed
 from rcgrpo_jax.rl.policy.base import Prompts, Rollout
 from rcgrpo_jax.rl.policy.neighbour import Exploration
 from rcgrpo_jax.rl.programs import Programs
-from rcgrpo_jax.rl.setup import first_state
+from rcgrpo_jax.rl.setup import fresh_state
 from rcgrpo_jax.rl.trainer import join
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
@@ -56,7 +56,7 @@ class Step:
         with jax.set_mesh(self.mesh):
             self.programs = Programs(self.config, editor.family, self.mesh)
             self.params = editor.transformer_params
-            state = first_state(self.config, folder, self.mesh)
+            state = fresh_state(self.config, folder, self.mesh)
             self.state = state.replace(params=random_tree(state.params, jnp.float32, lambda *_: replicated(self.mesh)))
             given = jax.device_put(inputs(preset), replicated(self.mesh))
         dtype, guidance = jnp.dtype(self.config.model.dtype), jnp.full(len(given["text"]), self.config.model.guidance)

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rcgrpo_jax.cli.export import export
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.rl.recipes import small_editor
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.weights.load import ModelFolder

@@ -34,6 +34,13 @@ def test_paths_in_code_type_are_there(file):
         assert re.search("NAME|FILE", path) or any(any(place.glob(path)) for place in PLACES), path
 
 
+@each_document
+def test_functions_that_are_named_beside_their_file_are_in_it(file):
+    for path, name in re.findall(r"`(\w[\w/]*\.py)` `(\w+)`", file.read_text()):
+        (found,) = (place / path for place in PLACES if (place / path).is_file())
+        assert re.search(rf"\b(def|class) {name}\b", found.read_text()), f"{path} {name}"
+
+
 def test_every_configuration_that_a_document_names_loads():
     named = {x for file in DOCUMENTS for x in re.findall(r"\bconfigs/[a-z]\w+\.py(?::\w+)?", file.read_text())}
     assert "configs/kontext_512.py:v5e_16" in named

@@ -1,6 +1,8 @@
 """Encoders run once, changed inputs never meet old results, and a batch is a function of the step."""
 
 import dataclasses
+import errno
+import json
 import os
 import resource
 from pathlib import Path
@@ -180,6 +182,40 @@ def test_a_damaged_index_counts_for_nothing(calls, read, tmp_path, text):
     assert read == []
 
 
+def test_an_entry_whose_name_is_none_counts_for_nothing(calls, read, tmp_path):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    (index,) = cache.glob("index-*.json")
+    index.write_text(json.dumps({stamp: ["zz", *row[1:]] for stamp, row in json.loads(index.read_text()).items()}))
+    read.clear()
+    start(data, cache)
+    assert read == [0, 1, 2]
+
+
+def test_a_cache_that_cannot_be_written_is_read(calls, read, tmp_path, monkeypatch):
+    """One of before the index, on a disk for reading alone."""
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    first = start(data, cache)
+    for file in cache.glob("index-*.json"):
+        file.unlink()
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("write_text", "unlink", "mkdir"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert start(data, cache).digest == first.digest
+
+
+def test_reading_in_another_way_reads_again(calls, read, tmp_path, monkeypatch):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    read.clear()
+    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", 2)
+    start(data, cache)
+    assert read == [0, 1, 2]
+
+
 def test_other_settings_do_not_share_an_index(calls, read, tmp_path):
     data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
     start(data, cache)
@@ -249,7 +285,7 @@ def test_an_entry_that_could_not_be_finished_is_written_again(calls, tmp_path):
             EncodedSource([make_example()], make_editor(), SIZE, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert entries(tmp_path) == set()
     assert EncodedSource([make_example()], make_editor(), SIZE, tmp_path)[0]["instruction"] == "Make it red."
 
 

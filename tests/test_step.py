@@ -19,7 +19,7 @@ from rcgrpo_jax.method import surrogate
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
 from rcgrpo_jax.rewards import as_reward
-from rcgrpo_jax.rl.setup import first_state
+from rcgrpo_jax.rl.setup import fresh_state
 from rcgrpo_jax.rl.trainer import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
@@ -450,6 +450,6 @@ def test_a_mesh_changes_nothing(shape, tmp_path):
     mesh = trainer.programs.mesh
     for path, x in flatten_dict(trainer.params).items():
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, parameter_spec(path, x.shape, mesh)), x.ndim), path
-    for x in jax.tree.leaves(first_state(trainer.config, ModelFolder(small_run.model_folder()), mesh)):
+    for x in jax.tree.leaves(fresh_state(trainer.config, ModelFolder(small_run.model_folder()), mesh)):
         assert x.sharding.is_equivalent_to(replicated(mesh), x.ndim)
     assert_same_step(trainer, 1e-5, tmp_path)

@@ -164,7 +164,7 @@ def test_without_the_package_a_run_does_not_start(tmp_path, monkeypatch):
     assert is_everywhere(caught.value)
     assert str(caught.value) == (
         "train.writers: wandb needs the package wandb, which cannot be imported.\n"
-        "pip install 'rcgrpo_jax[wandb]', or leave wandb out of train.writers."
+        "pip install wandb, or leave wandb out of train.writers."
     )
     assert not (tmp_path / "metrics.jsonl").exists()
 

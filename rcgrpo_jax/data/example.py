@@ -95,6 +95,7 @@ class Needs(NamedTuple):
     right_target: str = ""  # one that is not
 
 
+NOTHING = Needs()
 REGION = Needs(mask="an edit by region")
 
 

@@ -1,4 +1,4 @@
-"""The kinds of data sets that `data.path` can name, each under its prefix: all in which they differ from each other.
+"""The kinds of data sets that `data.path` can name: how the paths of each are written, opened, compared and protected.
 
 A new kind is a file that registers a `SourceKind`, and a line in `data.sources` that imports it.
 """
@@ -59,7 +59,7 @@ def register(prefix: str) -> Callable[[type[SourceKind]], type[SourceKind]]:
 def split_prefix(path: str) -> tuple[str, str]:
     """The prefix, empty if it is not a registered one, and the rest of a `data.path`."""
     prefix, colon, rest = path.partition(":")
-    return (prefix, rest) if colon and prefix in _KINDS else ("", path)
+    return (prefix, rest) if colon and prefix and prefix in _KINDS else ("", path)
 
 
 def kind_of(prefix: str) -> SourceKind:

@@ -1,4 +1,4 @@
-"""The one place that assembles an editor, and what it cannot do without, in bytes."""
+"""The one place that assembles an editor, and the check that its largest arrays fit memory."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import UInt8
 from rcgrpo_jax.data.example import EditExample, Source, stamp_of
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editors.flux_kontext import Editor
-from rcgrpo_jax.encoding.index import Known, read_index, write_index
+from rcgrpo_jax.encoding.index import READING, Known, read_index, write_index
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
 
@@ -90,7 +91,7 @@ class EncodedSource:
         self, source: Source, own: range, validate: Callable[[EditExample | Known], None]
     ) -> UInt8[np.ndarray, "examples 16"]:
         """The hashes of this process' examples; those whose files are as they were before are not read."""
-        settings = hashlib.sha256(json.dumps(self._settings).encode()).hexdigest()[:16]
+        settings = hashlib.sha256(json.dumps([READING, *self._settings]).encode()).hexdigest()[:16]
         index, found = read_index(self.folder, settings), {}
         hashes = np.zeros((len(source), 16), np.uint8)
         for i in own:
@@ -120,7 +121,7 @@ class EncodedSource:
         self, source: Source, indices: Sequence[int], done: Callable[[Sequence[int]], None] = lambda _: None
     ) -> None:
         """Encodes examples, as many at a time as have `PIXELS_AT_ONCE`; always the same number, so one compilation."""
-        at_once = max(1, min(PIXELS_AT_ONCE // (self._size[0] * self._size[1]), len(indices)))
+        at_once = max(1, min(PIXELS_AT_ONCE // (self._size[0] * self._size[1]), len(source)))
         for start in range(0, len(indices), at_once):
             chunk = indices[start : start + at_once]
             examples = [source[index] for index in chunk]
@@ -170,13 +171,15 @@ class EncodedSource:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
+        partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
             in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
             save_file(in_order, partial, metadata={"instruction": instruction})
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise UserError(
                 f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
             ) from None

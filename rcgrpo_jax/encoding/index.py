@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from annotated_types import Predicate
 
 from rcgrpo_jax.borders import conform, parse_json
 from rcgrpo_jax.errors import UserError
 
+# Raised with any change of `data.images`, `data.masks` or `data.example.check_example` that reads files in another way
+# or refuses others: the index spares the reading, and would pass over it.
+READING = 1
+_Entry = Annotated[str, Predicate(re.compile(r"[0-9a-f]{32}").fullmatch)]
+
 
 class Known(NamedTuple):
-    """An example that has been read; it has what a check of examples looks at, but for pictures."""
+    """What is kept of an example that was read: enough to check it again without its pictures."""
 
     entry: str  # name of its file in the cache, without the suffix
     name: str
@@ -29,13 +38,13 @@ def read_index(folder: Path, settings: str) -> dict[str, Known]:
 
     Args:
         folder: The cache.
-        settings: Names what entries depend on besides their examples.
+        settings: Names what entries depend on besides their examples, `READING` among it.
     """
     known: dict[str, Known] = {}
     for file in sorted(folder.glob(f"index-{settings}-*.json")):
         try:
             rows = parse_json(file.read_text(encoding="utf-8"))
-            conform(rows, dict[str, tuple[str, str, str, bool, bool]], f"{file}", "")
+            conform(rows, dict[str, tuple[_Entry, str, str, bool, bool]], f"{file}", "")
         except (OSError, ValueError, UserError):
             continue
         known |= {stamp: Known(*row) for stamp, row in rows.items()}
@@ -51,4 +60,5 @@ def write_index(folder: Path, settings: str, process: int, known: dict[str, Know
         partial.write_text(json.dumps(known), encoding="utf-8")
         os.replace(partial, file)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

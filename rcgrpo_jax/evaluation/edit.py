@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.example import NOTHING, Needs, Source, check_needs
 from rcgrpo_jax.editors.base import Family, velocity_and_density
 from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.errors import UsageError
@@ -49,6 +49,7 @@ def edit_all(
     size: tuple[int, int] | None = None,
     mesh: Mesh | None = None,
     share: tuple[int, int] | None = None,
+    needs: Needs = NOTHING,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Edits examples into a folder, each picture as soon as it is made: `evaluation.pictures` says what lies there.
@@ -69,10 +70,12 @@ def edit_all(
         size: (height, width) that images are brought to; that of the first example by default.
         mesh: Where the editor's parameters lie, devices of this process; one device by default.
         share: (k, n): this call makes the examples k, k + n, ...; by default k is the process, n how many there are.
+        needs: What examples must have to be measured later.
         progress: Called for each example of the share.
 
     Raises:
-        UserError: An example cannot be read, two have one name, the folder holds other edits, or it cannot be written.
+        UserError: An example cannot be read or lacks what is needed, two have one name, the folder holds other edits,
+            or it cannot be written.
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
@@ -85,6 +88,7 @@ def edit_all(
         names, digest = [], Digest()
         for index in indices:
             example = read_example(source, index, size)
+            check_needs(example, needs)
             names.append(example.name)
             digest.add(example)
         check_names(names)

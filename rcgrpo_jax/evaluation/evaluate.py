@@ -63,7 +63,7 @@ def evaluate(
     """
     check_targets(source)
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
-    mesh = make_mesh({}, jax.devices()[:1]) if mesh is None else mesh
+    mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     batches = read_batches(source, indices, batch_rows(batch, len(indices), mesh), size)
     edits = edit_batches(editor, right_batches(batches, need_targets=True), options, lora, mesh)
     found = measure_edits(edits, source, choose(measures), progress)

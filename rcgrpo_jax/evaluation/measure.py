@@ -140,8 +140,8 @@ def _of_folder(
 
     for batch in batches:
         names = [example.name for example in batch.examples]
-        pictures = np.stack([read_picture(folder, name, size) for name in names])
-        yield EditedBatch(batch, pictures, None if lines is None else np.array([*map(acd_of, names)], np.float32))
+        acd = None if lines is None else np.array([*map(acd_of, names)], np.float32)  # tells first what is not made yet
+        yield EditedBatch(batch, np.stack([read_picture(folder, name, size) for name in names]), acd)
 
 
 def _of_array(

@@ -28,6 +28,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.result import Count, Origin, Settings
 
 SETTINGS = "settings.json"
+_LONGEST = 255  # bytes of a file's name on common file systems
 _LINES = "edits-*-of-*.jsonl"
 _ANOTHER = "Use another folder, or put the values back."
 _WRITE = "Choose a folder you can write to, on a disk with free space."
@@ -58,13 +59,18 @@ def picture_file(folder: Path, name: str) -> Path:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses examples that share a picture.
+    """Refuses examples that share a picture, or whose name makes none.
 
     Raises:
-        UserError: Two have one name.
+        UserError: Two have one name, or a name is too long.
     """
     first: dict[Path, int] = {}
     for position, name in enumerate(names):
+        if (size := len(os.fsencode(picture_file(Path(), name).name))) > _LONGEST:
+            raise UserError(
+                f"example {position}, {name[:40]}...: a name of {size} bytes found; {_LONGEST} at most were wanted.",
+                "Give its image a shorter name.",
+            )
         other = first.setdefault(picture_file(Path(), name), position)
         if other != position:
             raise UserError(
@@ -85,7 +91,7 @@ def read_picture(folder: Path, name: str, size: tuple[int, int]) -> UInt8[np.nda
         UserError: There is no such picture, it cannot be read, or it has another size.
     """
     file = picture_file(folder, name)
-    if not file.is_file():
+    if not os.path.isfile(file):  # False for a name that no file can have, too
         count = sum(not file.name.startswith(".") for file in folder.glob("*.png"))
         raise UserError(
             f"{file}: no such file; the edit of the example {name} was wanted. The folder has {count} .png files.",
@@ -118,7 +124,13 @@ def claim(folder: Path, settings: Mapping[str, Any], origin: Mapping[str, Any]) 
                 )
             partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another call may write the same file
             partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            partial.replace(file)
+            try:
+                os.link(partial, file)
+                partial.unlink()
+            except FileExistsError:  # another call was first: what it wrote counts
+                partial.unlink()
+            except OSError:  # a file system without links
+                partial.replace(file)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error}).", _WRITE) from None
     there = read_common(folder)

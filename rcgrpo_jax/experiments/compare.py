@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.example import Needs, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.editors.open import check_fits, open_editor
 from rcgrpo_jax.evaluation.edit import edit_all
@@ -126,7 +126,8 @@ def evaluate_adapters(
             found = evaluate(editor, source, range(len(source)), **options)
         else:
             check_targets(source)
-            edit_all(editor, source, range(len(source)), edits / name, **options)
+            needs = Needs(right_target="evaluate")  # before hours of edits
+            edit_all(editor, source, range(len(source)), edits / name, needs=needs, **options)
             found = measure(edits / name, source, batch=batch)
         yield name, replace(found, origin={"lora": adapter_fingerprint(lora)} if lora else {})
 

@@ -30,7 +30,7 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rl.policy import POLICIES
-from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Exploration, Policy, Prompts, Rollout
 from rcgrpo_jax.runs.state import TrainState, apply_gradients
 
 
@@ -192,7 +192,7 @@ class Programs:
         return state, log_pi, scalars
 
 
-_READ = ("policy", "explore", "rollout", "surrogate", "objective", "acd", "optimizer")
+_NOT_READ = ("seed", "train", "mesh", "rewards", "reward_options")
 
 
 def shared_programs(config: ConfigDict, family: Family, mesh: Mesh) -> Programs:
@@ -203,16 +203,14 @@ def shared_programs(config: ConfigDict, family: Family, mesh: Mesh) -> Programs:
         family: The networks.
         mesh: The mesh.
     """
-    read = {name: config[name] for name in _READ} | {
-        "lora": {"rank": config.lora.rank, "alpha": config.lora.alpha, "targets": config.lora.targets},
-        "data": {"size": config.data.size},
-        "model": {"guidance": config.model.guidance},
-    }
-    return _programs(ConfigDict(read).to_json(sort_keys=True), family, mesh)
+    read = config.to_dict() | {"data": {"size": config.data.size}, "model": {"guidance": config.model.guidance}}
+    read = {name: value for name, value in read.items() if name not in _NOT_READ}
+    read["lora"] = {**read["lora"], "init": ""}
+    return _programs(json.dumps(read, sort_keys=True), POLICIES[config.policy], family, mesh)
 
 
-@lru_cache(maxsize=4)  # of a few variants: each holds compiled programs
-def _programs(read: str, family: Family, mesh: Mesh) -> Programs:
+@lru_cache(maxsize=32)  # more than the variants of an ablation, which takes them in turn
+def _programs(read: str, policy: type[Policy], family: Family, mesh: Mesh) -> Programs:
     return Programs(ConfigDict(json.loads(read)), family, mesh)
 
 

@@ -53,7 +53,7 @@ class Setup:
 
     def fresh_state(self) -> TrainState:
         """The state of an adapter that does nothing, on every device."""
-        return first_state(self.config, self.folder, self.mesh)
+        return fresh_state(self.config, self.folder, self.mesh)
 
     def first_state(self) -> TrainState:
         """The state before the first step, with the LoRA of `lora.init` if there is one.
@@ -94,8 +94,8 @@ def make_rewards(config: ConfigDict) -> dict[str, Reward]:
     }
 
 
-def first_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
-    """The state before the first step, on every device."""
+def fresh_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
+    """The state of an adapter that does nothing, on every device."""
     shapes = abstract_params("transformer", folder.config("transformer"))
     return jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
 

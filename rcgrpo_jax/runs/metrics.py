@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NotRequired, Self
@@ -92,8 +92,11 @@ class JsonLines(Writer):
     """Writes a JSON object a step to a file; a value that is not finite becomes `null`. Images have no place there."""
 
     def __init__(self, file: Path, resume_step: int, config: Mapping[str, Any]):
-        _rewind(file, resume_step)
-        self._lines = file.open("a", encoding="utf-8")
+        try:
+            _rewind(file, resume_step)
+            self._lines = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(file, error) from None
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         line = {"step": step, "time": time.time(), **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
@@ -101,10 +104,7 @@ class JsonLines(Writer):
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")
             self._lines.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._lines.name}: cannot be written ({error}).",
-                "Free some space, then run the same command: it resumes from the last checkpoint.",
-            ) from None
+            raise _unwritable(self._lines.name, error) from None
 
     def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
         pass
@@ -153,10 +153,22 @@ def _rewind(path: Path, last_step: int) -> None:
     """Drops the steps after `last_step` and a torn last line; the file is replaced whole, or not at all."""
     if not path.exists():
         return
-    kept = path.with_suffix(".jsonl.tmp")
-    with kept.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= last_step)
-    os.replace(kept, path)
+    partial = path.with_suffix(".jsonl.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= last_step)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _unwritable(path: str | os.PathLike[str], error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error}).",
+        "Free some space, then run the same command: it resumes from the last checkpoint.",
+    )
 
 
 def check_finite(metrics: Mapping[str, Any], step: int) -> None:

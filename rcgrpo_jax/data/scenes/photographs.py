@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rcgrpo_jax.errors import UserError
 
-_REMEDY = "pip install 'rcgrpo_jax[photo]'"
+_REMEDY = "pip install -e '.[photo]'"
 _FOLDERS = {  # distribution -> package, folder in it, files
     "scikit-image": ("skimage", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")),
     "scikit-learn": ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),

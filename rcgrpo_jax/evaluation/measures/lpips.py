@@ -115,5 +115,5 @@ def _unit(x: Float[Array, "P h w c"]) -> Float[Array, "P h w c"]:
 
 LPIPS = Measure(
     "lpips", "LPIPS", 3, "↓", background_lpips, load=load_weights,
-    wanted="its weights come with `pip install 'rcgrpo_jax[evaluate]'`",
+    wanted="its weights come with `pip install -e '.[evaluate]'`",
 )  # fmt: skip

@@ -49,5 +49,5 @@ def check_installed(names: Iterable[str]) -> None:
         except ImportError:
             raise UserError(
                 f"train.writers: {name} needs the package {package}, which cannot be imported.",
-                f"pip install 'rcgrpo_jax[{name}]', or leave {name} out of train.writers.",
+                f"pip install {package}, or leave {name} out of train.writers.",
             ) from None
