@@ -134,7 +134,7 @@ def test_processes_share_the_work(tmp_path, made, monkeypatch):
         ({"indices": range(4)}, "data: there "),
         ({"source": [SCENES[i] for i in range(COUNT)] * 2, "indices": range(COUNT, 2 * COUNT)}, "was edited as"),
     ],
-    ids=str,
+    ids=["steps", "guidance", "seed", "size", "lora", "source", "indices", "repeated"],
 )
 def test_a_folder_that_was_made_otherwise_is_refused_with_what_differs(tmp_path, made, options, differs):
     edit_into(tmp_path)
