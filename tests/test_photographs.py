@@ -20,7 +20,7 @@ def test_are_pictures():
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, distribution):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(UserError, match=rf"{distribution} is not installed.*\n?.*pip install 'rcgrpo_jax\[photo\]'"):
+    with pytest.raises(UserError, match=rf"{distribution} is not installed.*\n?.*pip install -e '\.\[photo\]'"):
         find_photographs()
 
 

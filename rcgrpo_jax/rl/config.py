@@ -154,7 +154,7 @@ def default_config() -> ConfigDict:
 FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
 _CHOICES = {
     **MODEL_CHOICES,
-    "policy": POLICIES,
+    "policy": POLICIES.keys(),  # a view: later entries count
     "explore.kind": ("region", "global", "mixed"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),

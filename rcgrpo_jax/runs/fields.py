@@ -91,7 +91,7 @@ def value_problems(
     problems += [
         f"{field}: {shorten(values[field])} found; one of {', '.join(allowed)} was wanted"
         for field, allowed in choices.items()
-        if values[field] not in allowed
+        if values[field] not in tuple(allowed)
     ]
     for field, (low, high) in ranges.items():
         if field not in values:  # of a free group
