@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from rcgrpo_jax.flow import rollout
-from rcgrpo_jax.flow.solver import EULER, Solver, VelocityWithAux
+from rcgrpo_jax.flow.solver import VelocityWithAux
 from rcgrpo_jax.method import concentration
 
 
@@ -34,7 +34,7 @@ class Family(Hashable, Protocol):
         """The times of a rollout of K steps."""
 
     def condition(self, encoded: Mapping[str, Array], guidance: float) -> Any:
-        """The condition `c`, of what `Editor.encode` gave: arrays by name, with any leading axes."""
+        """The condition `c`, of what the editor's `encode` gave: arrays by name, with any leading axes."""
 
     def source(self, condition: Any) -> Float[Array, "*b N C"]:
         """The latents of the source, on the target's grid."""
@@ -58,15 +58,6 @@ class Family(Hashable, Protocol):
         """Pictures in [-1, 1], float32; `params` are the decoder's."""
 
 
-class Editor(Protocol):
-    """A family with its parameters and the encoders of its inputs."""
-
-    family: Family
-
-    def encode(self, pixels: UInt8[Array, "P H W 3"], instructions: list[str]) -> dict[str, Array]:
-        """What the family's networks read of sources and instructions, arrays `[P, ...]` by name."""
-
-
 def sample(
     family: Family,
     params: dict,
@@ -75,7 +66,6 @@ def sample(
     condition: Any,
     sigmas: Float[Array, " K+1"],
     grid: tuple[int, int],
-    solver: Solver = EULER,
 ) -> Float[Array, "K+1 *b N C"]:
     """The states of a rollout from the noise (Eq. 12); the last is the edit's latents.
 
@@ -87,13 +77,12 @@ def sample(
         condition: `c`.
         sigmas: Of `family.sigmas`.
         grid: The token grid.
-        solver: Takes the steps.
     """
 
     def velocity(x: Array, sigma: Array) -> Array:
         return family.velocity(params, lora, x, sigma, condition, grid)[0]
 
-    return rollout.integrate(velocity, noise, sigmas, solver)
+    return rollout.integrate(velocity, noise, sigmas)
 
 
 def velocity_and_density(
