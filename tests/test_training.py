@@ -22,6 +22,7 @@ from PIL import Image
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.rewards import Reward, RewardInputs, Unscored, as_reward
+from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.rl.trainer import Trainer, train
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import TrainState
@@ -169,6 +170,7 @@ def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monke
         return take_step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr("rcgrpo_jax.rl.trainer.shared_programs", Programs)  # another test's would be compiled already
     config = small_run.make_config(train__save_every=1, train__image_every=4, **changes)
     caplog.set_level(logging.WARNING, "jax")  # the program's own commands want errors alone
     with jax.log_compiles():
