@@ -70,7 +70,7 @@ def gradients(trainer: Trainer, state: TrainState, sample: Sample) -> dict[str, 
         *((name, {name: score}, {name: 1.0}) for name, score in sample.scores.items()),
     ):
         rewards = grpo.combine_rewards(scores, weights)
-        options = trainer.config.objective
+        options = trainer.options.objective
         advantages = grpo.group_advantages(rewards, options.advantage_clip, options.quasi_norm or None)
         after, _ = trainer.learn(jax.tree.map(jnp.copy, state), sample, advantages)
         # Adam's first moment after one update is the gradient, by a factor.

@@ -17,12 +17,13 @@ from benchmarks.worker import MATMUL, best_rate
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.mmdit import Condition
+from rcgrpo_jax.options import changed, read_options
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontext, counts
-from rcgrpo_jax.plan.search import changed
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Prompts, Rollout
 from rcgrpo_jax.rl.policy.neighbour import Exploration
 from rcgrpo_jax.rl.programs import Programs
@@ -45,21 +46,22 @@ class Step:
     """
 
     def __init__(self, preset: Preset):
-        self.config, self.sizes, self.device = preset.config, preset.transformer, jax.devices()[0]
+        self.options, self.sizes = read_options(Options, preset.config), preset.transformer
+        self.device = jax.devices()[0]
         if preset.alone and self.device.platform != "gpu":
             raise UserError(f"{preset.name} needs a GPU; JAX found {self.device.platform}.", "Install jax[cuda12].")
-        if self.config.model.dtype == "float32":
+        if self.options.model.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")  # torch's default; a GPU's is lower
-        self.mesh = make_mesh(self.config.mesh, [self.device])
-        folder = RandomModel(preset.model) if preset.model else ModelFolder(self.config.model.path)
-        editor = load_editor(self.config, folder, self.mesh)
+        self.mesh = make_mesh(vars(self.options.mesh), [self.device])
+        folder = RandomModel(preset.model) if preset.model else ModelFolder(self.options.model.path)
+        editor = load_editor(self.options.model, folder, self.mesh, self.options.acd.layers)
         with jax.set_mesh(self.mesh):
-            self.programs = Programs(self.config, editor.family, self.mesh)
+            self.programs = Programs(self.options.step, editor.family, self.mesh)
             self.params = editor.transformer_params
-            state = fresh_state(self.config, folder, self.mesh)
+            state = fresh_state(self.options, folder, self.mesh)
             self.state = state.replace(params=random_tree(state.params, jnp.float32, lambda *_: replicated(self.mesh)))
             given = jax.device_put(inputs(preset), replicated(self.mesh))
-        dtype, guidance = jnp.dtype(self.config.model.dtype), jnp.full(len(given["text"]), self.config.model.guidance)
+        dtype, guidance = jnp.dtype(self.options.model.dtype), jnp.full(len(given["text"]), self.options.model.guidance)
         texts = given["text"].astype(dtype), given["pooled"].astype(dtype)
         prompts = Prompts(
             Condition(*texts, given["reference"], guidance),
@@ -72,7 +74,7 @@ class Step:
 
     def rollout(self) -> None:
         """All candidates, as `rl.trainer.Trainer.sample` rolls them out."""
-        options = self.config.rollout
+        options = self.options.rollout
         at_a_time = options.micro_batch // options.prompts or options.group_size
         with jax.set_mesh(self.mesh):
             noises = jnp.split(self.exploration.noise, options.group_size // at_a_time, axis=1)
@@ -96,7 +98,7 @@ class Step:
         gradient = {}
         for path, leaf in moment.items():
             for key, part in zip(keys(path, leaf.shape), np.asarray(leaf), strict=True):
-                gradient[key] = part.T / np.float32(1 - self.config.optimizer.b1)
+                gradient[key] = part.T / np.float32(1 - self.options.optimizer.b1)
         return {
             "velocity": (states[:, :, 1] - states[:, :, 0]) / (sigmas[1] - sigmas[0]),
             "sample": states[:, :, -1],
@@ -108,15 +110,15 @@ class Step:
 
     def about(self) -> dict:
         """Device, versions and FLOPs, and the device's peak by data sheet if it is listed."""
-        text, target = self.config.model.max_text_tokens, self.exploration.noise.shape[2]
-        once = changed(self.config, {"model.remat": "none"})  # what checkpointing repeats is no work of the model's
-        dtype, chip = jnp.dtype(self.config.model.dtype), chip_of(self.device.device_kind)
+        text, target = self.options.model.max_text_tokens, self.exploration.noise.shape[2]
+        once = changed(self.options, {"model.remat": "none"})  # what checkpointing repeats is no work of the model's
+        dtype, chip = jnp.dtype(self.options.model.dtype), chip_of(self.device.device_kind)
         return {
             "platform": self.device.platform,
             "device": self.device.device_kind,
             "software": f"jax {jax.__version__}, attention {self.programs.family.transformer.attention.implementation}",
             "tokens": text + 2 * target,
-            "samples": dict(zip(("rollout", "update"), counts(self.config), strict=True)),
+            "samples": dict(zip(("rollout", "update"), counts(self.options), strict=True)),
             "flops": flops.step(once, self.sizes, VAEConfig(), text, target),
             "stated_peak": chip.flops if chip and dtype.itemsize == 2 else None,
         }
@@ -124,7 +126,7 @@ class Step:
     def peak(self) -> float:
         """FLOP/s of a large matrix product."""
         side = MATMUL[self.device.platform]
-        x = jnp.full((side, side), 0.5, self.config.model.dtype)
+        x = jnp.full((side, side), 0.5, self.options.model.dtype)
         multiply = jax.jit(jnp.matmul)
         return best_rate(lambda: jax.block_until_ready(multiply(x, x)), side)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from rcgrpo_jax.models.lora import LoRAConfig
+from rcgrpo_jax.options import read_options
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import init_state
@@ -30,14 +30,14 @@ for line in read_metrics(workdir / "metrics.jsonl"):
 
 # 2. A checkpoint has the configuration of the run, and the state: LoRA, optimizer, average, random key, step.
 checkpoints = Checkpointer(workdir / "checkpoints", save_every=1, keep=1)  # reading deletes nothing
-config = ConfigDict(checkpoints.saved_config())
-params = abstract_params("transformer", ModelFolder(config.model.path).config("transformer"))  # shapes alone
-state = checkpoints.restore(jax.eval_shape(lambda: init_state(config, params)))
+options = read_options(Options, checkpoints.saved_config())
+params = abstract_params("transformer", ModelFolder(options.model.path).config("transformer"))  # shapes alone
+state = checkpoints.restore(jax.eval_shape(lambda: init_state(options.lora, options.optimizer, options.seed, params)))
 print(f"checkpoints of steps {checkpoints.steps()}; the last has seen {int(state.step)}")
 
 # 3. The LoRA is a tree of factors A and B; `averaged` is the moving average where the run kept one.
 for path, x in jax.tree_util.tree_leaves_with_path(state.averaged)[:4]:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     print(f"{name}: {x.dtype}{list(x.shape)}, norm {np.linalg.norm(x):.3f}")
-file = save_lora(workdir / "lora", state.averaged, LoRAConfig(**config.lora), params)
+file = save_lora(workdir / "lora", state.averaged, options.lora, params)
 print(f"LoRA: {file}")

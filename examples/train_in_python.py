@@ -25,7 +25,7 @@ from rcgrpo_jax.weights.lora import load_loras
 
 workdir = Path(sys.argv[1])
 
-# 1. The configuration. `rl/config.py` says what each field means; `train` names every mistake before it loads weights.
+# 1. The configuration. `rl/options.py` says what each field means; `train` names every mistake before it loads weights.
 config = small_editor()
 config.data.path = "scenes:train:8"  # your own: a folder with a metadata.jsonl
 config.rollout.prompts, config.rollout.group_size = 2, 4  # 8 candidates a step; the recipe has 96

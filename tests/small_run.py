@@ -28,9 +28,11 @@ from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
 from rcgrpo_jax.models.mmdit import AttentionOptions
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.rl.config import default_config, validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_scorable
 from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
@@ -130,6 +132,11 @@ def make_config(**changes) -> ConfigDict:
     return config
 
 
+def make_options(**changes) -> Options:
+    """As `make_config`, below a set-up."""
+    return read_options(Options, make_config(**changes))
+
+
 @functools.cache
 def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
     """The editor on the first devices, as `rl.trainer.train` loads it."""
@@ -151,21 +158,24 @@ def make_trainer(mesh_shape: tuple[int, ...] = (1, 1, 1), **changes) -> Trainer:
     editor, mesh = load_editor(mesh_shape, config.model.dtype)
     validate(config, mesh.size)
     with jax.set_mesh(mesh):
-        return Trainer(config, editor, mesh, {name: rewards.make(name) for name in config.rewards})
+        options = read_options(Options, config)
+        return Trainer(options, editor, mesh, {name: rewards.make(name) for name in options.rewards})
 
 
 def make_batch(trainer: Trainer, step: int = 0) -> EditBatch:
     """The batch of a step; encoders run once a session."""
     mesh = trainer.programs.mesh
     with jax.set_mesh(mesh):
-        config, folder = trainer.config, ModelFolder(model_folder())
+        options, folder = trainer.options, ModelFolder(model_folder())
         check = functools.partial(check_scorable, trainer.rewards)
-        return encode(config, folder, workspace(), mesh, config.rollout.prompts, check)[step]
+        data = (options.data, options.model, folder, workspace(), mesh)
+        return encode(*data, options.rollout.prompts, options.seed, check)[step]
 
 
 def make_state(trainer: Trainer, seed: int = 0) -> TrainState:
     """A state in which the adapter does something: B is drawn too, and the average, if kept, differs from it."""
-    state = init_state(trainer.config, trainer.params)
+    options = trainer.options
+    state = init_state(options.lora, options.optimizer, options.seed, trainer.params)
     rng = np.random.default_rng(seed)
 
     def draw(path, x):

@@ -107,8 +107,9 @@ def test_programs_map_every_operand_of_attention_and_differentiate_outside(monke
         return jax.vmap(attention._xla)(*operands), True
 
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", recorded)
-    config, topology = small_run.make_config(model__attention="xla"), open_topology("local")
-    planned = Workload(config, open_model(config.model.path), topology._replace(devices=topology.devices[:1]))
+    options, topology = small_run.make_options(model__attention="xla"), open_topology("local")
+    one_device = topology._replace(devices=topology.devices[:1])
+    planned = Workload(options, open_model(options.model.path), one_device)
     with jax.set_mesh(planned.mesh):
         getattr(planned.programs, name).eval_shape(*planned.arguments(name))
     assert mapped

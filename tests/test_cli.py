@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -274,7 +275,7 @@ def workdir(tmp_path_factory) -> Path:
         for step in (2, 4):
             state = small_run.make_state(trainer, seed=step)
             state = state.replace(step=jnp.int32(step), ema=jax.tree.map(lambda x: x / 2, state.params))
-            checkpointer.save(step, state, trainer.config.to_dict())
+            checkpointer.save(step, state, asdict(trainer.options))
     return path
 
 

@@ -10,9 +10,11 @@ import pytest
 
 from rcgrpo_jax.method import concentration
 from rcgrpo_jax.models.config import MMDiTConfig
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.plan.programs import FluxKontext, Plan, Workload
 from rcgrpo_jax.plan.topology import open_topology
 from rcgrpo_jax.rl.config import default_config
+from rcgrpo_jax.rl.options import Options
 
 N_TXT, N_IMG, H, D = 5, 7, 3, 4
 SCALE = D**-0.5
@@ -164,7 +166,7 @@ def test_acd_costs_little_beside_the_model():
         config.acd.update(weight=weight, layers=1)
         config.rollout.update(prompts=1, num_steps=1, micro_batch=1)
         with jax.default_matmul_precision("default"):  # tests ask for what bfloat16 does not have
-            return Workload(config, ShallowFlux(), open_topology("v5e:1x1")).compile("rollout")
+            return Workload(read_options(Options, config), ShallowFlux(), open_topology("v5e:1x1")).compile("rollout")
 
     without, with_acd = compiled_rollout(0.0), compiled_rollout(1.0)
     assert 1 < with_acd.cost.flops / without.cost.flops <= 1.02

@@ -14,8 +14,10 @@ from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rewards.base import register
 from rcgrpo_jax.rl.config import MAY_DIFFER, default_config, validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.recipes import as_in_paper
 from rcgrpo_jax.rl.setup import make_rewards
 from rcgrpo_jax.sft import config as sft_config
@@ -410,7 +412,7 @@ def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
         "--config.rewards.preservation=0",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert make_rewards(seen[0]) == {"colour": rewards.as_reward(rewards.Colour(scale=30.0))}
+    assert make_rewards(read_options(Options, seen[0])) == {"colour": rewards.as_reward(rewards.Colour(scale=30.0))}
 
 
 @pytest.mark.parametrize(

@@ -196,8 +196,8 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
     """Of a converted model, which processes read together, also where the cache lacks an example of one of them."""
     convert(str(small_run.model_folder()), tmp_path / "model")
     settings = SETTINGS | {"model__path": str(tmp_path / "model"), "data__cache": str(tmp_path / "cache")}
-    one_device = make_mesh({}, jax.devices()[:1])
-    encode(small_run.make_config(**settings), ModelFolder(tmp_path / "model"), tmp_path, one_device, 4, lambda _: None)
+    options, one_device = small_run.make_options(**settings), make_mesh({}, jax.devices()[:1])
+    encode(options.data, options.model, ModelFolder(tmp_path / "model"), tmp_path, one_device, 4, 0)
     next((tmp_path / "cache").iterdir()).unlink()
     config = small_run.config_file(tmp_path / "config.py", FAILURE, **settings)
     ended = finish(start(config, tmp_path / "run", 2), tmp_path)

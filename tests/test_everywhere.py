@@ -1,5 +1,6 @@
 """An error that all processes raise together is marked so: none is gone, and the save under way is ended."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,7 @@ from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import MetricsWriter
 from rcgrpo_jax.sft import train as sft
 
-CONFIG = small_run.make_config()
+OPTIONS = small_run.make_options()
 
 
 def test_rewards_that_all_failed():
@@ -43,14 +44,14 @@ def test_records_that_process_0_cannot_write_and_a_lost_loss(monkeypatch, tmp_pa
         monkeypatch.setattr(run, fails, fail)
     elif fails != "loss":
         monkeypatch.setattr(MetricsWriter, fails, fail)
-    config = small_run.make_config(train__num_steps=1, train__image_every=1)
+    options = small_run.make_options(train__num_steps=1, train__image_every=1).train
 
     def step(state, index, draw):
         picture = np.zeros((4, 4, 3), np.uint8)
         return state.replace(step=state.step + 1), {"loss": np.nan if fails == "loss" else 0.5}, picture
 
-    with pytest.raises(UserError) as lost, run.open_run(config, tmp_path) as checkpointer:
-        run.run_steps(State(jnp.int32(0)), step, config, {}, tmp_path, checkpointer, "", 1, lambda metrics: metrics)
+    with pytest.raises(UserError) as lost, run.open_run(options, {}, tmp_path) as checkpointer:
+        run.run_steps(State(jnp.int32(0)), step, options, {}, tmp_path, checkpointer, "", 1, lambda metrics: metrics)
     assert is_everywhere(lost.value)
     assert checkpointer.steps() == ([1] if fails in ("images", "save_image") else [])
 
@@ -67,7 +68,7 @@ def test_checkpoints_of_different_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "gather", lambda _: np.array([0, 2]))
     with (
         pytest.raises(UserError, match="the processes find checkpoints") as lost,
-        run.open_run(CONFIG, tmp_path),
+        run.open_run(OPTIONS.train, asdict(OPTIONS), tmp_path),
     ):
         pass
     assert is_everywhere(lost.value)
@@ -78,7 +79,7 @@ def test_another_configuration(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "text_of_main", lambda _: other)
     with (
         pytest.raises(UserError, match="not that of process 0: seed") as lost,
-        run.open_run(CONFIG, tmp_path),
+        run.open_run(OPTIONS.train, asdict(OPTIONS), tmp_path),
     ):
         pass
     assert is_everywhere(lost.value)

@@ -63,13 +63,13 @@ class Given(NamedTuple):
 
 @functools.cache
 def programs(mode: str, distance: str, weighting: str, source: float) -> Programs:
-    config = small_run.make_config(
+    options = small_run.make_options(
         surrogate__anchor_mode=mode, surrogate__distance=distance, surrogate__weighting=weighting,
         surrogate__steps="early", surrogate__target_entropy=0.9, objective__source_advantage=source,
         rollout__prompts=P, rollout__group_size=G, rollout__num_steps=K, surrogate__anchors=B,
         lora__rank=1, lora__alpha=1.0, optimizer__max_grad_norm=1e9, objective__clip=0.005,
     )  # fmt: skip
-    return Programs(config, Plain(), make_mesh({}, jax.devices()[:1]))
+    return Programs(options.step, Plain(), make_mesh({}, jax.devices()[:1]))
 
 
 @functools.cache
@@ -98,12 +98,12 @@ def weights(moved: float) -> np.ndarray:
 
 def update(plain: Programs, data: Given, moved: float = 0.0, log_old: np.ndarray | None = None) -> Result:
     """The first update after a rollout, or one at other weights that compares with `log_old`."""
-    state = new_state(plain.config.optimizer, {"B": jnp.asarray(weights(moved))}, jax.random.key(0))
+    state = new_state(plain.options.optimizer, {"B": jnp.asarray(weights(moved))}, jax.random.key(0))
     first = log_old is None
     log_old = np.zeros((plain.policy.log_policy_shape()), np.float32) if first else log_old
     with jax.set_mesh(plain.mesh):
         after, log_pi, metrics = plain.update({}, state, *data, jnp.asarray(log_old), jnp.asarray(first))
-    gradient = optax.tree.get(after.opt_state, "mu")["B"] / (1 - plain.config.optimizer.b1)
+    gradient = optax.tree.get(after.opt_state, "mu")["B"] / (1 - plain.options.optimizer.b1)
     return Result(*map(np.asarray, (gradient, log_pi)), jax.tree.map(float, metrics), np.asarray(after.params["B"]))
 
 
@@ -170,7 +170,7 @@ COMBINATIONS += [("integrate", "region", "uniform"), ("integrate", "l2", "policy
 def test_the_source_is_one_more_candidate_of_equation_5(combination, updates):
     mode, distance, weighting = combination
     plain, data = programs(mode, distance, weighting, SOURCE_ADVANTAGE), given(SCALES[distance])
-    clip, first = plain.config.objective.clip, update(plain, data)
+    clip, first = plain.options.objective.clip, update(plain, data)
     found, moved, log_old = first, 0.0, None
     if updates == 2:
         moved, log_old = 0.5, first.log_pi

@@ -13,15 +13,17 @@ from jax.sharding import SingleDeviceSharding
 from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
+from rcgrpo_jax.models.lora import LoRAConfig
+from rcgrpo_jax.options import changed, read_options
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan import flops, topology
 from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
 from rcgrpo_jax.plan.cost import Cost, Traffic
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Workload, open_model, parse_refusal
 from rcgrpo_jax.plan.roofline import roofline
-from rcgrpo_jax.plan.search import changed
 from rcgrpo_jax.plan.topology import Topology, open_topology
-from rcgrpo_jax.rl.config import default_config, validate
+from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.options import ACDOptions, Options
 
 GIB = 2**30
 
@@ -33,7 +35,7 @@ def local(num_devices: int) -> Topology:
 def workload(num_devices: int = 1, **changes) -> Workload:
     config = small_run.make_config(**changes)
     validate(config, num_devices)
-    return Workload(config, open_model(config.model.path), local(num_devices))
+    return Workload(read_options(Options, config), open_model(config.model.path), local(num_devices))
 
 
 # FLOPs by formula
@@ -41,34 +43,31 @@ def workload(num_devices: int = 1, **changes) -> Workload:
 
 @pytest.mark.parametrize(("target", "tera"), [(1024, 37.6), (4096, 165.4)])
 def test_a_forward_pass_of_flux_has_the_known_flops(target, tera):
-    config = default_config()
-    config.lora.rank = 1
-    found = flops.mmdit(MMDiTConfig(), 512, target, config.lora, config.acd)
+    found = flops.mmdit(MMDiTConfig(), 512, target, LoRAConfig(rank=1), ACDOptions())
     assert found.forward / 1e12 == pytest.approx(tera, rel=0.005)
 
 
 def test_recomputation_and_gradients_stay_below_a_forward_pass_each():
-    config = default_config()
-    one = flops.mmdit(MMDiTConfig(), 512, 1024, config.lora, config.acd)
+    one = flops.mmdit(MMDiTConfig(), 512, 1024, LoRAConfig(), ACDOptions())
     assert 0 == one.recomputed["none"] < one.recomputed["dots"] < one.recomputed["full"] < one.forward
     assert one.forward < one.backward < 2 * one.forward  # no gradients of frozen weights
     assert 0 < one.concentration < 0.005 * one.forward
 
 
 def test_a_step_is_its_samples_and_units():
-    config = default_config()
+    options = Options()
     sizes = (MMDiTConfig(), VAEConfig(), 512, 1024)
-    one = flops.mmdit(sizes[0], 512, 1024, config.lora, config.acd)
+    one = flops.mmdit(sizes[0], 512, 1024, options.lora, options.acd)
     unit = one.forward + one.recomputed["full"] + one.backward
-    found = flops.step(config, *sizes)
+    found = flops.step(options, *sizes)
     assert found["rollout"] == 4 * 12 * 8 * (one.forward + one.concentration)
     assert found["update"] == 4 * 4 * 4 * unit  # of 8 steps, the noisier half
     assert found["decode"] == 4 * 12 * flops.vae_decoder(sizes[1], 64 * 64)
-    every = flops.step(changed(config, {"surrogate.steps": "all"}), *sizes)
+    every = flops.step(changed(options, {"surrogate.steps": "all"}), *sizes)
     assert every["update"] == 2 * found["update"]
     integrate = {"surrogate.anchor_mode": "integrate"}
     for steps, count in (("early", 4), ("all", 8)):
-        integrated = flops.step(changed(config, integrate | {"surrogate.steps": steps}), *sizes)
+        integrated = flops.step(changed(options, integrate | {"surrogate.steps": steps}), *sizes)
         assert integrated["update"] == 4 * 4 * count * (unit + one.forward)
 
 

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import pytest
 import small_run
+from ml_collections import ConfigDict
 
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan.chips import TPUS
 from rcgrpo_jax.plan.cost import Cost
 from rcgrpo_jax.plan.programs import NAMES, Memory, Plan, Workload, open_model
-from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed
+from rcgrpo_jax.plan.search import MICRO_BATCH, Search
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.config import validate
 
@@ -29,11 +32,11 @@ def compiler(monkeypatch):
 
     def make(base: int, per_sample: int, memory: int):
         def compile(self, name):
-            share = {"none": 1.0, "dots": 1 / 3, "full": 0.1}[self.config.model.remat] if name == "update" else 0.1
+            share = {"none": 1.0, "dots": 1 / 3, "full": 0.1}[self.options.model.remat] if name == "update" else 0.1
             spread = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
             micro = self.micro_batches[name]
             needed = int(base / self.mesh.shape["fsdp"] + share * per_sample * micro / spread)
-            compiled.append((name, dict(self.mesh.shape), micro, self.config.model.remat))
+            compiled.append((name, dict(self.mesh.shape), micro, self.options.model.remat))
             memory_of = Memory(needed, 0, 0, 0) if needed <= memory else None
             return Plan(
                 name, micro, needed, memory, 1.0, memory_of, Cost(flops=self.analytic[name]) if memory_of else None
@@ -47,8 +50,13 @@ def compiler(monkeypatch):
 
 
 def search(where: Topology, limit: int = 100, **changes) -> Search:
-    config = small_run.make_config(**changes)
-    return Search(config, open_model(config.model.path), where, limit)
+    options = small_run.make_options(**changes)
+    return Search(options, open_model(options.model.path), where, limit)
+
+
+def changed_config(changes: Mapping[str, Any], **given) -> ConfigDict:
+    """The configuration of `search`, as a fix changes it."""
+    return small_run.make_config(**given | {field.replace(".", "__"): value for field, value in changes.items()})
 
 
 MIB = 2**20
@@ -62,8 +70,7 @@ def test_what_a_search_finds_fits_and_is_ranked(compiler):
     for item in found:
         assert [plan.name for plan in item.plans] == list(NAMES)
         assert all(plan.fits for plan in item.plans)
-        config = changed(small_run.make_config(), item.changes)
-        validate(config, 4)  # and can be run
+        validate(changed_config(item.changes), 4)  # and can be run
         assert set(MICRO_BATCH.values()) <= set(item.changes)
     assert len({tuple(item.changes[f"mesh.{axis}"] for axis in AXES) for item in found}) == len(found) > 1
     tried = [entry for entry in compiler.compiled if entry[0] == "update"]
@@ -84,7 +91,7 @@ def test_a_fix_of_the_rollout_can_be_run(compiler):
     changes, plans = search(where, **config).nearest([Plan("rollout", 24, 8 * MIB, 3 * MIB, 1.0)], (1, 4, 1))
     assert changes == {"rollout.micro_batch": 8, "rollout.decode_micro_batch": 4}
     assert [(plan.name, plan.micro_batch) for plan in plans] == [("rollout", 8), ("decode", 4)]
-    validate(changed(small_run.make_config(**config), changes), 4)
+    validate(changed_config(changes, **config), 4)
 
 
 def test_a_search_keeps_to_its_limit_and_skips_the_hopeless(compiler):

@@ -15,11 +15,13 @@ from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
 from rcgrpo_jax.models.quantization import NF4, QuantizedKernel, dequantize, is_quantized, quantize
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.plan.programs import Workload, open_model, place
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import make_rewards
 from rcgrpo_jax.rl.trainer import Trainer, train
 from rcgrpo_jax.runs.model import load_editor
@@ -221,8 +223,10 @@ def make_trainer(shape: tuple[int, ...]) -> Trainer:
     )
     mesh = make_mesh(sizes, jax.devices()[: math.prod(shape)])
     validate(config, mesh.size)
+    options = read_options(Options, config)
     with jax.set_mesh(mesh):
-        return Trainer(config, load_editor(config, ModelFolder(config.model.path), mesh), mesh, make_rewards(config))
+        editor = load_editor(options.model, ModelFolder(options.model.path), mesh)
+        return Trainer(options, editor, mesh, make_rewards(options))
 
 
 @pytest.mark.slow
@@ -273,6 +277,6 @@ def test_the_base_of_flux_takes_what_its_bits_say(quantization, gib):
 def test_a_plan_is_of_the_quantised_base():
     config = small_run.make_config(model__quantization="int8")
     model, devices = open_model("flux-kontext"), tuple(jax.devices()[:1])
-    planned = Workload(config, model, Topology("local", devices, None, None))
+    planned = Workload(read_options(Options, config), model, Topology("local", devices, None, None))
     base = abstract_params("transformer", model.config("transformer"))
     assert planned.arguments("rollout")[0] == place(base, planned.mesh, jnp.float32, "int8")

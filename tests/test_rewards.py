@@ -12,10 +12,12 @@ from skimage import color, data, metrics
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rewards import base
 from rcgrpo_jax.rewards.colour import lab_from_srgb, named_colour
 from rcgrpo_jax.rewards.preservation import PSNR_CAP, masked_psnr, masked_ssim
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import make_rewards
 
 
@@ -299,7 +301,7 @@ def test_a_server_is_a_reward_by_its_name(monkeypatch):
     config = small_run.make_config(rewards=ConfigDict({"judge": 1.0}))
     config.reward_options.judge = ConfigDict({"at": "start"})
     validate(config, 1)
-    made = make_rewards(config)
+    made = make_rewards(read_options(Options, config))
     assert [(name, type(reward), reward.at) for name, reward in made.items()] == [("judge", Judge, "start")]
     assert not made["judge"].needs_target
     made["judge"].validate("anything")

@@ -104,21 +104,21 @@ class Noise(NamedTuple):
 class Gaussian:
     """A policy without anchors: `log N(x_k; one step under theta from x_(k-1), STD^2)` of each candidate and step."""
 
-    def __init__(self, config, family, sigmas):
-        self.config, self.sigmas = config, jnp.asarray(sigmas)
+    def __init__(self, options, family, sigmas):
+        self.options, self.sigmas = options, jnp.asarray(sigmas)
 
     @staticmethod
-    def problems(config):
-        return [] if config.rollout.num_steps > 1 else ["rollout.num_steps: 1; more were wanted"]
+    def problems(options):
+        return [] if options.rollout.num_steps > 1 else ["rollout.num_steps: 1; more were wanted"]
 
     @staticmethod
-    def num_units(config):
-        return config.rollout.prompts * config.rollout.group_size * config.rollout.num_steps
+    def num_units(options):
+        return options.rollout.prompts * options.rollout.group_size * options.rollout.num_steps
 
     num_evaluations = num_units
 
     def explore(self, key, prompts):
-        return Noise(jax.random.normal(key, (len(prompts.region), self.config.rollout.group_size, N, C)))
+        return Noise(jax.random.normal(key, (len(prompts.region), self.options.rollout.group_size, N, C)))
 
     def rollout(self, velocity, noise):
         return rollout.integrate_with_aux(velocity, noise, self.sigmas)
@@ -128,7 +128,7 @@ class Gaussian:
         return tuple(x.reshape(-1) for x in grid)
 
     def log_policy_shape(self):
-        return self.num_units(self.config), 1, 1
+        return self.num_units(self.options), 1, 1
 
     def read(self, states, unit):
         prompt, candidate, k = unit
@@ -149,12 +149,12 @@ class Gaussian:
 
 def test_another_family_and_policy_take_a_step(monkeypatch):
     monkeypatch.setitem(policies.POLICIES, "gaussian", Gaussian)
-    config = small_run.make_config(
+    options = small_run.make_options(
         policy="gaussian", rollout__prompts=P, rollout__group_size=G, rollout__num_steps=K, lora__rank=1,
         lora__alpha=1.0, acd__weight=0.0, optimizer__max_grad_norm=1e9, surrogate__micro_batch=4,
     )  # fmt: skip
     mesh = make_mesh({}, jax.devices()[:1])
-    programs = Programs(config, Matrix(), mesh)
+    programs = Programs(options.step, Matrix(), mesh)
     rng = np.random.default_rng(0)
     params = {"W": rng.standard_normal((C, C), np.float32)}
     adapter = {"B": 0.1 * rng.standard_normal((C, C), np.float32)}
@@ -165,7 +165,7 @@ def test_another_family_and_policy_take_a_step(monkeypatch):
         exploration = programs.explore(jax.random.key(0), prompts)
         rolled: Rollout = programs.rollout(params, adapter, prompts, exploration.noise)
         pictures = programs.decode({}, rolled.states[:, :, -1])
-        state = new_state(config.optimizer, jax.tree.map(jnp.asarray, adapter), jax.random.key(0))
+        state = new_state(options.optimizer, jax.tree.map(jnp.asarray, adapter), jax.random.key(0))
         states = rolled.states + STD * jax.random.normal(jax.random.key(1), rolled.states.shape)  # off the ODE's path
         log_old, first = jnp.zeros(programs.policy.log_policy_shape()), jnp.asarray(True)
         after, log_pi, metrics = programs.update(
@@ -184,7 +184,7 @@ def test_another_family_and_policy_take_a_step(monkeypatch):
         log_pi = -jnp.square(later - before - (then - now) * v).mean((-1, -2)) / (2 * STD**2)
         return -jnp.mean(advantages[:, :, None] * log_pi)
 
-    found = optax.tree.get(after.opt_state, "mu")["B"] / (1 - config.optimizer.b1)
+    found = optax.tree.get(after.opt_state, "mu")["B"] / (1 - options.optimizer.b1)
     np.testing.assert_allclose(found, jax.grad(loss)(adapter["B"]), rtol=1e-4, atol=1e-7)
 
 

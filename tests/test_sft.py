@@ -357,7 +357,7 @@ def test_messages_name_the_right_defaults(tmp_path, capsys):
     code, _, err = small_run.run_command(capsys, *argv, "--config.flow.region_wieght=2")
     assert code == 2
     assert "Did you mean --config.flow.region_weight?" in err
-    assert "rcgrpo_jax/sft/config.py lists the fields" in err
+    assert "rcgrpo_jax/sft/options.py lists the fields" in err
     (tmp_path / "config.py").write_text("def get_config(): return {}")
     code, _, err = small_run.run_command(capsys, *argv)
     assert code == 1

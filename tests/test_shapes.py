@@ -23,8 +23,8 @@ with install_import_hook(["rcgrpo_jax.method", "rcgrpo_jax.flow"], checker):
 """
 # What every distance, neighbourhood and anchor mode calls, traced and neither compiled nor run.
 TRACE = """
-config = small_run.make_config(**{changes!r})
-planned = Workload(config, open_model(config.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
+options = small_run.make_options(**{changes!r})
+planned = Workload(options, open_model(options.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
 with jax.set_mesh(planned.mesh):
     planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"])
     for name in ("rollout", "update"):

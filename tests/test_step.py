@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.method import surrogate
-from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.parallel.sharding import parameter_spec, replicated
 from rcgrpo_jax.rewards import as_reward
 from rcgrpo_jax.rl.setup import fresh_state
@@ -115,7 +115,7 @@ def first_update(mode: str, distance: str, steps: str, weighting: str, source_ad
 
 def gradient(result: Update) -> Any:
     """The loss's gradient: Adam's first moment after one update is (1 - b1) times it."""
-    b1 = result.trainer.config.optimizer.b1
+    b1 = result.trainer.options.optimizer.b1
     return jax.tree.map(lambda mu: mu / (1 - b1), optax.tree.get(result.after.opt_state, "mu"))
 
 
@@ -146,7 +146,7 @@ def test_the_old_policy_is_that_of_the_stored_states(combination):
     mode, distance, _, weighting = combination
     result = first_update(*combination)
     prompts, exploration, rollout, _ = result.step
-    options = result.trainer.config.surrogate
+    options = result.trainer.options.surrogate
     prompt, anchor, steps = (np.asarray(x) for x in result.trainer.programs.policy.units(exploration))
     assert steps.shape[1] == (len(exploration.steps) if mode == "integrate" else 1)
     for unit in range(len(prompt)):
@@ -195,13 +195,13 @@ def test_the_first_gradient_is_the_closed_form(combination):
     mode, distance, *_ = combination
     result = first_update(*combination)
     prompts, exploration, rollout, advantages = result.step
-    options = result.trainer.config.surrogate
+    options = result.trainer.options.surrogate
     mask = prompts.region
     weights = (
         mask / options.tau_edit**2 + (1 - mask) / options.tau_base**2 if distance == "tau" else jnp.ones_like(mask)
     )
     pulls = jnp.einsum("pg,pn,pgknc->pknc", advantages, weights, rollout.states)[:, 1:] / advantages.shape[1]
-    programs, lora = result.trainer.programs, result.trainer.config.lora
+    programs, lora = result.trainer.programs, result.trainer.options.lora
     trained = np.isin(np.arange(1, len(programs.sigmas)), exploration.steps).astype(np.float32)
     with jax.set_mesh(programs.mesh):
         wanted = closed_form_gradient(
@@ -241,7 +241,7 @@ def test_the_source_is_one_more_candidate_outside_the_mask(mode):
     combination = (mode, "l2", "early", "uniform")
     plain, result = first_update(*combination), first_update(*combination, source_advantage=3.0)
     prompts, exploration, rollout, advantages = result.step
-    trainer, lora = result.trainer, result.trainer.config.lora
+    trainer, lora = result.trainer, result.trainer.options.lora
     assert set(exploration.steps.tolist()) == {1, 2}
 
     def policy(params):
@@ -264,7 +264,7 @@ def test_a_second_update_compares_with_the_first_and_clips():
     trainer, advantages = first.trainer, np.asarray(first.step.advantages)
     second = update(trainer, first.step, first.after, first.log_pi)
     prompt = np.asarray(trainer.programs.policy.units(first.step.exploration)[0])
-    clip = trainer.config.objective.clip
+    clip = trainer.options.objective.clip
     ratio = np.exp(second.log_pi - first.log_pi)
     gain = advantages[prompt][:, None]
     objective = np.minimum(gain * ratio, gain * np.clip(ratio, 1 - clip, 1 + clip)).mean()
@@ -322,7 +322,7 @@ def test_failed_and_equal_rewards_teach_nothing(monkeypatch, score, counter):
     state, _, _ = small_run.take_step(trainer, small_run.make_state(trainer), batch)
     always(monkeypatch, trainer, score)
     after, metrics, _ = small_run.take_step(trainer, state, batch)
-    assert metrics[counter] == trainer.config.rollout.prompts
+    assert metrics[counter] == trainer.options.rollout.prompts
     assert metrics["grad_norm"] == 0
     assert np.isfinite(metrics["loss"])
     assert leaves_equal(after.params, state.params)
@@ -409,7 +409,7 @@ def assert_same_step(trainer: Trainer, tolerance: float, folder: Path):
     changes = [optax.tree.sub(*jax.device_get((x.after.params, x.before.params))) for x in (found, wanted)]
     assert relative_error(*changes) < 1e-4  # Adam divides by gradients that may be near zero
     files = [
-        save_lora(folder / str(i), x.after.params, LoRAConfig(**trainer.config.lora), trainer.params, dtype="float32")
+        save_lora(folder / str(i), x.after.params, trainer.options.lora, trainer.params, dtype="float32")
         for i, x in enumerate((found, wanted))
     ]
     # A is random and large, and would hide an update of B that got lost
@@ -450,6 +450,6 @@ def test_a_mesh_changes_nothing(shape, tmp_path):
     mesh = trainer.programs.mesh
     for path, x in flatten_dict(trainer.params).items():
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, parameter_spec(path, x.shape, mesh)), x.ndim), path
-    for x in jax.tree.leaves(fresh_state(trainer.config, ModelFolder(small_run.model_folder()), mesh)):
+    for x in jax.tree.leaves(fresh_state(trainer.options, ModelFolder(small_run.model_folder()), mesh)):
         assert x.sharding.is_equivalent_to(replicated(mesh), x.ndim)
     assert_same_step(trainer, 1e-5, tmp_path)

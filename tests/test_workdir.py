@@ -15,16 +15,15 @@ import small_run
 from PIL import Image
 
 from rcgrpo_jax.errors import UserError, is_everywhere
+from rcgrpo_jax.options import TrainOptions
 from rcgrpo_jax.report.run_record import read_run
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.run import FOLDERS, open_run
 from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
 
-CONFIG = small_run.make_config()
-
 
 def opened(workdir: Path) -> Checkpointer:
-    with open_run(CONFIG, workdir) as checkpointer:
+    with open_run(TrainOptions(), {}, workdir) as checkpointer:
         return checkpointer
 
 

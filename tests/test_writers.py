@@ -11,6 +11,7 @@ import small_run
 from flax import struct
 
 from rcgrpo_jax.errors import UserError, is_everywhere
+from rcgrpo_jax.options import TrainOptions, read_options
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.runs import run
 from rcgrpo_jax.runs.metrics import MetricsWriter, read_metrics
@@ -152,9 +153,10 @@ def train(workdir, names, num_steps=2):
     def step(state, index, draw):
         return state.replace(step=state.step + 1), {"loss": 0.5}, PICTURE if draw else None
 
-    with run.open_run(config, workdir) as checkpointer:
-        state, described = State(jnp.int32(0)), config.to_dict()
-        run.run_steps(state, step, config, described, workdir, checkpointer, "", 1, lambda metrics: metrics)
+    options, described = read_options(TrainOptions, config.train), config.to_dict()
+    with run.open_run(options, described, workdir) as checkpointer:
+        state = State(jnp.int32(0))
+        run.run_steps(state, step, options, described, workdir, checkpointer, "", 1, lambda metrics: metrics)
 
 
 def test_without_the_package_a_run_does_not_start(tmp_path, monkeypatch):

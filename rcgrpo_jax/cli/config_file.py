@@ -134,7 +134,7 @@ def _check_overrides(config: ConfigDict, names: Sequence[str], defaults: str) ->
             beside = ", ".join(field.removeprefix(f"{group}.") for field in fields if field.startswith(f"{group}."))
             raise UsageError(
                 f"--config.{name}: there is no such field." + (f" Did you mean --config.{near}?" if near else ""),
-                f"`default_config` in {defaults.replace('.', '/')}.py lists the fields"
+                f"{defaults.replace('.', '/').removesuffix('config')}options.py lists the fields"
                 + (f"; those of {group} are {beside}." if beside else "."),
             )
 

@@ -14,14 +14,16 @@ from rcgrpo_jax.cli.config_file import parse_with_config
 from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.paths import check_file, expand_fields, path_flag
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.options import changed, read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.gpu import cudnn_errors
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
-from rcgrpo_jax.plan.search import MICRO_BATCH, Search, changed, describe, summary
+from rcgrpo_jax.plan.search import MICRO_BATCH, Search, describe, summary
 from rcgrpo_jax.plan.text import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_mesh, check_model_fits
 from rcgrpo_jax.weights.load import ModelFolder
 
@@ -46,7 +48,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 def run(argv: list[str]) -> None:
     values = parse_with_config("plan", ABOUT, argv, _flags, ("topology",), "rcgrpo_jax.rl.config")
-    config = changed(values.config, {})
+    config = values.config.copy_and_resolve_references()
     expand_fields(config)
     if values.json:
         check_file("json", Path(values.json), ".json")
@@ -68,21 +70,22 @@ def _say(line: str) -> None:
 
 def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
     validate(config, len(topology.devices))
-    check_model_fits(config, model)
-    check_mesh(config, make_mesh(config.mesh, topology.devices), model.config("transformer"))
-    workload = Workload(config, model, topology)
+    options = read_options(Options, config)
+    check_model_fits(options, model)
+    check_mesh(options, make_mesh(vars(options.mesh), topology.devices), model.config("transformer"))
+    workload = Workload(options, model, topology)
     plans = []
     for name in NAMES:
         plans.append(workload.compile(name))
         _say(summary(plans[-1]))
-    step = step_estimate(config, plans, topology, values.efficiency, values.price)
+    step = step_estimate(options, plans, topology, values.efficiency, values.price)
     print(table(workload, plans, step))
     report = as_dict(workload, plans, step)
     failed = [plan for plan in plans if not plan.fits]
     if not failed:
         _write(values.json, report)
         return
-    search = Search(config, model, topology, values.limit, _say)
+    search = Search(options, model, topology, values.limit, _say)
     fix = search.nearest(failed, tuple(workload.mesh.shape[axis] for axis in AXES))
     changes = fix[0] if fix else next((found.changes for found in search.run()), None)
     _write(values.json, report | {"fix": changes})
@@ -91,11 +94,13 @@ def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topolo
 
 def _search(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
     # Whatever mesh and micro-batches the file has, they are what is searched for.
-    freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0)
-    validate(changed(config, freed | {"mesh.tensor": -1}), len(topology.devices))
-    check_model_fits(config, model)
-    check_mesh(config, make_mesh({"data": -1}, topology.devices), model.config("transformer"))
-    search = Search(config, model, topology, values.limit, _say)
+    freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0) | {"mesh.tensor": -1}
+    config.update_from_flattened_dict(freed)
+    validate(config, len(topology.devices))
+    options = read_options(Options, config)
+    check_model_fits(options, model)
+    check_mesh(options, make_mesh({"data": -1}, topology.devices), model.config("transformer"))
+    search = Search(options, model, topology, values.limit, _say)
     found = search.run()
     if not found:
         _write(values.json, {"topology": topology.name, "found": []})
@@ -103,7 +108,7 @@ def _search(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topo
     print(ranking(found, topology) + "\n")
     reports = []
     for item in found:
-        chosen = changed(config, item.changes)
+        chosen = changed(options, item.changes)
         step = step_estimate(chosen, item.plans, topology, values.efficiency, values.price)
         workload = Workload(chosen, model, topology)
         if not reports:
@@ -123,7 +128,7 @@ def _remedy(changes: dict[str, Any] | None, search: Search) -> str:
         return f"This fits, by the compiler: {describe(changes)}"
     if search.limit <= 0:
         return "The limit of compilations was reached before anything fitted: raise --limit, or take more chips."
-    fewer_bits = ", set model.quantization=int8 or nf4" if search.config.model.quantization == "none" else ""
+    fewer_bits = ", set model.quantization=int8 or nf4" if search.options.model.quantization == "none" else ""
     others = "no micro-batch, remat policy or mesh helps"
     return f"Take more chips or chips with more memory{fewer_bits}, or lower data.size; {others}."
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.example import REGION, EditExample, Needs, check_needs
 from rcgrpo_jax.data.sources import open_source
@@ -15,32 +14,37 @@ from rcgrpo_jax.editors.open import open_editor
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.encoding.index import Known
+from rcgrpo_jax.options import DataOptions, ModelOptions
 from rcgrpo_jax.parallel.distributed import local_job_range
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.weights.load import ModelFolder
 
 
 def encode(
-    config: ConfigDict,
+    data: DataOptions,
+    model: ModelOptions,
     folder: ModelFolder,
     workdir: Path,
     mesh: Mesh,
     batch_size: int,
+    seed: int,
     check: Callable[[EditExample | Known], None] = lambda example: None,
     needs: Needs = REGION,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
 
     Args:
-        config: With the groups `data` and `model`, and `seed`.
+        data: The examples.
+        model: The model's options.
         folder: The model.
         workdir: Has the cache, unless `data.cache` says where.
         mesh: The mesh of all processes.
         batch_size: Examples in a batch.
+        seed: Of their order.
         check: Raises if an example cannot be used for another reason than `needs`.
         needs: What examples must have.
     """
-    source = open_source(config.data.path, config.data.polarity, config.data.mask_value, needs)
+    source = open_source(data.path, data.polarity, data.mask_value, needs)
 
     def check_all(example: EditExample | Known) -> None:
         check_needs(example, needs)
@@ -50,10 +54,10 @@ def encode(
     with jax.set_mesh(mesh), Progress(len(local_job_range(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(
             source,
-            open_editor(folder, mesh, dtype=config.model.dtype, max_text_tokens=config.model.max_text_tokens),
-            tuple(config.data.size),
-            config.data.cache or workdir / "cache",
+            open_editor(folder, mesh, dtype=model.dtype, max_text_tokens=model.max_text_tokens),
+            data.size,
+            data.cache or workdir / "cache",
             check_all,
             lambda done, _: progress.update(),
         )
-    return Batches(encoded, batch_size, config.seed)
+    return Batches(encoded, batch_size, seed)

@@ -27,6 +27,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.options import ModelOptions, read_options
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import Told, count_steps, silent
 from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards
@@ -203,7 +204,7 @@ def run_variant(
     if file.exists():
         return _load(file, origin)
     state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), devices)
-    adapter = scale_adapter(state.averaged, LoRAConfig(**changed.lora).scale)
+    adapter = scale_adapter(state.averaged, read_options(LoRAConfig, changed.lora).scale)
     mesh = make_mesh(config.mesh, devices)
     return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, mesh, progress, adapter)
 
@@ -257,12 +258,13 @@ def _evaluate(
     lora: dict | None = None,
 ) -> Evaluation:
     source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
+    model, acd = config.model, config.acd
     evaluation = evaluate(
-        load_editor(config, ModelFolder(config.model.path), mesh),
+        load_editor(read_options(ModelOptions, model), ModelFolder(model.path), mesh, acd.layers, acd.reference_keys),
         source,
         range(len(source)),
         num_steps=protocol.num_steps,
-        guidance=config.model.guidance,
+        guidance=model.guidance,
         seed=protocol.seed,
         lora=lora,
         size=tuple(config.data.size),
@@ -282,7 +284,7 @@ def untrained(setup: Setup, cache: Path) -> tuple[Trainer, TrainState, Batches]:
         cache: Has the cache of encodings.
     """
     batches = setup.encode(cache)
-    trainer = Trainer(setup.config, setup.load_editor(), setup.mesh, setup.rewards)
+    trainer = Trainer(setup.options, setup.load_editor(), setup.mesh, setup.rewards)
     return trainer, setup.first_state(), batches
 
 

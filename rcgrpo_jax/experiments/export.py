@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.models.lora import LoRAConfig
+from rcgrpo_jax.options import OptimizerOptions, read_options
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.state import init_state
 from rcgrpo_jax.weights.load import ModelFolder
@@ -56,10 +56,10 @@ def export(
             f"--workdir: {workdir} is a run of stage {saved['stage']}, which trains no LoRA.",
             f"Its result is {Path(workdir) / 'model'}.",
         )
-    config = ConfigDict(saved)
-    params = abstract_params("transformer", ModelFolder(model or config.model.path).config("transformer"))
-    state = checkpointer.restore(jax.eval_shape(lambda: init_state(config, params)), step)
+    lora, optimizer = read_options(LoRAConfig, saved["lora"]), read_options(OptimizerOptions, saved["optimizer"])
+    params = abstract_params("transformer", ModelFolder(model or saved["model"]["path"]).config("transformer"))
+    state = checkpointer.restore(jax.eval_shape(lambda: init_state(lora, optimizer, saved["seed"], params)), step)
     try:
-        return save_lora(Path(out), state.averaged, LoRAConfig(**config.lora), params, form, dtype)
+        return save_lora(Path(out), state.averaged, lora, params, form, dtype)
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
         raise UserError(f"--out: {out} cannot be written ({error}).", "Choose a folder you can write to.") from None

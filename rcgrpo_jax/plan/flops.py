@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
-from rcgrpo_jax.models.lora import target_kernels
+from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
+from rcgrpo_jax.rl.options import ACDOptions, Options
 from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -49,14 +49,14 @@ class Pass:
 
 
 def mmdit(
-    config: MMDiTConfig, text: int, target: int, lora: ConfigDict, acd: ConfigDict, attention: str = "xla"
+    config: MMDiTConfig, text: int, target: int, lora: LoRAConfig, acd: ACDOptions, attention: str = "xla"
 ) -> Pass:
     """FLOPs of one sample.
 
     Args:
         config: The transformer's sizes.
         text, target: N_txt and N_img; the reference has as many tokens as the target.
-        lora, acd: The groups of the run's configuration.
+        lora, acd: Of the run.
         attention: A name of `models.attention.IMPLEMENTATIONS`; all but `xla` are flash attention, which keeps no
             scores and computes them again in the backward pass.
     """
@@ -117,16 +117,16 @@ def vae_decoder(config: VAEConfig, cells: int) -> float:
 
 
 def step(
-    config: ConfigDict, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int, attention: str = "xla"
+    options: Options, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int, attention: str = "xla"
 ) -> dict[str, float]:
     """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
-    one = mmdit(transformer, text, target, config.lora, config.acd, attention)
-    samples = config.rollout.prompts * config.rollout.group_size
-    differentiated = one.forward + one.recomputed[config.model.remat] + one.backward
-    if config.surrogate.anchor_mode == "integrate":
+    one = mmdit(transformer, text, target, options.lora, options.acd, attention)
+    samples = options.rollout.prompts * options.rollout.group_size
+    differentiated = one.forward + one.recomputed[options.model.remat] + one.backward
+    if options.surrogate.anchor_mode == "integrate":
         differentiated += one.forward  # each velocity is a checkpoint by itself
     return {
-        "rollout": samples * config.rollout.num_steps * (one.forward + one.concentration),
+        "rollout": samples * options.rollout.num_steps * (one.forward + one.concentration),
         "decode": samples * vae_decoder(vae, 4 * target),
-        "update": POLICIES[config.policy].num_evaluations(config) * differentiated,
+        "update": POLICIES[options.policy].num_evaluations(options.step) * differentiated,
     }

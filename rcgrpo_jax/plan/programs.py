@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.editors.flux_kontext import Editor
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
@@ -25,6 +24,7 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
 from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.model import load_editor
@@ -93,31 +93,31 @@ class Workload:
     """The programs of a configuration on a topology, ready to be compiled.
 
     Args:
-        config: The run's configuration, validated for as many devices and for the model.
+        options: The run's, validated for as many devices and for the model.
         model: Shapes of the model.
         topology: Devices.
     """
 
-    def __init__(self, config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology):
-        self.config, self.mesh = config, make_mesh(config.mesh, topology.devices)
+    def __init__(self, options: Options, model: ModelFolder | FluxKontext, topology: Topology):
+        self.options, self.mesh = options, make_mesh(vars(options.mesh), topology.devices)
         self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
-        editor = load_editor(config, model, self.mesh)
+        editor = load_editor(options.model, model, self.mesh, options.acd.layers, options.acd.reference_keys)
         self.editor = editor
-        self.programs = Programs(config, editor.family, self.mesh)
+        self.programs = Programs(options.step, editor.family, self.mesh)
         self.attention = editor.transformer.attention.implementation
-        self.micro_batches = micro_batches(config)
-        parts = counts(config)[0] // self.micro_batches["rollout"]
+        self.micro_batches = micro_batches(options)
+        parts = counts(options)[0] // self.micro_batches["rollout"]
         self.calls = {"rollout": parts, "decode": parts, "update": 1}  # of a program in a step, or update
         self.model = model
         target = math.prod(self.programs.grid)
         sizes = editor.transformer.config, editor.vae.config
-        total = flops.step(config, *sizes, editor.max_text_tokens, target, self.attention)
+        total = flops.step(options, *sizes, editor.max_text_tokens, target, self.attention)
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
     def trees(self) -> dict[str, Any]:
         """Shapes and shardings of what a run keeps on the devices, by name."""
-        return _trees(self.programs, self.editor, self.model)
+        return _trees(self.options, self.programs, self.editor, self.model)
 
     def arguments(self, name: str) -> tuple:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
@@ -176,20 +176,20 @@ class Workload:
         return cost
 
 
-def micro_batches(config: ConfigDict) -> dict[str, int]:
+def micro_batches(options: Options) -> dict[str, int]:
     """Samples at a time over the whole mesh, by program."""
-    samples, units = counts(config)
-    rolled = config.rollout.micro_batch or samples
+    samples, units = counts(options)
+    rolled = options.rollout.micro_batch or samples
     return {
         "rollout": rolled,
-        "decode": min(config.rollout.decode_micro_batch, rolled) or rolled,
-        "update": config.surrogate.micro_batch or units,
+        "decode": min(options.rollout.decode_micro_batch, rolled) or rolled,
+        "update": options.surrogate.micro_batch or units,
     }
 
 
-def counts(config: ConfigDict) -> tuple[int, int]:
+def counts(options: Options) -> tuple[int, int]:
     """Candidates that a step rolls out, and units that an update differentiates."""
-    return config.rollout.prompts * config.rollout.group_size, POLICIES[config.policy].num_units(config)
+    return options.rollout.prompts * options.rollout.group_size, POLICIES[options.policy].num_units(options.step)
 
 
 def parse_refusal(message: str) -> tuple[int, int] | None:
@@ -223,10 +223,10 @@ def place(params: dict, mesh: Mesh, dtype: Any, quantization: str = NONE) -> dic
     return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
 
 
-def _trees(programs: Programs, editor: Editor, model: ModelFolder | FluxKontext) -> dict[str, Any]:
+def _trees(options: Options, programs: Programs, editor: Editor, model: ModelFolder | FluxKontext) -> dict[str, Any]:
     """Shapes and shardings of all that a run keeps on the devices."""
-    config, mesh = programs.config, programs.mesh
-    whole, dtype = replicated(mesh), jnp.dtype(config.model.dtype)
+    mesh = programs.mesh
+    whole, dtype = replicated(mesh), jnp.dtype(options.model.dtype)
 
     def copied(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
@@ -236,20 +236,20 @@ def _trees(programs: Programs, editor: Editor, model: ModelFolder | FluxKontext)
 
     base = flops.transformer_shapes(model.config("transformer"))
     decoder = {"decoder": abstract_params("vae", model.config("vae"))["decoder"]}
-    sizes, prompts, group = editor.transformer.config, config.rollout.prompts, config.rollout.group_size
-    at_a_time = micro_batches(config)["rollout"] // prompts  # candidates of each group
+    sizes, prompts, group = editor.transformer.config, options.rollout.prompts, options.rollout.group_size
+    at_a_time = micro_batches(options)["rollout"] // prompts  # candidates of each group
     encoded = {
         "text": array((prompts, editor.max_text_tokens, sizes.joint_attention_dim), dtype),
         "pooled": array((prompts, sizes.pooled_projection_dim), dtype),
         "reference": array((prompts, math.prod(programs.grid), sizes.in_channels)),
         "text_weights": array((prompts, editor.max_text_tokens)),
     }
-    mask = array((prompts, *config.data.size))
+    mask = array((prompts, *options.data.size))
     with jax.set_mesh(mesh):
-        state = copied(jax.eval_shape(lambda: init_state(config, base)))
+        state = copied(jax.eval_shape(lambda: init_state(options.lora, options.optimizer, options.seed, base)))
         asked = copied(jax.eval_shape(programs._prompts, encoded, mask))
         exploration = programs.explore.eval_shape(state.key, asked)
-        params = place(base, mesh, dtype, config.model.quantization)
+        params = place(base, mesh, dtype, options.model.quantization)
         noise = exploration.noise
         noise = jax.ShapeDtypeStruct((prompts, at_a_time, *noise.shape[2:]), noise.dtype, sharding=whole)
         part = programs.rollout.eval_shape(params, state.params, asked, noise)
@@ -257,7 +257,7 @@ def _trees(programs: Programs, editor: Editor, model: ModelFolder | FluxKontext)
     def candidates(count: int) -> Any:
         return jax.tree.map(lambda x: array((prompts, count, *x.shape[2:]), x.dtype), part)
 
-    pictures = prompts * (group - at_a_time), *config.data.size, 3
+    pictures = prompts * (group - at_a_time), *options.data.size, 3
     spread = NamedSharding(mesh, PartitionSpec(SAMPLE_AXES))
     return {
         "params": params,

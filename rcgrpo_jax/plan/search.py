@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
+from rcgrpo_jax.options import changed
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import Chip
 from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, micro_batches, place
 from rcgrpo_jax.plan.roofline import Time, roofline
 from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_mesh
 from rcgrpo_jax.runs.fields import quantization_problems
 from rcgrpo_jax.weights.load import ModelFolder
@@ -54,26 +56,19 @@ class Found(NamedTuple):
     seconds: float  # of a step on the roofline
 
 
-def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy with some fields set."""
-    copy = ConfigDict(config.to_dict())
-    copy.update_from_flattened_dict(dict(changes))
-    return copy
-
-
-def step_seconds(config: ConfigDict, plans: list[Plan], chip: Chip | None) -> float:
+def step_seconds(options: Options, plans: list[Plan], chip: Chip | None) -> float:
     """Roofline of a whole step: rollout, decode and all updates, one after another; infinite if one is unreadable."""
     if not all(plan.cost for plan in plans):
         return math.inf
     times = {plan.name: roofline(plan.cost, chip or _UNKNOWN).seconds for plan in plans}
-    return times["rollout"] + times["decode"] + config.objective.updates * times["update"]
+    return times["rollout"] + times["decode"] + options.objective.updates * times["update"]
 
 
 class Search:
     """Tries settings of a configuration on a topology.
 
     Args:
-        config: The run's configuration, valid but for its mesh and micro-batches.
+        options: The run's, valid but for its mesh and micro-batches.
         model: Shapes of the model.
         topology: Devices.
         limit: Programs to compile at most.
@@ -82,20 +77,20 @@ class Search:
 
     def __init__(
         self,
-        config: ConfigDict,
+        options: Options,
         model: ModelFolder | FluxKontext,
         topology: Topology,
         limit: int,
         say: Callable[[str], None] = lambda _: None,
     ):
-        self.config, self.model, self.topology, self.limit, self.say = config, model, topology, limit, say
+        self.options, self.model, self.topology, self.limit, self.say = options, model, topology, limit, say
         self.sizes = model.config("transformer")
         self.base = flops.transformer_shapes(self.sizes)
-        height, width = config.data.size
+        height, width = options.data.size
         self.target = height * width // (2 * model.config("vae").downscale) ** 2
-        self.text = config.model.max_text_tokens or model.max_text_tokens
+        self.text = options.model.max_text_tokens or model.max_text_tokens
         self.chip = topology.chip or _UNKNOWN
-        self.attention = choose(config.model.attention, topology.devices[0].platform, config.model.dtype)
+        self.attention = choose(options.model.attention, topology.devices[0].platform, options.model.dtype)
 
     def shapes(self) -> list[Shape]:
         """Mesh shapes that split the model and the samples evenly, the fastest first."""
@@ -113,41 +108,41 @@ class Search:
 
     def _can_run(self, shape: Shape) -> bool:
         try:
-            check_mesh(self.config, self._mesh(shape), self.sizes)
+            check_mesh(self.options, self._mesh(shape), self.sizes)
         except UsageError:
             return False
         return True
 
-    def settings(self, name: str, shape: Shape, config: ConfigDict | None = None) -> list[Setting]:
+    def settings(self, name: str, shape: Shape, options: Options | None = None) -> list[Setting]:
         """Micro-batches and, for the update, remat policies of a program that may fit; the fastest first.
 
         Args:
             name: Of the program.
             shape: Of the mesh.
-            config: Says how many candidates are decoded, and how many at a time; all by default.
+            options: Say how many candidates are decoded, and how many at a time; all by default.
         """
-        config = config or changed(self.config, dict.fromkeys(MICRO_BATCH.values(), 0))
+        options = options or changed(self.options, dict.fromkeys(MICRO_BATCH.values(), 0))
         mesh = self._mesh(shape)
-        weights = place(self.base, mesh, jnp.dtype(self.config.model.dtype), self.config.model.quantization)
+        weights = place(self.base, mesh, jnp.dtype(self.options.model.dtype), self.options.model.quantization)
         held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(self.base))  # gathered after dequantisation
-        whole = parameters * jnp.dtype(self.config.model.dtype).itemsize / shape[2]
-        samples = micro_batches(config)["rollout"] if name == "decode" else counts(config)[name == "update"]
+        whole = parameters * jnp.dtype(self.options.model.dtype).itemsize / shape[2]
+        samples = micro_batches(options)["rollout"] if name == "decode" else counts(options)[name == "update"]
         spread = shape[0] * shape[1]
-        policies = [config.model.remat]
+        policies = [options.model.remat]
         if name == "update":
-            policies = [x for x in REMAT_POLICIES if not quantization_problems(changed(config, {"model.remat": x}))]
+            policies = [x for x in REMAT_POLICIES if not quantization_problems(replace(options.model, remat=x))]
         found = []
         for remat in policies:
             changes = dict(zip((f"mesh.{axis}" for axis in AXES), shape, strict=True))
             changes |= {"model.remat": remat} if name == "update" else {}
             for micro in _divisors(samples):
-                if micro % (math.lcm(spread, config.rollout.prompts) if name == "rollout" else spread) == 0:
+                if micro % (math.lcm(spread, options.rollout.prompts) if name == "rollout" else spread) == 0:
                     time = self._time(name, shape, remat, samples // micro, micro // spread, whole)
                     needed = held + self._activations(name, remat, micro // spread) / shape[2]
                     chosen = changes | {MICRO_BATCH[name]: micro}
                     if name == "rollout":  # and as many of them decoded at a time as before, or the next that divides
-                        both = math.gcd(micro, micro_batches(config)["decode"])
+                        both = math.gcd(micro, micro_batches(options)["decode"])
                         chosen[MICRO_BATCH["decode"]] = both if both % spread == 0 else spread
                     found.append(Setting(chosen, micro, time.seconds, needed))
         limit = self.topology.memory or math.inf
@@ -161,12 +156,12 @@ class Search:
             samples: Samples of one on a device.
             whole: Bytes of the weights that a device works with, gathered.
         """
-        config = changed(self.config, {"model.remat": remat})
+        options = changed(self.options, {"model.remat": remat})
         sizes = self.sizes, self.model.config("vae")
-        work = flops.step(config, *sizes, self.text, self.target, self.attention)[name]
+        work = flops.step(options, *sizes, self.text, self.target, self.attention)[name]
         if name == "decode":
             return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, 0.0)
-        passes = config.rollout.num_steps if name == "rollout" else 2 + (remat != "none")
+        passes = options.rollout.num_steps if name == "rollout" else 2 + (remat != "none")
         gathered = whole * (shape[1] - 1) / shape[1]
         tokens = self.text + 2 * self.target
         summed = 2 * self.sizes.num_blocks * samples * tokens * self.sizes.width * 2 * 2 * (shape[2] - 1) / shape[2]
@@ -180,12 +175,12 @@ class Search:
         if name != "update":
             return 0.0
         tokens, blocks = self.text + 2 * self.target, self.sizes.num_blocks
-        item = jnp.dtype(self.config.model.dtype).itemsize
+        item = jnp.dtype(self.options.model.dtype).itemsize
         stream = blocks * tokens * self.sizes.width * item
         # Outputs of the linear layers of a block: q, k, v and out or its like (4 D to 5 D) and the MLP's 4 D.
         return samples * {"full": stream, "dots": 8 * stream, "none": 12 * stream}[remat]
 
-    def first_that_fits(self, name: str, settings: list[Setting], config: ConfigDict) -> tuple[Setting, Plan] | None:
+    def first_that_fits(self, name: str, settings: list[Setting], options: Options) -> tuple[Setting, Plan] | None:
         """Compiles a program under one setting after another until one fits or the limit is reached."""
         refused: list[tuple[Setting, Plan]] = []
         for setting in settings:
@@ -194,7 +189,7 @@ class Search:
             if any(self._hopeless(setting, *other) for other in refused):
                 continue
             self.limit -= 1
-            workload = Workload(changed(config, setting.changes), self.model, self.topology)
+            workload = Workload(changed(options, setting.changes), self.model, self.topology)
             plan = workload.compile(name)
             self.say(f"{describe(setting.changes)}: {summary(plan)}")
             if plan.fits:
@@ -214,15 +209,15 @@ class Search:
         for shape in self.shapes():
             changes, plans = dict.fromkeys(MICRO_BATCH.values(), 0), {}
             for name in ("update", "rollout", "decode"):  # the update asks for most; what is decoded was rolled out
-                config = changed(self.config, changes)
-                pair = self.first_that_fits(name, self.settings(name, shape, config), config)
+                options = changed(self.options, changes)
+                pair = self.first_that_fits(name, self.settings(name, shape, options), options)
                 if pair is None:
                     break
                 changes |= pair[0].changes
                 plans[name] = pair[1]
             if len(plans) == len(NAMES):
                 ordered = [plans[name] for name in NAMES]
-                found.append(Found(changes, ordered, step_seconds(self.config, ordered, self.topology.chip)))
+                found.append(Found(changes, ordered, step_seconds(self.options, ordered, self.topology.chip)))
         return sorted(found, key=lambda item: item.seconds)
 
     def nearest(self, failed: list[Plan], shape: Shape) -> tuple[dict[str, Any], list[Plan]] | None:
@@ -231,29 +226,29 @@ class Search:
         Returns:
             Fields to set and the programs as compiled with them, or None if nothing fits on this mesh shape.
         """
-        config, plans = self.config, []
+        options, plans = self.options, []
         bounds = {plan.name: plan.micro_batch - 1 for plan in failed}
         for name in NAMES:
             if name not in bounds:
                 continue
-            pair = self.first_that_fits(name, list(self._nearer(name, bounds[name], shape, config)), config)
+            pair = self.first_that_fits(name, list(self._nearer(name, bounds[name], shape, options)), options)
             if pair is None:
                 return None
-            config = changed(config, pair[0].changes)
+            options = changed(options, pair[0].changes)
             plans.append(pair[1])
             if name == "rollout":  # it holds more while it decodes
-                bounds["decode"] = min(micro_batches(config)["decode"], bounds.get("decode", math.inf))
-        old, new = (flatten_dict(x.to_dict(), sep=".") for x in (self.config, config))
+                bounds["decode"] = min(micro_batches(options)["decode"], bounds.get("decode", math.inf))
+        old, new = (flatten_dict(asdict(x), sep=".") for x in (self.options, options))
         fields = (*MICRO_BATCH.values(), "model.remat")
         return {field: new[field] for field in fields if new[field] != old[field]}, plans
 
-    def _nearer(self, name: str, bound: int, shape: Shape, config: ConfigDict) -> Iterator[Setting]:
+    def _nearer(self, name: str, bound: int, shape: Shape, options: Options) -> Iterator[Setting]:
         """Settings with micro-batches up to a bound, and with `remat=full` those just above it too; largest first."""
-        settings = sorted(self.settings(name, shape, config), key=lambda setting: -setting.micro_batch)
-        for remat in dict.fromkeys((config.model.remat, "full")):
+        settings = sorted(self.settings(name, shape, options), key=lambda setting: -setting.micro_batch)
+        for remat in dict.fromkeys((options.model.remat, "full")):
             for setting in settings:
                 same = setting.changes.get("model.remat", remat) == remat
-                if same and setting.micro_batch <= bound + (remat != config.model.remat):
+                if same and setting.micro_batch <= bound + (remat != options.model.remat):
                     yield setting
 
 

@@ -8,24 +8,23 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.programs import Plan, Workload
 from rcgrpo_jax.plan.roofline import roofline
 from rcgrpo_jax.plan.search import Found, describe, step_seconds
 from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.rl.options import Options
 
 TERA = 1e12
 
 
 def step_estimate(
-    config: ConfigDict, plans: Sequence[Plan], topology: Topology, efficiency: float, price: float | None
+    options: Options, plans: Sequence[Plan], topology: Topology, efficiency: float, price: float | None
 ) -> dict[str, float] | None:
     """What a step takes and costs, or None if a program does not fit or the chip's figures are not known.
 
     Args:
-        config: The run's configuration.
+        options: The run's.
         plans: All programs.
         topology: Devices.
         efficiency: Share of the roofline that is reached, in (0, 1].
@@ -33,23 +32,23 @@ def step_estimate(
     """
     if topology.chip is None or not all(plan.fits and plan.cost for plan in plans):
         return None
-    least = step_seconds(config, list(plans), topology.chip)
+    least = step_seconds(options, list(plans), topology.chip)
     seconds = least / efficiency
-    samples = 3600 / seconds * config.rollout.prompts * config.rollout.group_size
+    samples = 3600 / seconds * options.rollout.prompts * options.rollout.group_size
     found = {"roofline_seconds": least, "efficiency": efficiency, "seconds": seconds, "samples_per_hour": samples}
     if price is not None:
         hour = price * topology.chips
         found |= {"cost_per_hour": hour, "cost_per_step": hour * seconds / 3600}
         found |= {
             "cost_per_1000_samples": 1000 * hour / samples,
-            "cost_of_run": hour * seconds / 3600 * config.train.num_steps,
+            "cost_of_run": hour * seconds / 3600 * options.train.num_steps,
         }
     return found
 
 
 def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | None) -> dict[str, Any]:
     """Everything, in bytes, FLOPs and seconds, per device."""
-    config, topology = workload.config, workload.topology
+    options, topology = workload.options, workload.topology
     programs = []
     for plan in plans:
         entry = {**asdict(plan), "fits": plan.fits}
@@ -66,7 +65,7 @@ def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | 
         "fits": all(plan.fits for plan in plans),
         "programs": programs,
         "step": step,
-        "config": config.to_dict(),
+        "config": asdict(options),
     }
 
 
@@ -81,13 +80,13 @@ def _versions() -> dict[str, str]:
 
 def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | None) -> str:
     """The plan in plain text."""
-    topology, config = workload.topology, workload.config
+    topology, model = workload.topology, workload.options.model
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.shape.items())
     tokens = workload.editor.max_text_tokens + 2 * workload.programs.grid[0] * workload.programs.grid[1]
     room = "" if topology.memory is None else f", {topology.memory / GIB:.2f} GiB a device"
     parts = [
-        f"model     {config.model.path}, {config.model.dtype}, quantization {config.model.quantization}, "
-        f"attention {workload.attention}, remat {config.model.remat}, {tokens} tokens a sample\n"
+        f"model     {model.path}, {model.dtype}, quantization {model.quantization}, "
+        f"attention {workload.attention}, remat {model.remat}, {tokens} tokens a sample\n"
         f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}",
         _memory(plans),
         _work(plans, workload),

@@ -1,16 +1,19 @@
-"""The configuration of a training run: every field with its default and unit, and the check of the whole."""
+"""The configuration of a run of post-training, made of `rl.options`, and the check of the whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import is_like, shorten
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.runs.fields import (
     COUNT,
@@ -39,116 +42,8 @@ PATHS = ("model.path", "data.path")
 
 
 def default_config() -> ConfigDict:
-    """Every field of a run. `configs/*.py` start from it and change what they need."""
-
-    def group(**fields: Any) -> ConfigDict:
-        return ConfigDict(fields)
-
-    return group(
-        seed=0,  # of the LoRA, the order of the data, the noise and the anchors
-        policy="neighbour",  # how groups explore and are compared: a name of rl.policy.POLICIES
-        model=group(
-            path="",  # diffusers folder or converted directory
-            dtype="bfloat16",  # of the frozen base and of activations; LoRA, states and losses are float32
-            quantization="none",  # of the base's kernels: none, int8 (by output channel), nf4 (QLoRA's 4 bits)
-            max_text_tokens=0,  # length the T5 sequence is padded to; 0: the model's own, 512 in FLUX.1-Kontext-dev
-            guidance=2.5,  # scale given to the distilled model
-            attention="auto",  # a name of models.attention.IMPLEMENTATIONS; auto: the fastest of the platform
-            remat="full",  # a name of models.mmdit.REMAT_POLICIES, in the update
-        ),
-        data=group(
-            path="",  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[/KINDS][:COUNT[:FLAWS]]
-            polarity="white",  # colour of the edit region in the masks: white or black
-            mask_value="",  # what masks hold there instead: class numbers or colours, such as 15, or 2,5, or #800000
-            size=(512, 512),  # (height, width) in pixels, multiples of 16; resized to it, whatever the aspect ratio
-            cache="",  # folder of encoder results; empty: WORKDIR/cache
-        ),
-        lora=group(
-            rank=64,  # r
-            alpha=128.0,  # the update is alpha / r times A B
-            targets="attention",  # attention (the paper's), attention+mlp, all-linear, or a regular expression
-            init="",  # LoRA file to start from, in any form that `edit` reads; empty: none. Read before step 1 alone
-        ),
-        explore=group(
-            kind="region",  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6; mixed: half and half (ours)
-            alpha_edit=0.5,  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
-            alpha_base=0.01,  # perturbation outside, in [0, 1] (ours)
-            sigma=0.5,  # perturbation everywhere for kind=global and mixed, in [0, 1]
-            mask_threshold=0.0,  # share of a token's pixels that puts it into the region; 0: any pixel (ours)
-            mask_dilation=0,  # tokens by which the region grows for the perturbation; surrogate and ACD keep the mask
-        ),
-        rollout=group(
-            prompts=4,  # P, groups in a global batch
-            group_size=12,  # G, candidates of a group
-            num_steps=8,  # K, solver steps in training
-            micro_batch=0,  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
-            decode_micro_batch=0,  # of these, images decoded at a time; 0: all
-        ),
-        surrogate=group(
-            distance="l2",  # l2 (Eq. 7), region (B.3, form ours), tau (ours), mean
-            tau_edit=0.9,  # bandwidth inside the mask, of region and tau
-            tau_base=1.1,  # bandwidth outside
-            anchors=4,  # B, anchors of a group, from its perturbed candidates: G for kind=global, else G - 1
-            anchor_mode="replay",  # replay: one step from the stored state; integrate: the whole path, Eq. 13
-            steps="early",  # solver steps that carry the loss: early (the noisier half), all, random
-            num_random_steps=4,  # how many for steps=random
-            weighting="uniform",  # expectation over candidates: uniform (Eq. 5), or policy (under pi_old)
-            target_entropy=1.0,  # nats, for weighting=policy: the temperature is calibrated to it
-            micro_batch=0,  # anchors (replay: anchor-steps) differentiated at a time over the mesh; 0: all
-        ),
-        objective=group(
-            clip=0.02,  # c, half-width of the ratio's clip (ours; peers use 1e-4); the ratio of the first update is 1
-            advantage_clip=5.0,  # largest |A|
-            quasi_norm=0.0,  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
-            kl_weight=0.0,  # beta, of the KL to the policy of the rollout; the first update's has no gradient
-            source_advantage=0.0,  # A of candidate G + 1, which keeps the source outside the mask (ours); 0: none
-            updates=1,  # optimizer updates on one rollout
-        ),
-        rewards=group(preservation=1.0, colour=1.0),  # registered reward -> weight after its z-score; 0: not used
-        reward_options=group(  # registered reward -> options of its factory, where not its defaults
-            preservation=group(
-                cap=50.0,  # dB of PSNR outside the mask that count as perfect
-            ),
-            colour=group(
-                scale=40.0,  # CIELAB units at which a pixel's score falls to 1 / e
-                lightness=0.5,  # weight of lightness differences
-            ),
-            oracle=group(
-                noise=0.0,  # standard deviation of the judge's error, in units of the reward
-                seed=0,  # of that error
-            ),
-        ),
-        acd=group(
-            weight=1.0,  # of R_acd after its z-score; 0 turns it off, in the rollout too
-            layers=10,  # L_sel, the last blocks that count
-            reference_keys=False,  # count the reference image's keys too
-            text="all",  # text tokens that count: all, or instruction (without padding)
-        ),
-        optimizer=group(
-            learning_rate=1e-4,  # AdamW, after the warm-up
-            warmup_steps=0,  # updates of linear warm-up from 0
-            decay_steps=0,  # updates of cosine decay to 0 after the warm-up; 0: none
-            weight_decay=1e-4,  # decoupled
-            b1=0.9,  # decay of the first moment
-            b2=0.999,  # decay of the second moment
-            eps=1e-8,  # in Adam's denominator; gradients of distance=mean at full size, by scaling, are 3e-8 to 1e-7
-            max_grad_norm=1.0,  # global-norm clip
-            ema_decay=0.0,  # of an average of the LoRA, exported if kept, warmed up; 0: none
-        ),
-        train=group(
-            num_steps=100,  # training steps: one rollout and `objective.updates` updates each
-            save_every=10,  # steps between checkpoints
-            keep=2,  # checkpoints kept
-            image_every=10,  # steps between image grids
-            writers="tensorboard",  # of metrics, beside metrics.jsonl, with commas: tensorboard, wandb; empty: none
-            profile_steps=0,  # steps that jax.profiler traces into WORKDIR/profile, from the second of a start on
-        ),
-        mesh=group(
-            data=-1,  # devices that spread samples and replicate weights; -1: what is left
-            fsdp=1,  # devices that spread samples and weights
-            tensor=1,  # devices that split heads and MLP
-        ),
-    )
+    """Every field of `rl.options.Options`. `configs/*.py` start from it and change what they need."""
+    return ConfigDict(asdict(Options()))
 
 
 FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
@@ -245,37 +140,37 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     for name, options in config.reward_options.to_dict().items():
         problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
     problems = problems or writer_problems(config.train.writers)
-    if problems := problems or _spread_problems(config, num_devices):
+    if problems := problems or _spread_problems(read_options(Options, config), num_devices):
         raise refusal(problems)
 
 
-def _spread_problems(config: ConfigDict, num_devices: int) -> list[str]:
-    policy, g = POLICIES[config.policy], config.rollout.group_size
-    problems = policy.problems(config)
-    if config.objective.kl_weight and config.objective.updates == 1:
+def _spread_problems(options: Options, num_devices: int) -> list[str]:
+    policy, g = POLICIES[options.policy], options.rollout.group_size
+    problems = policy.problems(options.step)
+    if options.objective.kl_weight and options.objective.updates == 1:
         problems.append(
-            f"objective.kl_weight: {config.objective.kl_weight} with objective.updates = 1; the first update is at the "
-            "policy of the rollout, so that two or more were wanted"
+            f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is at "
+            "the policy of the rollout, so that two or more were wanted"
         )
-    problems += cache_problems(config) + size_problems(config.data.size) + mask_problems(config)
-    problems += quantization_problems(config)
-    problems += schedule_problems(config, config.train.num_steps * config.objective.updates)
-    if not any(config.rewards.values()) and not config.acd.weight:
+    problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
+    problems += quantization_problems(options.model)
+    problems += schedule_problems(options.optimizer, options.train.num_steps * options.objective.updates)
+    if not any(options.rewards.values()) and not options.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")
-    shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(config.mesh, num_devices), strict=True))
+    shape = dict(zip(("data", "fsdp", "tensor"), mesh_shape(vars(options.mesh), num_devices), strict=True))
     spread = math.prod(shape[axis] for axis in SAMPLE_AXES)
-    samples = config.rollout.prompts * g
-    rolled = config.rollout.micro_batch or samples
-    if rolled % config.rollout.prompts:
+    samples = options.rollout.prompts * g
+    rolled = options.rollout.micro_batch or samples
+    if rolled % options.rollout.prompts:
         problems.append(
-            f"rollout.micro_batch: {rolled}; a multiple of rollout.prompts = {config.rollout.prompts} was wanted: as "
+            f"rollout.micro_batch: {rolled}; a multiple of rollout.prompts = {options.rollout.prompts} was wanted: as "
             "many candidates of each group"
         )
     where = f"data x fsdp = {shape['data']} x {shape['fsdp']} = {spread} devices"
     for field, count, micro in (
-        (f"rollout: P x G = {config.rollout.prompts} x {g}", samples, config.rollout.micro_batch),
-        ("rollout: candidates decoded", rolled, min(config.rollout.decode_micro_batch, rolled)),
-        ("surrogate: units to differentiate", policy.num_units(config), config.surrogate.micro_batch),
+        (f"rollout: P x G = {options.rollout.prompts} x {g}", samples, options.rollout.micro_batch),
+        ("rollout: candidates decoded", rolled, min(options.rollout.decode_micro_batch, rolled)),
+        ("surrogate: units to differentiate", policy.num_units(options.step), options.surrogate.micro_batch),
     ):
         micro = micro or count
         if count % micro or micro % spread:

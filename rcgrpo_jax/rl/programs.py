@@ -7,7 +7,6 @@ flattened to one axis that is vmapped and spread over the mesh in micro-batches.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -18,19 +17,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.editors.base import Family, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.flow.solver import Velocity
 from rcgrpo_jax.method import concentration, grpo, region, surrogate
-from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
+from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.parallel.distributed import rows_to_mesh
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
+from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import POLICIES
-from rcgrpo_jax.rl.policy.base import Exploration, Policy, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.runs.state import TrainState, apply_gradients
 
 
@@ -38,17 +37,16 @@ class Programs:
     """The compiled programs of a run.
 
     Args:
-        config: The run's configuration, validated.
+        options: Validated.
         family: The networks; parameters are arguments.
         mesh: The mesh; the programs must be called under `jax.set_mesh(mesh)`.
     """
 
-    def __init__(self, config: ConfigDict, family: Family, mesh: Mesh):
-        self.config, self.family, self.mesh = config, family, mesh
-        self.grid = family.grid(*config.data.size)
-        self.sigmas = family.sigmas(config.rollout.num_steps, self.grid[0] * self.grid[1])
-        self.policy = POLICIES[config.policy](config, family, self.sigmas)
-        self.lora_scale = LoRAConfig(**config.lora).scale
+    def __init__(self, options: StepOptions, family: Family, mesh: Mesh):
+        self.options, self.family, self.mesh = options, family, mesh
+        self.grid = family.grid(*options.size)
+        self.sigmas = family.sigmas(options.rollout.num_steps, self.grid[0] * self.grid[1])
+        self.policy = POLICIES[options.policy](options, family, self.sigmas)
         whole = replicated(mesh)
         self.gather_prompts = jax.jit(self._prompts, out_shardings=whole)
         self.explore = jax.jit(self.policy.explore, out_shardings=whole)
@@ -62,14 +60,14 @@ class Programs:
 
     def _prompts(self, encoded: Mapping[str, Array], mask: Float[Array, "P H W"]) -> Prompts:
         """A batch with its masks on the token grid."""
-        options = {"threshold": self.config.explore.mask_threshold or None}
+        threshold = self.options.explore.mask_threshold or None
 
         def tokens(dilation: int) -> Array:
-            return jax.vmap(partial(region.token_region, grid=self.grid, dilation=dilation, **options))(mask)
+            return jax.vmap(partial(region.token_region, grid=self.grid, dilation=dilation, threshold=threshold))(mask)
 
-        condition = self.family.condition(encoded, self.config.model.guidance)
+        condition = self.family.condition(encoded, self.options.guidance)
         text_weights = self.family.text_weights(encoded)
-        return Prompts(condition, text_weights, tokens(0), tokens(self.config.explore.mask_dilation))
+        return Prompts(condition, text_weights, tokens(0), tokens(self.options.explore.mask_dilation))
 
     def _velocity(self, params: dict, lora: dict, condition: Any) -> Velocity:
         """`v_theta(., ., c)` of one sample."""
@@ -77,16 +75,16 @@ class Programs:
 
     def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P g N C"]) -> Rollout:
         """Rolls out candidates of every group under the old parameters and takes R_acd (Eq. 18)."""
-        lora = scale_adapter(lora, self.lora_scale)
+        lora = scale_adapter(lora, self.options.lora_scale)
         num_prompts, group = noise.shape[:2]
 
         def candidate(index: Array, noise: Array) -> tuple[Array, Array]:
             prompt = _row(prompts, index)
-            if not self.config.acd.weight:
+            if not self.options.acd.weight:
                 velocity = self._velocity(params, lora, prompt.condition)
                 states, _ = self.policy.rollout(lambda x, sigma: (velocity(x, sigma), None), noise)
                 return states, jnp.zeros(())
-            text_weights = prompt.text_weights if self.config.acd.text == "instruction" else None
+            text_weights = prompt.text_weights if self.options.acd.text == "instruction" else None
             where = (prompt.condition, self.grid, prompt.region, text_weights)
             states, densities = self.policy.rollout(velocity_and_density(self.family, params, lora, *where), noise)
             return states, concentration.reward(densities)
@@ -100,7 +98,7 @@ class Programs:
         images = map_samples(
             lambda x: self.family.decode(params, x, self.grid),
             (tokens.reshape(-1, *tokens.shape[2:]),),
-            min(self.config.rollout.decode_micro_batch, math.prod(tokens.shape[:2])),
+            min(self.options.rollout.decode_micro_batch, math.prod(tokens.shape[:2])),
             self.mesh,
         )
         return jnp.where(jnp.isfinite(images), jnp.clip(images / 2 + 0.5, 0, 1), jnp.nan)
@@ -117,7 +115,7 @@ class Programs:
         first: Array,
     ) -> tuple[Array, tuple[Float[Array, "T M"], dict]]:
         """`-J` of one unit (Eq. 5, 14, 15), 0 if its group teaches nothing, with its log-policy and metrics."""
-        objective, policy = self.config.objective, self.policy
+        objective, policy = self.options.objective, self.policy
         of_group = advantages[unit[0]]
         teaches = jnp.any(of_group != 0)  # dropped groups and those of equal rewards do not
 
@@ -126,7 +124,7 @@ class Programs:
             return jnp.where(teaches, x, 0)
 
         prompt, stored = jax.tree.map(finite, (_row(prompts, unit[0]), policy.read(states, unit)))
-        velocity = self._velocity(params, scale_adapter(lora, self.lora_scale), prompt.condition)
+        velocity = self._velocity(params, scale_adapter(lora, self.options.lora_scale), prompt.condition)
         log_pi, measured = policy.log_policy(velocity, prompt, stored, unit)
         # The first update compares the policy with itself.
         log_ratio = jnp.where(first, surrogate.log_ratio_to_itself(log_pi), log_pi - log_old)
@@ -181,8 +179,8 @@ class Programs:
             return jax.grad(chunk_loss, has_aux=True)(state.params, *chunk)
 
         units = (*self.policy.units(exploration), log_old)
-        grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.config.surrogate.micro_batch, self.mesh)
-        updated = apply_gradients(state, grads, self.config.optimizer)
+        grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.options.surrogate.micro_batch, self.mesh)
+        updated = apply_gradients(state, grads, self.options.optimizer)
         teaches = jnp.any(advantages != 0, axis=-1)[units[0]]  # [U]
         learned = teaches.any()  # else momentum and weight decay would move the adapter all the same
         state = jax.tree.map(partial(jnp.where, learned), updated, state)
@@ -192,26 +190,10 @@ class Programs:
         return state, log_pi, scalars
 
 
-_NOT_READ = ("seed", "train", "mesh", "rewards", "reward_options")
-
-
-def shared_programs(config: ConfigDict, family: Family, mesh: Mesh) -> Programs:
-    """`Programs`; runs that differ in nothing that these read, such as the seeds of an ablation, share one compilation.
-
-    Args:
-        config: The run's configuration, validated.
-        family: The networks.
-        mesh: The mesh.
-    """
-    read = config.to_dict() | {"data": {"size": config.data.size}, "model": {"guidance": config.model.guidance}}
-    read = {name: value for name, value in read.items() if name not in _NOT_READ}
-    read["lora"] = {**read["lora"], "init": ""}
-    return _programs(json.dumps(read, sort_keys=True), POLICIES[config.policy], family, mesh)
-
-
 @lru_cache(maxsize=32)  # more than the variants of an ablation, which takes them in turn
-def _programs(read: str, policy: type[Policy], family: Family, mesh: Mesh) -> Programs:
-    return Programs(ConfigDict(json.loads(read)), family, mesh)
+def shared_programs(options: StepOptions, family: Family, mesh: Mesh) -> Programs:
+    """`Programs`; runs that are equal in these, such as the seeds of an ablation, share one compilation."""
+    return Programs(options, family, mesh)
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

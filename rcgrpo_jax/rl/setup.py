@@ -22,10 +22,12 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import check_parts, make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
@@ -37,23 +39,25 @@ from rcgrpo_jax.weights.networks import abstract_params
 class Setup:
     """What a configuration stands for, checked before any weight is read."""
 
-    config: ConfigDict
+    options: Options
     mesh: Mesh
     folder: ModelFolder  # the model
     rewards: Mapping[str, Reward]  # those that have a weight
 
     def encode(self, workdir: Path) -> Batches:
         """The data through the encoders, in the cache of a run in `workdir`."""
-        check = partial(check_scorable, self.rewards)
-        return encode(self.config, self.folder, workdir, self.mesh, self.config.rollout.prompts, check)
+        check, options = partial(check_scorable, self.rewards), self.options
+        where = (options.data, options.model, self.folder, workdir, self.mesh)
+        return encode(*where, options.rollout.prompts, options.seed, check)
 
     def load_editor(self) -> Editor:
         """The model on the mesh."""
-        return load_editor(self.config, self.folder, self.mesh)
+        acd = self.options.acd
+        return load_editor(self.options.model, self.folder, self.mesh, acd.layers, acd.reference_keys)
 
     def fresh_state(self) -> TrainState:
         """The state of an adapter that does nothing, on every device."""
-        return fresh_state(self.config, self.folder, self.mesh)
+        return fresh_state(self.options, self.folder, self.mesh)
 
     def first_state(self) -> TrainState:
         """The state before the first step, with the LoRA of `lora.init` if there is one.
@@ -62,7 +66,7 @@ class Setup:
             UserError: If that LoRA cannot be read, or does not fit.
         """
         shapes = abstract_params("transformer", self.folder.config("transformer"))
-        return start_lora(self.fresh_state(), self.config, shapes, self.mesh)
+        return start_lora(self.fresh_state(), self.options.lora, shapes, self.mesh)
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Setup:
@@ -77,71 +81,76 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
     """
     devices = jax.devices() if devices is None else list(devices)
     validate(config, len(devices))
-    mesh, folder = make_mesh(config.mesh, devices), ModelFolder(config.model.path)
-    setup = Setup(config, mesh, folder, make_rewards(config))
-    check_mesh(config, mesh, folder.config("transformer"))
-    check_model_fits(config, folder)
-    check_rollout(config, folder)
+    options = read_options(Options, config)
+    mesh, folder = make_mesh(vars(options.mesh), devices), ModelFolder(options.model.path)
+    setup = Setup(options, mesh, folder, make_rewards(options))
+    check_mesh(options, mesh, folder.config("transformer"))
+    check_model_fits(options, folder)
+    check_rollout(options, folder)
     return setup
 
 
-def make_rewards(config: ConfigDict) -> dict[str, Reward]:
+def make_rewards(options: Options) -> dict[str, Reward]:
     """The rewards that have a weight, by name."""
     return {
-        name: reward_registry.make(name, **config.reward_options.get(name, {}))
-        for name, weight in config.rewards.items()
+        name: reward_registry.make(name, **options.reward_options.get(name, {}))
+        for name, weight in options.rewards.items()
         if weight
     }
 
 
-def fresh_state(config: ConfigDict, folder: ModelFolder, mesh: Mesh) -> TrainState:
+def fresh_state(options: Options, folder: ModelFolder, mesh: Mesh) -> TrainState:
     """The state of an adapter that does nothing, on every device."""
     shapes = abstract_params("transformer", folder.config("transformer"))
-    return jax.jit(lambda: init_state(config, shapes), out_shardings=replicated(mesh))()
+
+    def initial() -> TrainState:
+        return init_state(options.lora, options.optimizer, options.seed, shapes)
+
+    return jax.jit(initial, out_shardings=replicated(mesh))()
 
 
-def check_mesh(config: ConfigDict, mesh: Mesh, sizes: MMDiTConfig) -> None:
+def check_mesh(options: Options, mesh: Mesh, sizes: MMDiTConfig) -> None:
     """Refuses a mesh that splits a group over processes, and what `check_parts` and `attention.choose` refuse."""
     count = len({device.process_index for device in mesh.devices.flat})
-    if config.rollout.prompts % count:
+    if options.rollout.prompts % count:
         raise UsageError(
-            f"config: rollout.prompts: {config.rollout.prompts}; each of {count} processes scores whole groups.",
+            f"config: rollout.prompts: {options.rollout.prompts}; each of {count} processes scores whole groups.",
             f"Choose a multiple of {count}.",
         )
     check_parts(mesh, sizes.num_attention_heads)
-    choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
+    choose(options.model.attention, mesh.devices.flat[0].platform, options.model.dtype)
 
 
-def check_model_fits(config: ConfigDict, folder: ModelFolder) -> None:
+def check_model_fits(options: Options, folder: ModelFolder) -> None:
     """Refuses settings that the model at hand cannot serve, before any weight is read."""
     blocks = folder.config("transformer").num_blocks
-    if config.acd.weight and config.acd.layers > blocks:
+    if options.acd.weight and options.acd.layers > blocks:
         raise UsageError(
-            f"config: acd.layers: {config.acd.layers}; the model has {blocks} blocks.", "Lower acd.layers."
+            f"config: acd.layers: {options.acd.layers}; the model has {blocks} blocks.", "Lower acd.layers."
         )
     downscale = 2 * folder.config("vae").downscale
-    if any(side % downscale for side in config.data.size):
+    if any(side % downscale for side in options.data.size):
         raise UsageError(
-            f"config: data.size: {tuple(config.data.size)}; this model's tokens are {downscale} pixels a side.",
+            f"config: data.size: {options.data.size}; this model's tokens are {downscale} pixels a side.",
             f"Choose multiples of {downscale}.",
         )
-    target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
+    target_kernels(abstract_params("transformer", folder.config("transformer")), options.lora.targets)
 
 
-def check_rollout(config: ConfigDict, folder: ModelFolder) -> None:
+def check_rollout(options: Options, folder: ModelFolder) -> None:
     """Refuses post-training whose groups or LoRA are larger than the memory of all that takes part.
 
     Raises:
         UserError: With the field that asks for it.
     """
-    options, candidate = config.rollout, candidate_bytes(config, folder, config.rollout.num_steps)
-    check_picture(config, folder)
+    size, rollout = options.data.size, options.rollout
+    check_picture(size, folder)
     check_memory(
-        f"rollout: {options.prompts} prompts x {options.group_size} candidates of {options.num_steps} steps",
-        options.prompts * options.group_size * candidate,
+        f"rollout: {rollout.prompts} prompts x {rollout.group_size} candidates of {rollout.num_steps} steps",
+        rollout.prompts * rollout.group_size * candidate_bytes(size, folder, rollout.num_steps),
         "Lower rollout.prompts, rollout.group_size, rollout.num_steps or data.size.",
     )
-    check_lora(config, folder)
+    check_lora(options.lora, bool(options.optimizer.ema_decay), folder)
 
 
 def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) -> None:

@@ -24,6 +24,7 @@ from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows, to_mesh, together
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import shared_programs
 from rcgrpo_jax.rl.setup import set_up
@@ -57,7 +58,8 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     """
     workdir = Path(workdir)
     setup = set_up(config, devices)
-    with jax.set_mesh(setup.mesh), open_run(config, workdir) as checkpointer:
+    options = setup.options
+    with jax.set_mesh(setup.mesh), open_run(options.train, config.to_dict(), workdir) as checkpointer:
         config_record = config.to_dict() | {"model_digest": setup.folder.fingerprint("transformer")}
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = setup.first_state()
@@ -67,9 +69,9 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, config_record, schema, (*MAY_DIFFER, *PATHS))
-        if finished(state, config):
+        if finished(state, options.train.num_steps):
             return state
-        trainer = Trainer(config, setup.load_editor(), setup.mesh, setup.rewards)
+        trainer = Trainer(options, setup.load_editor(), setup.mesh, setup.rewards)
         prepared_batch = None
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
@@ -77,7 +79,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
             start = time.monotonic()
             with together():  # a thread has read it during the step before
                 batch = batches[index] if prepared_batch is None else prepared_batch.batch
-                upcoming = batches[index + 1] if index + 1 < config.train.num_steps else None
+                upcoming = batches[index + 1] if index + 1 < options.train.num_steps else None
             metrics = {"seconds/data": time.monotonic() - start}
             state, measured, rows, prepared_batch = trainer.step(
                 state, prepared_batch or trainer.prepare(batch), upcoming, draw
@@ -87,8 +89,8 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         def shown(metrics: Mapping[str, float]) -> dict[str, float]:
             return {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
 
-        samples = config.rollout.prompts * config.rollout.group_size
-        return run_steps(state, step, config, config_record, workdir, checkpointer, "train", samples, shown)
+        samples = options.rollout.prompts * options.rollout.group_size
+        return run_steps(state, step, options.train, config_record, workdir, checkpointer, "train", samples, shown)
 
 
 def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
@@ -129,23 +131,23 @@ class Trainer:
     """Model, programs and rewards of a run; `step` is one step of Section 4.
 
     Args:
-        config: The run's configuration.
+        options: The run's.
         editor: Transformer and VAE, loaded onto the mesh.
         mesh: The mesh.
         rewards: Name -> reward.
     """
 
-    def __init__(self, config: ConfigDict, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward]):
-        self.config, self.rewards = config, rewards
+    def __init__(self, options: Options, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward]):
+        self.options, self.rewards = options, rewards
         self.params = editor.transformer_params
         self.decoder = editor.decoder_params
-        self.programs = shared_programs(config, editor.family, mesh)
+        self.programs = shared_programs(options.step, editor.family, mesh)
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
-        self.num_local_prompts = len(local_row_range(config.rollout.prompts))
+        self.num_local_prompts = len(local_row_range(options.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
-        self.weights = {name: float(config.rewards[name]) for name in rewards}
-        if config.acd.weight:
-            self.weights["acd"] = float(config.acd.weight)
+        self.weights = {name: float(options.rewards[name]) for name in rewards}
+        if options.acd.weight:
+            self.weights["acd"] = float(options.acd.weight)
 
     def prepare(self, batch: EditBatch) -> PreparedBatch:
         """Copies this process' rows of a batch to the devices, and does not wait for them."""
@@ -175,7 +177,7 @@ class Trainer:
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
             total = grpo.combine_rewards(scores, self.weights)
             advantages = grpo.group_advantages(
-                total, self.config.objective.advantage_clip, self.config.objective.quasi_norm or None
+                total, self.options.objective.advantage_clip, self.options.objective.quasi_norm or None
             )
             rows = grid_rows(batch, sample.images, scores) if draw else []
             measured = reward_metrics(scores, total) | drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
@@ -206,7 +208,7 @@ class Trainer:
 
     def sample(self, state: TrainState, prepared_batch: PreparedBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
-        programs, options = self.programs, self.config.rollout
+        programs, options = self.programs, self.options.rollout
         _, prompts, reward_inputs = prepared_batch
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
@@ -238,7 +240,7 @@ class Trainer:
         programs = self.programs
         advantages = to_mesh(advantages, programs.mesh)
         log_old = jnp.zeros(programs.policy.log_policy_shape(), jnp.float32)
-        for update in range(self.config.objective.updates):
+        for update in range(self.options.objective.updates):
             state, log_pi, metrics = programs.update(
                 self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,
                 jnp.asarray(update == 0),

@@ -15,6 +15,7 @@ from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
+from rcgrpo_jax.options import DataOptions, ModelOptions, OptimizerOptions
 
 Choices = Mapping[str, Collection[str]]
 Ranges = Mapping[str, tuple[float, float]]  # field -> (lowest, highest), both allowed
@@ -135,39 +136,39 @@ def size_problems(sides: Sequence[Any]) -> list[str]:
     return [f"data.size: {tuple(sides)}; two multiples of 16 pixels were wanted, {LONGEST_SIDE} at most"]
 
 
-def mask_problems(config: ConfigDict) -> list[str]:
+def mask_problems(data: DataOptions) -> list[str]:
     """What is wrong with `data.polarity` and `data.mask_value` together."""
     try:
-        check_marking(config.data.polarity, config.data.mask_value, ("data.polarity", "data.mask_value"))
+        check_marking(data.polarity, data.mask_value, ("data.polarity", "data.mask_value"))
     except UsageError as error:
         return [error.problem.removesuffix(".")]
     return []
 
 
-def cache_problems(config: ConfigDict) -> list[str]:
+def cache_problems(data: DataOptions) -> list[str]:
     """What is wrong with `data.cache`: the folder of a URL would be made on this machine's disk."""
-    found = config.data.cache
+    found = data.cache
     return [f"data.cache: {found!r} found; a directory was wanted, such as that of a mounted bucket"] * ("://" in found)
 
 
-def quantization_problems(config: ConfigDict) -> list[str]:
+def quantization_problems(model: ModelOptions) -> list[str]:
     """What is wrong with `model.quantization` in training."""
-    if config.model.quantization == NONE or config.model.remat != "none":
+    if model.quantization == NONE or model.remat != "none":
         return []
     return [
-        f"model.remat: none with model.quantization={config.model.quantization}; full or dots was wanted, or the "
+        f"model.remat: none with model.quantization={model.quantization}; full or dots was wanted, or the "
         "backward pass keeps the dequantised kernels of all blocks"
     ]
 
 
-def schedule_problems(config: ConfigDict, updates: int) -> list[str]:
+def schedule_problems(optimizer: OptimizerOptions, updates: int) -> list[str]:
     """What is wrong with `optimizer.decay_steps` for that many updates in all."""
-    decay, end = config.optimizer.decay_steps, config.optimizer.warmup_steps + config.optimizer.decay_steps
+    decay, end = optimizer.decay_steps, optimizer.warmup_steps + optimizer.decay_steps
     if not decay or updates <= end:
         return []
     return [
         f"optimizer.decay_steps: {decay} ends the learning at update {end} of {updates}; at least "
-        f"{updates - config.optimizer.warmup_steps}, or 0 for no decay, was wanted"
+        f"{updates - optimizer.warmup_steps}, or 0 for no decay, was wanted"
     ]
 
 

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.options import TrainOptions
 from rcgrpo_jax.parallel.distributed import any_process, gather, is_main, report_lost_process, text_of_main, together
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
@@ -33,11 +33,14 @@ StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UI
 
 
 @contextmanager
-def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> Iterator[Checkpointer]:
+def open_run(
+    options: TrainOptions, config_record: Mapping[str, Any], workdir: Path, results: Sequence[str] = ()
+) -> Iterator[Checkpointer]:
     """Opens the directory of a run, which is created if missing, and locks it against other runs.
 
     Args:
-        config: With the group `train`.
+        options: What it writes.
+        config_record: Its configuration.
         workdir: The directory.
         results: Names of further folders in it.
 
@@ -48,7 +51,6 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
         UserError: If the directory cannot be created or written to, if another run has locked it, if the processes have
             different directories or configurations, or if another process ends while the run is open.
     """
-    options = config.train
     with ExitStack() as stack:
         stack.enter_context(report_lost_process())
         with together():
@@ -68,15 +70,15 @@ def open_run(config: ConfigDict, workdir: Path, results: Sequence[str] = ()) -> 
                 "Choose a folder that all processes share.",
             )
             raise everywhere(apart)
-        _check_same_command(config)
+        _check_same_command(config_record)
         yield checkpointer
 
 
-def _check_same_command(config: ConfigDict) -> None:
+def _check_same_command(config: Mapping[str, Any]) -> None:
     """Raises a `UserError` if the configuration of this process is not that of process 0."""
-    main = json.loads(text_of_main(config.to_json()))
+    main = json.loads(text_of_main(json.dumps(config)))
     with together():
-        if differences := config_differences(main, config.to_dict(), saved_as="process 0"):
+        if differences := config_differences(main, config, saved_as="process 0"):
             raise UserError(
                 f"The configuration is not that of process 0: {'; '.join(differences)}.",
                 "Start the same command on every process.",
@@ -114,18 +116,18 @@ def restore(
     return state
 
 
-def finished(state: State, config: ConfigDict) -> bool:
+def finished(state: State, num_steps: int) -> bool:
     """Whether the run has no step left. If so, it logs that."""
-    if int(state.step) < config.train.num_steps:
+    if int(state.step) < num_steps:
         return False
-    logger.warning("nothing to do: train.num_steps is %d", config.train.num_steps)
+    logger.warning("nothing to do: train.num_steps is %d", num_steps)
     return True
 
 
 def run_steps(
     state: State,
     step_function: StepFunction,
-    config: ConfigDict,
+    options: TrainOptions,
     config_record: Mapping[str, Any],
     workdir: Path,
     checkpointer: Checkpointer,
@@ -138,7 +140,7 @@ def run_steps(
     Args:
         state: Has `step`, the steps done.
         step_function: One step. Its state may be donated.
-        config: With the group `train`.
+        options: Its length, and what it writes.
         config_record: The configuration as it is saved with each checkpoint.
         workdir: Gets `metrics.jsonl`, `images/`, a folder of each of `train.writers`, and `profile/` if
             `train.profile_steps` asks for it.
@@ -153,17 +155,17 @@ def run_steps(
     Raises:
         UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
     """
-    first, last = int(state.step), config.train.num_steps
+    first, last = int(state.step), options.num_steps
     with together():  # process 0 alone opens them, and may fail
-        names = writer_names(config.train.writers)
+        names = writer_names(options.writers)
         metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=config_record)
     with (
         metrics_writer as writer,
         Progress(last, first, name) as progress,
         termination() as stop,
     ):
-        for step in traced(range(first + 1, last + 1), name, workdir / "profile", config.train.profile_steps):
-            draw = step % config.train.image_every == 0 or step == last
+        for step in traced(range(first + 1, last + 1), name, workdir / "profile", options.profile_steps):
+            draw = step % options.image_every == 0 or step == last
             state, metrics, picture = step_function(state, step - 1, draw)
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             with together():  # process 0 alone writes, and the save under way is to end on all

@@ -27,7 +27,7 @@ def saved_config(checkpointer: Checkpointer, schema: Schema, step: int | None = 
 
     Fields newer than it have the value of `checkpoint.ADDED`, which is what runs did before, or else their default.
     What was saved beside the configuration, such as a digest of the data, is kept. Fields of `lora` that no longer
-    exist are left out, since `LoRAConfig` is made of that group.
+    exist are left out.
 
     Args:
         checkpointer: Of the run.

@@ -10,9 +10,9 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
+from rcgrpo_jax.options import OptimizerOptions
 from rcgrpo_jax.parallel.distributed import from_main, to_host, to_mesh, together
 from rcgrpo_jax.weights.lora import load_loras
 
@@ -33,77 +33,79 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """AdamW under a global-norm clip, with linear warm-up and cosine decay; counts are optimizer updates."""
-    parts, ends = [optax.constant_schedule(config.learning_rate)], []
-    if config.decay_steps:
-        parts = [optax.cosine_decay_schedule(config.learning_rate, config.decay_steps)]
-    if config.warmup_steps:
-        parts.insert(0, optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps))
-        ends = [config.warmup_steps]
+    parts, ends = [optax.constant_schedule(options.learning_rate)], []
+    if options.decay_steps:
+        parts = [optax.cosine_decay_schedule(options.learning_rate, options.decay_steps)]
+    if options.warmup_steps:
+        parts.insert(0, optax.linear_schedule(0.0, options.learning_rate, options.warmup_steps))
+        ends = [options.warmup_steps]
     rate = optax.join_schedules(parts, ends)
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay),
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.adamw(rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
     )
 
 
-def new_state(config: ConfigDict, params: dict, key: Array) -> TrainState:
+def new_state(optimizer: OptimizerOptions, params: dict, key: Array) -> TrainState:
     """The state before the first step: zero moments, the average at the parameters.
 
     Args:
-        config: The group `optimizer`.
+        optimizer: Its options.
         params: What is trained, float32, on its shardings.
         key: Random key of the run.
     """
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), ema, key)
+    ema = jax.tree.map(jnp.copy, params) if optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params), ema, key)
 
 
-def init_state(config: ConfigDict, params: dict) -> TrainState:
+def init_state(lora: LoRAConfig, optimizer: OptimizerOptions, seed: int, params: dict) -> TrainState:
     """The state of a LoRA run before the first step: a fresh adapter (B = 0).
 
     Args:
-        config: The run's configuration.
+        lora: The adapter.
+        optimizer: Its options.
+        seed: Of the run.
         params: Base parameters of the transformer, arrays or shapes.
     """
-    key_lora, key = jax.random.split(jax.random.key(config.seed))
-    return new_state(config.optimizer, init_adapter(key_lora, params, LoRAConfig(**config.lora)), key)
+    key_lora, key = jax.random.split(jax.random.key(seed))
+    return new_state(optimizer, init_adapter(key_lora, params, lora), key)
 
 
-def start_lora(state: TrainState, config: ConfigDict, params: dict, mesh: Mesh) -> TrainState:
+def start_lora(state: TrainState, lora: LoRAConfig, params: dict, mesh: Mesh) -> TrainState:
     """The state before the first step with the LoRA of `lora.init`, if there is one, in place of the fresh adapter.
 
     Args:
         state: From `new_state`.
-        config: The run's configuration.
+        lora: The adapter.
         params: Base parameters of the transformer, arrays or shapes.
         mesh: The mesh.
 
     Raises:
         UserError: If it cannot be read, or does not fit into `lora.targets` and `lora.rank`.
     """
-    if not config.lora.init:
+    if not lora.init:
         return state
     with together():
-        given = load_loras([config.lora.init], [1.0], params)
-        started = start_from(to_host(state.params), given, LoRAConfig(**config.lora))
+        given = load_loras([lora.init], [1.0], params)
+        started = start_from(to_host(state.params), given, lora)
     started = to_mesh(from_main(started), mesh)
     return state.replace(params=started, ema=None if state.ema is None else jax.tree.map(jnp.copy, started))
 
 
-def apply_gradients(state: TrainState, grads: dict, config: ConfigDict) -> TrainState:
+def apply_gradients(state: TrainState, grads: dict, optimizer: OptimizerOptions) -> TrainState:
     """One optimizer update of parameters and average; `step` is left to the caller.
 
     Args:
         state: Before.
         grads: Of the loss with respect to `state.params`.
-        config: The group `optimizer`.
+        optimizer: Its options.
     """
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(optimizer).update(grads, state.opt_state, state.params)
     params, ema = optax.apply_updates(state.params, updates), state.ema
     if ema is not None:
         # Warmed up: a fixed decay would keep the first parameters in the average for 1 / (1 - decay) steps.
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        decay = jnp.minimum(optimizer.ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, ema, 1.0 - decay)
     return state.replace(params=params, opt_state=opt_state, ema=ema)

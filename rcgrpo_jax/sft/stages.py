@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.base import sample
@@ -25,10 +24,11 @@ from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
 from rcgrpo_jax.flow import matching
 from rcgrpo_jax.method.region import token_region
 from rcgrpo_jax.models.clip import CLIPTextEncoder
-from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter, target_kernels
+from rcgrpo_jax.models.lora import init_adapter, scale_adapter, target_kernels
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.runs.model import load_editor
+from rcgrpo_jax.sft.options import Options
 from rcgrpo_jax.weights.export import save_folder
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
@@ -39,24 +39,23 @@ class Stage:
     """What is trained, its loss and its pictures.
 
     Args:
-        config: The run's configuration, validated.
+        options: The run's, validated.
         folder: The model that training starts from.
         mesh: The mesh.
         workdir: Directory of the run.
     """
 
-    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
-        self.config, self.folder, self.mesh, self.workdir = config, folder, mesh, workdir
-        self.editor = load_editor(config, folder, mesh)
-        self.grid = self.editor.grid(*config.data.size)
+    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        self.options, self.folder, self.mesh, self.workdir = options, folder, mesh, workdir
+        self.editor = load_editor(options.model, folder, mesh)
+        self.grid = self.editor.grid(*options.data.size)
 
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
-        config = self.config
-        tokenizers = self.folder.tokenizers()
-        source = open_source(config.data.path, config.data.polarity, config.data.mask_value, SUPERVISED)
+        options, data, tokenizers = self.options, self.options.data, self.folder.tokenizers()
+        source = open_source(data.path, data.polarity, data.mask_value, SUPERVISED)
         return TripleBatches(
-            source, tuple(config.data.size), config.batch.size, config.seed, tokenizers, self.editor.max_text_tokens
+            source, data.size, options.batch.size, options.seed, tokenizers, self.editor.max_text_tokens
         )
 
     def arrays(self, batch: Any) -> Any:
@@ -114,11 +113,11 @@ class VAEStage(Stage):
         error = vae.apply(variables, vae.normalise(sample), method="decode").astype(jnp.float32) - image
         squared = jnp.square(error).mean()
         kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance).mean()
-        loss = jnp.abs(error).mean() + squared + self.config.vae.kl_weight * kl
+        loss = jnp.abs(error).mean() + squared + self.options.vae.kl_weight * kl
         return loss, {"psnr": 10 * jnp.log10(4.0 / squared), "kl": kl}
 
     def _crop(self, key: PRNGKeyArray, image: Float[Array, "H W 3"]) -> Float[Array, "h w 3"]:
-        side = self.config.vae.crop
+        side = self.options.vae.crop
         if not side:
             return image
         height, width, _ = image.shape
@@ -133,15 +132,16 @@ class VAEStage(Stage):
         mean, _ = jax.jit(partial(self.editor.vae.apply, method="moments"))({"params": trained}, images)
         mean = mean.astype(jnp.float32)
         config = replace(self.editor.vae.config, shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
-        return save_folder(self.folder.path, self.workdir / "model", {"vae": (config, trained)}, self.config.save_dtype)
+        target, networks = self.workdir / "model", {"vae": (config, trained)}
+        return save_folder(self.folder.path, target, networks, self.options.save_dtype)
 
 
 class FlowStage(Stage):
     """Flow matching of the transformer, with its text encoders (Lipman et al. 2023; Esser et al. 2024)."""
 
-    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
-        super().__init__(config, folder, mesh, workdir)
-        dtype = jnp.dtype(config.model.dtype)
+    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        super().__init__(options, folder, mesh, workdir)
+        dtype = jnp.dtype(options.model.dtype)
         self.clip = CLIPTextEncoder(folder.config("text_encoder"), dtype=dtype)
         self.t5 = T5Encoder(folder.config("text_encoder_2"), dtype=dtype)
         self.shift_options = folder.schedule_options()
@@ -162,7 +162,7 @@ class FlowStage(Stage):
         text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
         reference, target = self.encode(params, jnp.stack([example.source, example.target]))
         encoded = {"text": text, "pooled": pooled, "reference": reference}
-        return self.editor.family.condition(encoded, self.config.model.guidance), target
+        return self.editor.family.condition(encoded, self.options.model.guidance), target
 
     def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
         """Packed latents of pictures."""
@@ -172,25 +172,25 @@ class FlowStage(Stage):
         params, lora = self.networks(trained, frozen)
         condition, data = self.condition(params, example)
         key_sigma, key_noise = jax.random.split(key)
-        sigma = matching.sample_sigmas(key_sigma, (), len(data), self.config.flow.extra_shift, **self.shift_options)
+        sigma = matching.sample_sigmas(key_sigma, (), len(data), self.options.flow.extra_shift, **self.shift_options)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
         predicted, _ = self.editor.family.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
         region = token_region(example.mask, self.grid)
         everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
-        loss = everywhere + self.config.flow.region_weight * inside
+        loss = everywhere + self.options.flow.region_weight * inside
         return loss, {"loss_everywhere": everywhere, "loss_inside": inside}
 
     def picture(self, trained, frozen, example):
         params, lora = self.networks(trained, frozen)
         condition, _ = self.condition(params, example)
         family, noise = self.editor.family, jax.random.normal(jax.random.key(0), condition.reference.shape)
-        sigmas = family.sigmas(self.config.flow.picture_steps, len(noise))
+        sigmas = family.sigmas(self.options.flow.picture_steps, len(noise))
         states = sample(family, params["transformer"], lora, noise, condition, sigmas, self.grid)
         return family.decode(params["vae"], states[-1], self.grid)
 
     def save(self, trained, examples):
         networks = {name: (self.folder.config(name), params) for name, params in trained.items()}
-        return save_folder(self.folder.path, self.workdir / "model", networks, self.config.save_dtype)
+        return save_folder(self.folder.path, self.workdir / "model", networks, self.options.save_dtype)
 
 
 class Encoded(NamedTuple):
@@ -205,13 +205,14 @@ class Encoded(NamedTuple):
 class LoRAStage(FlowStage):
     """Flow matching of an adapter alone: supervised fine-tuning. Texts and sources are encoded once and cached."""
 
-    def __init__(self, config: ConfigDict, folder: ModelFolder, mesh: Mesh, workdir: Path):
-        super().__init__(config, folder, mesh, workdir)
-        target_kernels(abstract_params("transformer", folder.config("transformer")), config.lora.targets)
+    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+        super().__init__(options, folder, mesh, workdir)
+        target_kernels(abstract_params("transformer", folder.config("transformer")), options.lora.targets)
 
     def batches(self):
-        size = self.config.batch.size
-        return encode(self.config, self.folder, self.workdir, self.mesh, size, needs=SUPERVISED)
+        options = self.options
+        where = (options.data, options.model, self.folder, self.workdir, self.mesh)
+        return encode(*where, options.batch.size, options.seed, needs=SUPERVISED)
 
     def identity(self, batches):
         return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
@@ -220,22 +221,22 @@ class LoRAStage(FlowStage):
         return Encoded(batch.pixels, batch.targets, batch.mask, batch.encoded)
 
     def initial(self, key):
-        adapter = init_adapter(key, self.editor.transformer_params, LoRAConfig(**self.config.lora))
+        adapter = init_adapter(key, self.editor.transformer_params, self.options.lora)
         return jax.device_put(adapter, replicated(self.mesh))
 
     def frozen(self):
         return {"transformer": self.editor.transformer_params, "vae": self.editor.vae_params}
 
     def networks(self, trained, frozen):
-        return frozen, scale_adapter(trained, LoRAConfig(**self.config.lora).scale)
+        return frozen, scale_adapter(trained, self.options.lora.scale)
 
     def condition(self, params, example):
-        condition = self.editor.family.condition(example.encoded, self.config.model.guidance)
+        condition = self.editor.family.condition(example.encoded, self.options.model.guidance)
         return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):
-        config, params = LoRAConfig(**self.config.lora), self.editor.transformer_params
-        return save_lora(self.workdir / "lora", trained, config, params, dtype=self.config.save_dtype)
+        lora, params = self.options.lora, self.editor.transformer_params
+        return save_lora(self.workdir / "lora", trained, lora, params, dtype=self.options.save_dtype)
 
 
 STAGES = {"vae": VAEStage, "flow": FlowStage, "lora": LoRAStage}

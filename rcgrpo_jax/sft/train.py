@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.models.attention import choose
+from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.distributed import from_main, gather, is_main, text_of_main, to_host, to_mesh, together
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
@@ -31,6 +32,7 @@ from rcgrpo_jax.runs.saved import saved_config
 from rcgrpo_jax.runs.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.sft import config as schema
 from rcgrpo_jax.sft.config import MAY_DIFFER, validate
+from rcgrpo_jax.sft.options import Options
 from rcgrpo_jax.sft.sizes import check_stage
 from rcgrpo_jax.sft.stages import STAGES, Stage
 from rcgrpo_jax.weights import random_folder
@@ -59,62 +61,62 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
     workdir = Path(workdir)
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
-    mesh = make_mesh(config.mesh, devices)
-    whole = replicated(mesh)
-    with jax.set_mesh(mesh), open_run(config, workdir, ("start", "model", "lora")) as checkpointer:
-        config_record = config.to_dict()
+    config_record, options = config.to_dict(), read_options(Options, config)
+    mesh = make_mesh(vars(options.mesh), devices)
+    whole, results = replicated(mesh), ("start", "model", "lora")
+    with jax.set_mesh(mesh), open_run(options.train, config_record, workdir, results) as checkpointer:
         if checkpointer.latest_step() is not None:  # before the data are encoded, which may take long
             check_same_config(
                 saved_config(checkpointer, schema), config_record, (*MAY_DIFFER, "data_digest", "model_digest")
             )
-        folder = open_folder(config, workdir)
+        folder = open_folder(options, workdir)
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
         check_parts(mesh, folder.config("transformer").num_attention_heads)
-        choose(config.model.attention, mesh.devices.flat[0].platform, config.model.dtype)
-        check_stage(config, folder)
-        stage = STAGES[config.stage](config, folder, mesh, workdir)
-        key_params, key = jax.random.split(jax.random.key(config.seed))
-        state = new_state(config.optimizer, stage.initial(key_params), key)
-        if checkpointer.latest_step() is None and config.stage == "lora":
-            state = start_lora(state, config, stage.editor.transformer_params, mesh)
+        choose(options.model.attention, mesh.devices.flat[0].platform, options.model.dtype)
+        check_stage(options, folder)
+        stage = STAGES[options.stage](options, folder, mesh, workdir)
+        key_params, key = jax.random.split(jax.random.key(options.seed))
+        state = new_state(options.optimizer, stage.initial(key_params), key)
+        if checkpointer.latest_step() is None and options.stage == "lora":
+            state = start_lora(state, options.lora, stage.editor.transformer_params, mesh)
         batches = stage.batches()
-        config_record |= stage.identity(batches)
+        config_record = config_record | stage.identity(batches)
         shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
         state = restore(checkpointer, jax.device_put(state, shardings), config_record, schema, MAY_DIFFER)
-        if not finished(state, config):
-            step = make_step(config, stage, mesh, batches, shardings)
-            size = config.batch.size
-            state = run_steps(state, step, config, config_record, workdir, checkpointer, config.stage, size, _shown)
-        if int(state.step) < config.train.num_steps:
+        if not finished(state, options.train.num_steps):
+            step = make_step(options, stage, mesh, batches, shardings)
+            samples = (options.stage, options.batch.size)
+            state = run_steps(state, step, options.train, config_record, workdir, checkpointer, *samples, _shown)
+        if int(state.step) < options.train.num_steps:
             return None
         return _save(stage, state, batches)
 
 
-def open_folder(config: ConfigDict, workdir: Path) -> ModelFolder:
+def open_folder(options: Options, workdir: Path) -> ModelFolder:
     """The model that training starts from; without a path, a new small editor in `workdir/start`."""
-    if not config.model.path:
+    if not options.model.path:
         path = workdir / "start"
         with together():
             if is_main() and not (path / "model_index.json").is_file():  # written last
-                random_folder.build(path, config.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
+                random_folder.build(path, options.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
         return ModelFolder(path)
-    folder = ModelFolder(config.model.path)
-    if config.stage != "lora" and folder.converted:
+    folder = ModelFolder(options.model.path)
+    if options.stage != "lora" and folder.converted:
         raise UserError(
-            f"model.path: {folder.path} is a converted model; stage {config.stage} writes a diffusers folder.",
+            f"model.path: {folder.path} is a converted model; stage {options.stage} writes a diffusers folder.",
             "Give the diffusers folder that it was converted from.",
         )
     side = 2 * folder.config("vae").downscale
-    if any(x % side for x in (*config.data.size, config.vae.crop)):
+    if any(x % side for x in (*options.data.size, options.vae.crop)):
         raise UsageError(
-            f"config: data.size {tuple(config.data.size)}, vae.crop {config.vae.crop}; this model's tokens are {side} "
+            f"config: data.size {options.data.size}, vae.crop {options.vae.crop}; this model's tokens are {side} "
             "pixels a side.",
             f"Choose multiples of {side}.",
         )
     return folder
 
 
-def make_update(config: ConfigDict, stage: Stage, mesh: Mesh, shardings: TrainState) -> Any:
+def make_update(options: Options, stage: Stage, mesh: Mesh, shardings: TrainState) -> Any:
     """The compiled (state, frozen, arrays) -> (state, metrics): one optimizer update.
 
     The state is donated, and stays on its `shardings`.
@@ -127,22 +129,22 @@ def make_update(config: ConfigDict, stage: Stage, mesh: Mesh, shardings: TrainSt
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     def update(state: TrainState, frozen: dict, examples: Any) -> tuple[TrainState, dict]:
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.batch.size)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), options.batch.size)
 
         def gradients(*chunk: Any) -> tuple[dict, dict]:
             return jax.grad(chunk_loss, has_aux=True)(state.params, frozen, *chunk)
 
-        grads, metrics = accumulate(gradients, (keys, examples), config.batch.micro_batch, mesh)
-        state = apply_gradients(state, grads, config.optimizer)
+        grads, metrics = accumulate(gradients, (keys, examples), options.batch.micro_batch, mesh)
+        state = apply_gradients(state, grads, options.optimizer)
         metrics = {name: x.mean() for name, x in metrics.items()} | {"grad_norm": optax.tree.norm(grads)}
         return state.replace(step=state.step + 1), metrics
 
     return update
 
 
-def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardings: TrainState) -> StepFunction:
+def make_step(options: Options, stage: Stage, mesh: Mesh, batches: Any, shardings: TrainState) -> StepFunction:
     """One step on the batch of its index, as `run_steps` takes it; pictures are those of the averaged parameters."""
-    update, frozen = make_update(config, stage, mesh, shardings), stage.frozen()
+    update, frozen = make_update(options, stage, mesh, shardings), stage.frozen()
     draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)), out_shardings=replicated(mesh))
 
     def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
@@ -152,7 +154,7 @@ def make_step(config: ConfigDict, stage: Stage, mesh: Mesh, batches: Any, shardi
         examples = stage.arrays(batch)
         state, metrics = update(state, frozen, to_mesh(examples, mesh, PartitionSpec(SAMPLE_AXES)))
         metrics = {name: float(x) for name, x in metrics.items()}
-        metrics["samples_per_second"] = config.batch.size / (time.monotonic() - start)
+        metrics["samples_per_second"] = options.batch.size / (time.monotonic() - start)
         if not draw:
             return state, metrics, None
         few = from_main(jax.tree.map(lambda x: x[:PICTURED], examples))

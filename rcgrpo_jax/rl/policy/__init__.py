@@ -1,4 +1,4 @@
-"""Policies by name; `config.policy` chooses one."""
+"""Policies by name; the option `policy` chooses one."""
 
 from rcgrpo_jax.rl.policy.neighbour import Neighbour
 

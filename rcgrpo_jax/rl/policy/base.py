@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float, PRNGKeyArray
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.editors.base import Family
 from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux
+from rcgrpo_jax.rl.options import StepOptions
 
 
 class Prompts(NamedTuple):
@@ -39,23 +39,23 @@ class Policy(Protocol):
     A unit is what an update differentiates at once. It compares M members at T solver steps: `log pi_theta [T, M]`.
 
     Args:
-        config: The run's configuration, validated.
+        options: The run's.
         family: The networks.
         sigmas: The times of a rollout, `[K+1]`.
     """
 
-    def __init__(self, config: ConfigDict, family: Family, sigmas: Float[Array, " K+1"]): ...
+    def __init__(self, options: StepOptions, family: Family, sigmas: Float[Array, " K+1"]): ...
 
     @staticmethod
-    def problems(config: ConfigDict) -> list[str]:
-        """What is wrong with a configuration for this policy, a line each."""
+    def problems(options: StepOptions) -> list[str]:
+        """What is wrong with options for this policy, a line each."""
 
     @staticmethod
-    def num_units(config: ConfigDict) -> int:
+    def num_units(options: StepOptions) -> int:
         """U, the units of an update over the whole batch."""
 
     @staticmethod
-    def num_evaluations(config: ConfigDict) -> int:
+    def num_evaluations(options: StepOptions) -> int:
         """Velocities that an update differentiates, over the whole batch."""
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts) -> Exploration:

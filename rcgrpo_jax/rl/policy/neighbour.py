@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from ml_collections import ConfigDict
 
 from rcgrpo_jax.editors.base import Family
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux, euler_step
 from rcgrpo_jax.method import explore, surrogate
+from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy.base import Prompts
 
 
@@ -39,74 +39,74 @@ class Neighbour:
     `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
     """
 
-    def __init__(self, config: ConfigDict, family: Family, sigmas: Float[Array, " K+1"]):
-        self.config, self.family, self.sigmas = config, family, sigmas
+    def __init__(self, options: StepOptions, family: Family, sigmas: Float[Array, " K+1"]):
+        self.options, self.family, self.sigmas = options, family, sigmas
 
     @staticmethod
-    def problems(config: ConfigDict) -> list[str]:
+    def problems(options: StepOptions) -> list[str]:
         """As `Policy.problems`."""
         problems = []
-        options, g, k = config.surrogate, config.rollout.group_size, config.rollout.num_steps
-        if options.anchors > (perturbed := g - _first_perturbed(config)):
+        compared, g, k = options.surrogate, options.rollout.group_size, options.rollout.num_steps
+        if compared.anchors > (perturbed := g - _first_perturbed(options)):
             problems.append(
-                f"surrogate.anchors: {options.anchors} of {perturbed} perturbed candidates; rollout.group_size is {g}, "
-                f"explore.kind {config.explore.kind}"
+                f"surrogate.anchors: {compared.anchors} of {perturbed} perturbed candidates; rollout.group_size is {g}"
+                f", explore.kind {options.explore.kind}"
             )
-        if options.steps == "random" and options.num_random_steps > k:
-            problems.append(f"surrogate.num_random_steps: {options.num_random_steps} of {k} steps")
-        members = _num_members(config)
-        if options.weighting == "policy" and not 0 < options.target_entropy < math.log(members):
+        if compared.steps == "random" and compared.num_random_steps > k:
+            problems.append(f"surrogate.num_random_steps: {compared.num_random_steps} of {k} steps")
+        members = _num_members(options)
+        if compared.weighting == "policy" and not 0 < compared.target_entropy < math.log(members):
             problems.append(
-                f"surrogate.target_entropy: {options.target_entropy} nats; {members} candidates allow 0 to "
+                f"surrogate.target_entropy: {compared.target_entropy} nats; {members} candidates allow 0 to "
                 f"{math.log(members):.3f}"
             )
         return problems
 
     @staticmethod
-    def num_units(config: ConfigDict) -> int:
+    def num_units(options: StepOptions) -> int:
         """P B, and with `replay` as many for each compared step."""
-        anchors = config.rollout.prompts * config.surrogate.anchors
-        return anchors * (num_compared_steps(config) if config.surrogate.anchor_mode == "replay" else 1)
+        anchors = options.rollout.prompts * options.surrogate.anchors
+        return anchors * (num_compared_steps(options) if options.surrogate.anchor_mode == "replay" else 1)
 
     @staticmethod
-    def num_evaluations(config: ConfigDict) -> int:
+    def num_evaluations(options: StepOptions) -> int:
         """With `replay` one a unit, with `integrate` one for each step of the path that is needed."""
-        integrate, early = config.surrogate.anchor_mode == "integrate", config.surrogate.steps == "early"
-        path = num_compared_steps(config) if early else config.rollout.num_steps
-        return Neighbour.num_units(config) * (path if integrate else 1)
+        integrate, early = options.surrogate.anchor_mode == "integrate", options.surrogate.steps == "early"
+        path = num_compared_steps(options) if early else options.rollout.num_steps
+        return Neighbour.num_units(options) * (path if integrate else 1)
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
-        options, group = self.config.explore, self.config.rollout.group_size
+        settings, group = self.options.explore, self.options.rollout.group_size
         num_prompts = prompts.region.shape[0]
         key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
         shape = self.family.source(prompts.condition).shape
         references = jax.random.normal(key_reference, shape, jnp.float32)
         keys = jax.random.split(key_noise, num_prompts)
-        alphas = (options.alpha_edit, options.alpha_base)
+        alphas = (settings.alpha_edit, settings.alpha_base)
 
         def perturb(key: Array, reference: Array, region: Array) -> Array:
-            match options.kind:
+            match settings.kind:
                 case "global":
-                    return explore.neighbour_noise(key, reference, group, options.sigma)
+                    return explore.neighbour_noise(key, reference, group, settings.sigma)
                 case "mixed":
-                    return explore.mixed_noise(key, reference, region, group, *alphas, options.sigma)
+                    return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
             return explore.region_decoupled_noise(key, reference, region, group, *alphas)
 
         noise = jax.vmap(perturb)(keys, references, prompts.explored)
-        first = _first_perturbed(self.config)
-        anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.config.surrogate.anchors, first))(
+        first = _first_perturbed(self.options)
+        anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.options.surrogate.anchors, first))(
             jax.random.split(key_anchors, num_prompts)
         )
         return Exploration(noise, anchors, self._compared_steps(key_steps))
 
     def _compared_steps(self, key: PRNGKeyArray) -> Int[Array, " T"]:
-        steps = jnp.arange(1, self.config.rollout.num_steps + 1)
-        match self.config.surrogate.steps:
+        steps, count = jnp.arange(1, self.options.rollout.num_steps + 1), num_compared_steps(self.options)
+        match self.options.surrogate.steps:
             case "early":
-                return steps[: num_compared_steps(self.config)]
+                return steps[:count]
             case "random":
-                return jnp.sort(jax.random.choice(key, steps, (self.config.surrogate.num_random_steps,), replace=False))
+                return jnp.sort(jax.random.choice(key, steps, (count,), replace=False))
         return steps
 
     def rollout(self, velocity: VelocityWithAux, noise: Float[Array, "N C"]) -> tuple[Float[Array, "K+1 N C"], Any]:
@@ -123,8 +123,8 @@ class Neighbour:
 
     def log_policy_shape(self) -> tuple[int, int, int]:
         """(units, steps of a unit, G or with the source G + 1)."""
-        steps = num_compared_steps(self.config) if self._integrates else 1
-        return self.num_units(self.config), steps, _num_members(self.config)
+        steps = num_compared_steps(self.options) if self._integrates else 1
+        return self.num_units(self.options), steps, _num_members(self.options)
 
     def read(self, states: Float[Array, "P G K+1 N C"], unit: tuple[Array, Array, Array]) -> Stored:
         """The anchor's path, and the group after the compared steps."""
@@ -135,17 +135,17 @@ class Neighbour:
         self, velocity: Velocity, prompt: Prompts, stored: Stored, unit: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
         """The softmax over members by their distance to the anchor under theta (Eq. 14)."""
-        options, steps = self.config.surrogate, unit[2]
+        settings, steps = self.options.surrogate, unit[2]
         before, anchor = self._anchor_states(velocity, stored.path, steps)
         members = self._members(prompt, stored.group, before, anchor, steps)
-        distance = surrogate.distance_function(options.distance, prompt.region, options.tau_edit, options.tau_base)
+        distance = surrogate.distance_function(settings.distance, prompt.region, settings.tau_edit, settings.tau_base)
         temperature = 1.0
-        if options.weighting == "policy":
+        if settings.weighting == "policy":
             old = self._members(prompt, stored.group, stored.path[steps - 1], stored.path[steps], steps)
             distances = distance(old, stored.path[steps][:, None])
-            temperature = surrogate.calibrated_temperature(distances, options.target_entropy)
+            temperature = surrogate.calibrated_temperature(distances, settings.target_entropy)
         log_pi = surrogate.anchor_log_policy(anchor, members, distance, temperature)
-        if not self.config.objective.source_advantage:
+        if not self.options.objective.source_advantage:
             return log_pi, {}
         return log_pi, {"source_distance": distance(anchor, members[:, -1]).mean()}
 
@@ -155,7 +155,7 @@ class Neighbour:
         """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps."""
         sigmas = jnp.asarray(self.sigmas)
         if self._integrates:
-            if self.config.surrogate.steps == "early":
+            if self.options.surrogate.steps == "early":
                 sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
             states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas)
             return states[steps - 1], states[steps]
@@ -174,7 +174,7 @@ class Neighbour:
             before, after: The anchor's states around each step, `[T, N, C]`.
             steps: Which.
         """
-        if not self.config.objective.source_advantage:
+        if not self.options.objective.source_advantage:
             return group
         sigmas = jnp.asarray(self.sigmas)
         shrink = sigmas[steps] / sigmas[steps - 1]
@@ -184,32 +184,32 @@ class Neighbour:
 
     def advantages(self, advantages: Float[Array, " G"], unit: tuple[Array, Array, Array]) -> Float[Array, " M"]:
         """Those of the group, and the source's."""
-        own = self.config.objective.source_advantage
+        own = self.options.objective.source_advantage
         return jnp.append(advantages, own) if own else advantages
 
     def weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
         """Under pi_old, or 1 / G each: the source takes nothing from the others."""
-        if self.config.surrogate.weighting == "policy":
+        if self.options.surrogate.weighting == "policy":
             return jnp.exp(log_old)
-        if self.config.objective.source_advantage:
-            return jnp.full_like(log_old, 1 / self.config.rollout.group_size)
+        if self.options.objective.source_advantage:
+            return jnp.full_like(log_old, 1 / self.options.rollout.group_size)
         return None
 
     @property
     def _integrates(self) -> bool:
-        return self.config.surrogate.anchor_mode == "integrate"
+        return self.options.surrogate.anchor_mode == "integrate"
 
 
-def num_compared_steps(config: ConfigDict) -> int:
+def num_compared_steps(options: StepOptions) -> int:
     """T, how many of the K solver steps carry the loss."""
-    k = config.rollout.num_steps
-    return {"all": k, "early": math.ceil(k / 2), "random": config.surrogate.num_random_steps}[config.surrogate.steps]
+    k = options.rollout.num_steps
+    return {"all": k, "early": math.ceil(k / 2), "random": options.surrogate.num_random_steps}[options.surrogate.steps]
 
 
-def _first_perturbed(config: ConfigDict) -> int:
+def _first_perturbed(options: StepOptions) -> int:
     """The first candidate whose noise is perturbed: candidate 0 is the reference itself but in global exploration."""
-    return 0 if config.explore.kind == "global" else 1
+    return 0 if options.explore.kind == "global" else 1
 
 
-def _num_members(config: ConfigDict) -> int:
-    return config.rollout.group_size + bool(config.objective.source_advantage)
+def _num_members(options: StepOptions) -> int:
+    return options.rollout.group_size + bool(options.objective.source_advantage)

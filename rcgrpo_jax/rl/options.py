@@ -1,0 +1,130 @@
+"""Every field of post-training with its default and unit; `rcgrpo_jax/options.py` has the groups of all trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rcgrpo_jax.models.lora import LoRAConfig
+from rcgrpo_jax.options import DataOptions, MeshOptions, ModelOptions, OptimizerOptions, TrainOptions
+
+
+@dataclass(frozen=True)
+class ExploreOptions:
+    """How the candidates of a group come to differ."""
+
+    kind: str = "region"  # region: RDP, Eq. 10-11; global: Neighbor GRPO, Eq. 6; mixed: half and half (ours)
+    alpha_edit: float = 0.5  # perturbation inside the mask, in [0, 1] (ours; the paper's value is not public)
+    alpha_base: float = 0.01  # perturbation outside, in [0, 1] (ours)
+    sigma: float = 0.5  # perturbation everywhere for kind=global and mixed, in [0, 1]
+    mask_threshold: float = 0.0  # share of a token's pixels that puts it into the region; 0: any pixel (ours)
+    mask_dilation: int = 0  # tokens by which the region grows for the perturbation; surrogate and ACD keep the mask
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """The candidates of a step."""
+
+    prompts: int = 4  # P, groups in a global batch
+    group_size: int = 12  # G, candidates of a group
+    num_steps: int = 8  # K, solver steps in training
+    micro_batch: int = 0  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
+    decode_micro_batch: int = 0  # of these, images decoded at a time; 0: all
+
+
+@dataclass(frozen=True)
+class SurrogateOptions:
+    """How candidates are compared."""
+
+    distance: str = "l2"  # l2 (Eq. 7), region (B.3, form ours), tau (ours), mean
+    tau_edit: float = 0.9  # bandwidth inside the mask, of region and tau
+    tau_base: float = 1.1  # bandwidth outside
+    anchors: int = 4  # B, anchors of a group, from its perturbed candidates: G for kind=global, else G - 1
+    anchor_mode: str = "replay"  # replay: one step from the stored state; integrate: the whole path, Eq. 13
+    steps: str = "early"  # solver steps that carry the loss: early (the noisier half), all, random
+    num_random_steps: int = 4  # how many for steps=random
+    weighting: str = "uniform"  # expectation over candidates: uniform (Eq. 5), or policy (under pi_old)
+    target_entropy: float = 1.0  # nats, for weighting=policy: the temperature is calibrated to it
+    micro_batch: int = 0  # anchors (replay: anchor-steps) differentiated at a time over the mesh; 0: all
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What an update maximises."""
+
+    clip: float = 0.02  # c, half-width of the ratio's clip (ours; peers use 1e-4); the ratio of the first update is 1
+    advantage_clip: float = 5.0  # largest |A|
+    quasi_norm: float = 0.0  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
+    kl_weight: float = 0.0  # beta, of the KL to the policy of the rollout; the first update's has no gradient
+    source_advantage: float = 0.0  # A of candidate G + 1, which keeps the source outside the mask (ours); 0: none
+    updates: int = 1  # optimizer updates on one rollout
+
+
+@dataclass(frozen=True)
+class ACDOptions:
+    """The reward of attention that stays in the mask (Eq. 16-18)."""
+
+    weight: float = 1.0  # of R_acd after its z-score; 0 turns it off, in the rollout too
+    layers: int = 10  # L_sel, the last blocks that count
+    reference_keys: bool = False  # count the reference image's keys too
+    text: str = "all"  # text tokens that count: all, or instruction (without padding)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What the programs of a step are made of, hashable: runs that are equal in it share them."""
+
+    policy: str
+    size: tuple[int, int]  # (height, width), pixels
+    guidance: float
+    lora_scale: float
+    explore: ExploreOptions
+    rollout: RolloutOptions
+    surrogate: SurrogateOptions
+    objective: ObjectiveOptions
+    acd: ACDOptions
+    optimizer: OptimizerOptions
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run of post-training."""
+
+    seed: int = 0  # of the LoRA, the order of the data, the noise and the anchors
+    policy: str = "neighbour"  # how groups explore and are compared: a name of rl.policy.POLICIES
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    explore: ExploreOptions = field(default_factory=ExploreOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    # Registered reward -> weight after its z-score; 0: not used.
+    rewards: Mapping[str, float] = field(default_factory=lambda: {"preservation": 1.0, "colour": 1.0})
+    # Registered reward -> options of its factory, where not its defaults.
+    reward_options: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {
+            "preservation": {
+                "cap": 50.0,  # dB of PSNR outside the mask that count as perfect
+            },
+            "colour": {
+                "scale": 40.0,  # CIELAB units at which a pixel's score falls to 1 / e
+                "lightness": 0.5,  # weight of lightness differences
+            },
+            "oracle": {
+                "noise": 0.0,  # standard deviation of the judge's error, in units of the reward
+                "seed": 0,  # of that error
+            },
+        }
+    )
+    acd: ACDOptions = field(default_factory=ACDOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+    @property
+    def step(self) -> StepOptions:
+        """What the programs of a step are made of."""
+        shared = (self.explore, self.rollout, self.surrogate, self.objective, self.acd, self.optimizer)
+        return StepOptions(self.policy, self.data.size, self.model.guidance, self.lora.scale, *shared)
