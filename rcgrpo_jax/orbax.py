@@ -7,11 +7,20 @@ try:
 except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
-__all__ = ["is_of_files", "ocp"]
+__all__ = ["is_of_files", "ocp", "saving"]
+
+_SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 
 _NOT_OF_FILES = (  # XLA's statuses, and a device that is taken
     "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "ABORTED", "CANCELLED", "Unable to initialize backend",
 )  # fmt: skip
+
+
+def saving() -> ocp.Context:
+    """The settings of a save."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
+    return context
 
 
 def is_of_files(error: BaseException | None) -> bool:

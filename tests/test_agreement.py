@@ -38,6 +38,7 @@ def test_rewards_that_oppose_each_other_have_a_negative_one_and_share_no_batch()
     assert found.mean == pytest.approx(0.3, abs=0.05)  # that of a's signal, far from the 1.0 of i = j
 
 
+@pytest.mark.slow
 def test_measures_each_reward_and_each_pair(capsys):
     small = "data.path=scenes:train:6 rollout.prompts=2 rollout.group_size=4 rollout.num_steps=2 surrogate.anchors=2"
     agreement.main(["--batches", "3", "--variant", f"some name: {small} rewards.preservation=0.5"])

@@ -55,6 +55,7 @@ class Recorder:
         return answers.get(command), self.seconds[framework]
 
 
+@pytest.mark.slow
 def test_both_implementations_compute_the_same_step():
     differences = step.differences(results("jax"), results("torch"))
     assert set(differences) == {"velocity", "sample", "acd", "log_policy", "loss", "gradient"}

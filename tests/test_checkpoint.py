@@ -209,7 +209,9 @@ die()
 """
 
 
-@pytest.mark.parametrize("moment", ["write", "commit", "after"])
+@pytest.mark.parametrize(
+    "moment", ["commit", *(pytest.param(moment, marks=pytest.mark.slow) for moment in ("write", "after"))]
+)
 def test_a_killed_process_leaves_whole_checkpoints_only(tmp_path, moment):
     child = subprocess.run([sys.executable, "-c", DIE, tmp_path, moment, os.path.dirname(__file__)], timeout=120)
     assert child.returncode == -signal.SIGKILL

@@ -72,7 +72,7 @@ def sharded(folder, tmp_path_factory) -> Path:
     return target
 
 
-@pytest.mark.parametrize("source", ["folder", "converted", "sharded"])
+@pytest.mark.parametrize("source", ["folder", "converted", pytest.param("sharded", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -150,6 +150,7 @@ print(peak - baseline)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.slow
 def test_memory_stays_near_the_largest_leaf(folder, tmp_path):
     config = replace(SMALL["transformer"], num_layers=4, num_single_layers=4, num_attention_heads=16)
     large = build(tmp_path / "large", configs={**SMALL, "transformer": config})

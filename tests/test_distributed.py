@@ -142,6 +142,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
     assert difference < 1e-2 * size
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_other_says_so(tmp_path):
     body = small_run.signal_after(2, "SIGKILL", tmp_path / "run" / "checkpoints" / "1", process=1)
     config = small_run.config_file(tmp_path / "config.py", body, data__cache=str(tmp_path / "cache"), **SETTINGS)
@@ -192,6 +193,7 @@ if "--process_id=1" in sys.argv:
 """
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
     """Of a converted model, which processes read together, also where the cache lacks an example of one of them."""
     convert(str(small_run.model_folder()), tmp_path / "model")

@@ -93,6 +93,7 @@ def test_compiled_flops_agree_with_the_formula(changes):
     assert 0.85 < ratios["update"] < 1.05
 
 
+@pytest.mark.slow
 def test_every_axis_of_a_mesh_takes_its_share_of_the_work():
     """Were activations not constrained, devices would repeat the products of others."""
     planned = workload(8, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

@@ -11,12 +11,13 @@ import pytest
 import small_run
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.options import changed
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan.chips import TPUS
 from rcgrpo_jax.plan.cost import Cost
 from rcgrpo_jax.plan.programs import NAMES, Memory, Plan, Workload, open_model
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search
-from rcgrpo_jax.plan.topology import Topology
+from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
 
 GIB = 2**30
@@ -134,14 +135,28 @@ def plan(capsys, path, *argv: str) -> tuple[int, str, str]:
     return small_run.run_command(capsys, "plan", f"--config={small_run.config_file(path / 'config.py')}", *argv)
 
 
+# 256 tokens: whole tiles of the kernel.
+ON_TPU = {"mesh.data": 2, "mesh.fsdp": 2, "model.max_text_tokens": 128, "data.size": (128, 128)}
+
+
+def test_an_update_for_a_tpu_that_is_not_there():
+    pytest.importorskip("libtpu")
+    options = changed(small_run.make_options(), ON_TPU)
+    workload = Workload(options, open_model(options.model.path), open_topology("v5e:2x2"))
+    update = workload.compile("update")
+    assert workload.attention == "splash"
+    assert update.fits
+    assert update.cost.flops / update.analytic == pytest.approx(1, rel=0.05)
+    assert update.cost.collectives["all-gather"].ici > 0  # the weights are spread over fsdp
+
+
+@pytest.mark.slow
 def test_a_plan_for_a_tpu_that_is_not_there(capsys, tmp_path):
     pytest.importorskip("libtpu")
     report = tmp_path / "plan.json"
-    code, out, _ = plan(
-        capsys, tmp_path, "--topology=v5e:2x2", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-        "--price=1.2", f"--json={report}",
-        "--config.model.max_text_tokens=128", "--config.data.size=(128, 128)",  # 256 tokens: whole tiles of the kernel
-    )  # fmt: skip
+    fields = (f"--config.{field}={value}" for field, value in ON_TPU.items())
+    argv = ("--topology=v5e:2x2", "--price=1.2", f"--json={report}", *fields)
+    code, out, _ = plan(capsys, tmp_path, *argv)
     assert code == 0
     found = json.loads(report.read_text())
     assert found["fits"]

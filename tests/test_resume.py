@@ -106,6 +106,7 @@ def test_a_checkpoint_of_before_a_field_is_resumed(straight, tmp_path, monkeypat
         train(small_run.make_config(**SETTINGS, optimizer__eps=1e-6), copy)
 
 
+@pytest.mark.slow
 def test_one_device_goes_on_where_eight_stopped(straight, interrupted, taken):
     state = train(small_run.make_config(**SETTINGS), interrupted, devices=jax.devices()[:1])
     assert taken == [3, 4]

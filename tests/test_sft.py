@@ -202,6 +202,7 @@ def test_a_resumed_run_ends_where_the_first_did_bit_for_bit(stage, tmp_path):
     assert small_run.metrics_without_times(result.parent) == small_run.metrics_without_times(trained(stage).parent)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_micro_batches_compute_the_same(tmp_path):
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     result = resume("lora", tmp_path / "run", devices=8, batch__micro_batch=4, **mesh)

@@ -52,7 +52,10 @@ def run(code: str) -> str:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"explore__kind": "mixed", "surrogate__distance": "tau", "objective__source_advantage": 1.0},
+        pytest.param(
+            {"explore__kind": "mixed", "surrogate__distance": "tau", "objective__source_advantage": 1.0},
+            marks=pytest.mark.slow,
+        ),
         {"surrogate__anchor_mode": "integrate", "surrogate__weighting": "policy", "surrogate__distance": "region"},
         pytest.param({"explore__kind": "global", "surrogate__distance": "mean"}, marks=pytest.mark.slow),
     ],

@@ -59,6 +59,7 @@ def test_diffusers_makes_the_same_edit(editor, scenes):
     assert psnr(ours, np.round(theirs * 255)) >= 55
 
 
+@pytest.mark.slow
 def test_edits_scenes_of_objects_it_never_saw(editor, scenes):
     """It does what it is asked, not perfectly, and keeps the background; a picture left alone has a success of 0."""
     found = evaluate(editor, scenes, range(30), num_steps=STEPS, batch=30)

@@ -155,8 +155,10 @@ MICRO_BATCHES = {"rollout__micro_batch": 4, "rollout__decode_micro_batch": 2, "s
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        pytest.param(1, {}, marks=pytest.mark.slow),
-        (1, {**MICRO_BATCHES, "objective__updates": 2, "optimizer__ema_decay": 0.9}),
+        (1, {}),
+        pytest.param(
+            1, {**MICRO_BATCHES, "objective__updates": 2, "optimizer__ema_decay": 0.9}, marks=pytest.mark.slow
+        ),
         pytest.param(4, {"mesh__fsdp": 2}, marks=pytest.mark.slow),
     ],
     ids=["plain", "micro-batches", "mesh"],

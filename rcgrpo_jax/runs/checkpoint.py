@@ -22,10 +22,9 @@ from jaxtyping import Array, PyTree, UInt32
 
 from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
-from rcgrpo_jax.orbax import is_of_files, ocp
+from rcgrpo_jax.orbax import is_of_files, ocp, saving
 from rcgrpo_jax.parallel.distributed import together
 
-_SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
     "data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour",
@@ -51,14 +50,12 @@ class Checkpointer:
     @cached_property
     def _orbax(self) -> Any:
         policies, preserve = ocp.training.save_decision_policies, ocp.training.preservation_policies
-        context = ocp.Context()
-        context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
         return ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=policies.FixedIntervalPolicy(self._save_every),
             preservation_policy=preserve.LatestN(self._keep),
             cleanup_tmp_directories=True,  # what a killed save left behind
-            context=context,
+            context=saving(),
         )
 
     def save(self, step: int, state: PyTree, config: Mapping[str, Any], *, force: bool = False) -> bool:

@@ -155,14 +155,15 @@ def _check_space(destination: Path, readers: dict[str, LeafReader], dtype: Any) 
 
 
 def _save_network(path: Path, reader: LeafReader, dtype: Any, sharding_of: ShardingOf, progress: Progress) -> None:
-    from rcgrpo_jax.orbax import ocp
+    from rcgrpo_jax.orbax import ocp, saving
 
     batch: dict[keymap.Path, jax.Array] = {}
     for done, leaf in enumerate(reader.leaves, start=1):
         batch[leaf.path] = reader.read(leaf, dtype, sharding_of)
         if sum(x.nbytes for x in batch.values()) > SAVED_AT_ONCE or done == len(reader.leaves):
             if not reader.not_finite:  # after the first bad tensor the rest is only read, for the report
-                _write(ocp.partial.save, path.absolute(), unflatten_dict(batch))
+                with saving():
+                    _write(ocp.partial.save, path.absolute(), unflatten_dict(batch))
             batch.clear()
         progress(reader.name, done, len(reader.leaves))
     if not reader.not_finite:
