@@ -17,6 +17,7 @@ from small_run import EDITS
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
 from rcgrpo_jax.editors.flux_kontext import Editor, TextEncoding
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
@@ -137,6 +138,13 @@ def test_a_second_start_reads_nothing(calls, read, tmp_path):
     with pytest.raises(UserError, match="00002-1: no"):
         start(data, tmp_path / "cache", refuse)
     assert read == []
+
+
+def test_a_second_start_reads_nothing_of_a_tfds_dataset(calls, monkeypatch, tmp_path):
+    written = str(write_tfds(EditFolder(small_run.write_data(tmp_path / "data")), "edits", tmp_path))
+    first = EncodedSource(TfdsSource(written), make_editor(), SIZE, tmp_path / "cache")
+    monkeypatch.setattr(TfdsSource, "__getitem__", lambda self, i: pytest.fail("read"))
+    assert EncodedSource(TfdsSource(written), make_editor(), SIZE, tmp_path / "cache").digest == first.digest
 
 
 def test_what_has_changed_is_read_again(calls, read, tmp_path):

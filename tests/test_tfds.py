@@ -109,6 +109,23 @@ def test_masks_marked_in_black_come_back_within_a_rounding(root, folder, written
     np.testing.assert_allclose(inverted[1].mask, black, atol=1e-7)  # not a step of 1 / 255
 
 
+def test_stamps_change_with_the_files_the_split_and_the_marking(folder, tmp_path):
+    written = str(write_tfds(folder, "edits", tmp_path))
+
+    def stamps(**changes) -> list[str]:
+        source = TfdsSource(written, **changes)
+        return [source.stamp(i) for i in range(len(source))]
+
+    first = stamps()
+    assert len(set(first)) == 5
+    assert stamps() == first
+    for other in (stamps(polarity="black"), stamps(split="train[1:]"), stamps(mask_value="0")):
+        assert not set(first) & set(other)
+    (record,) = Path(written).glob("*array_record*")
+    os.utime(record, ns=(0, 0))
+    assert not set(first) & set(stamps())
+
+
 def test_tfds_itself_reads_what_was_written(folder, written):
     import tensorflow_datasets as tfds
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,7 @@ class TfdsSource:
         self._where, self._marking = f"tfds:{name}@{split}", (polarity, mask_value)
         self._fields = image_field, mask_field, instruction_field
         builder = _open(name, data_dir)
-        features = builder.info.features
+        self._folder, features = Path(builder.data_dir), builder.info.features
         required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
         if not needs.mask and mask_field not in features:
             del required[1]
@@ -101,6 +104,16 @@ class TfdsSource:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def stamp(self, index: int) -> str:
+        """Changes with the path, size or time of any of the dataset's files, and with the split; see `Source`."""
+        return f"{self._files_stamp}-{index}"
+
+    @cached_property
+    def _files_stamp(self) -> str:
+        found = [(str(file.absolute()), file.stat()) for file in sorted(self._folder.iterdir())]
+        files = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+        return hashlib.sha256(json.dumps([self._where, self._marking, self._fields, files]).encode()).hexdigest()[:32]
 
     def __getitem__(self, index: int) -> EditExample:
         """Reads and checks one example; see `check_example` for what is refused."""
