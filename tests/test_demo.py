@@ -28,9 +28,10 @@ ARGUMENTS = ["--steps=2", "--examples=1"]
 
 
 def short_recipe() -> ConfigDict:
-    """The recipe, with a sixth of its candidates."""
+    """The recipe, with a few of its candidates."""
     config = small_editor()
-    config.rollout.prompts = 2
+    config.rollout.update(prompts=2, group_size=4)
+    config.surrogate.anchors = 2
     return config
 
 

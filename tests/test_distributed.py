@@ -118,6 +118,27 @@ def assert_written_once(ended: list[tuple[int, str, str]], workdir: Path) -> Non
         assert [f"opened {workdir / name}" in output for _, output, _ in ended] == once
 
 
+def assert_same_adapter(workdir: Path, alone: Path, out: Path) -> None:
+    found, wanted = (load_file(export(run, out / name)) for name, run in (("found", workdir), ("wanted", alone)))
+    assert found.keys() == wanted.keys()
+    learned = [name for name in wanted if "lora_B" in name]  # which starts at zero
+    difference, size = (
+        np.sqrt(sum(np.square(x[name]).sum() for name in learned))
+        for x in ({name: found[name] - wanted[name] for name in learned}, wanted)
+    )
+    assert difference < 1e-2 * size
+
+
+def test_two_processes_are_one_run(alone, tmp_path):
+    workdir = tmp_path / "run"
+    body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
+    config = small_run.config_file(tmp_path / "config.py", body, **SETTINGS)  # the run alone has filled the cache
+    assert_written_once(finish(start(config, workdir, 2), tmp_path), workdir)
+    assert_same_losses(workdir, alone)
+    assert_same_adapter(workdir, alone, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_goes_on(alone, tmp_path):
     workdir = tmp_path / "run"
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))
@@ -132,14 +153,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_g
         assert f"resuming from step 2 of {workdir / 'checkpoints'}" in error
         assert re.findall(r"train: step (\d+)/4", error) == ["3", "4"]
     assert_same_losses(workdir, alone)
-    found, wanted = (load_file(export(run, tmp_path / name)) for name, run in (("2", workdir), ("1", alone)))
-    assert found.keys() == wanted.keys()
-    learned = [name for name in wanted if "lora_B" in name]  # which starts at zero
-    difference, size = (
-        np.sqrt(sum(np.square(x[name]).sum() for name in learned))
-        for x in ({name: found[name] - wanted[name] for name in learned}, wanted)
-    )
-    assert difference < 1e-2 * size
+    assert_same_adapter(workdir, alone, tmp_path)
 
 
 @pytest.mark.slow
