@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from benchmarks.presets import Preset, inputs, offset_and_scale, pseudorandom, seed_of
 from benchmarks.worker import MATMUL, best_rate
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.mmdit import Condition
@@ -22,7 +23,7 @@ from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
-from rcgrpo_jax.plan.programs import FluxKontext, counts
+from rcgrpo_jax.plan.programs import FluxKontextDev, counts
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Prompts, Rollout
 from rcgrpo_jax.rl.policy.neighbour import Exploration
@@ -31,7 +32,7 @@ from rcgrpo_jax.rl.setup import fresh_state
 from rcgrpo_jax.rl.trainer import join
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
-from rcgrpo_jax.weights.load import ModelFolder, ShardingOf
+from rcgrpo_jax.weights.load import ShardingOf
 from rcgrpo_jax.weights.networks import abstract_params
 
 
@@ -53,12 +54,12 @@ class Step:
         if self.options.model.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")  # torch's default; a GPU's is lower
         self.mesh = make_mesh(vars(self.options.mesh), [self.device])
-        folder = RandomModel(preset.model) if preset.model else ModelFolder(self.options.model.path)
-        editor = load_editor(self.options.model, folder, self.mesh, self.options.acd.layers)
+        model = RandomModel(preset.model) if preset.model else open_model(self.options.model.path)
+        editor = load_editor(self.options.model, model, self.mesh, self.options.acd.layers)
         with jax.set_mesh(self.mesh):
             self.programs = Programs(self.options.step, editor.family, self.mesh)
-            self.params = editor.transformer_params
-            state = fresh_state(self.options, folder, self.mesh)
+            self.params = editor.params
+            state = fresh_state(self.options, model, self.mesh)
             self.state = state.replace(params=random_tree(state.params, jnp.float32, lambda *_: replicated(self.mesh)))
             given = jax.device_put(inputs(preset), replicated(self.mesh))
         dtype, guidance = jnp.dtype(self.options.model.dtype), jnp.full(len(given["text"]), self.options.model.guidance)
@@ -131,10 +132,11 @@ class Step:
         return best_rate(lambda: jax.block_until_ready(multiply(x, x)), side)
 
 
-class RandomModel(FluxKontext):
-    """A `ModelFolder` of a transformer without files, whose weights are `pseudorandom`."""
+class RandomModel(FluxKontextDev):
+    """A folder of FLUX with a transformer without files, whose weights are `pseudorandom`."""
 
     def __init__(self, transformer: MMDiTConfig):
+        super().__init__()
         self.transformer = transformer
 
     def config(self, name: str) -> MMDiTConfig | VAEConfig:

@@ -12,14 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import init_state
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
-from rcgrpo_jax.weights.networks import abstract_params
 
 workdir = Path(sys.argv[1])
 
@@ -31,7 +30,7 @@ for line in read_metrics(workdir / "metrics.jsonl"):
 # 2. A checkpoint has the configuration of the run, and the state: LoRA, optimizer, average, random key, step.
 checkpoints = Checkpointer(workdir / "checkpoints", save_every=1, keep=1)  # reading deletes nothing
 options = read_options(Options, checkpoints.saved_config())
-params = abstract_params("transformer", ModelFolder(options.model.path).config("transformer"))  # shapes alone
+params = open_model(options.model.path).param_shapes  # shapes alone
 state = checkpoints.restore(jax.eval_shape(lambda: init_state(options.lora, options.optimizer, options.seed, params)))
 print(f"checkpoints of steps {checkpoints.steps()}; the last has seen {int(state.step)}")
 

@@ -11,16 +11,15 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import EditorOptions
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.rl.recipes import small_editor
 from rcgrpo_jax.rl.trainer import train
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_loras
 
 workdir = Path(sys.argv[1])
@@ -40,11 +39,11 @@ lora = export(workdir, workdir / "lora")
 print(f"LoRA: {lora}")
 
 # 4. One edit with it and without it.
-editor = Editor(ModelFolder(config.model.path), jnp.float32)
+editor = open_model(config.model.path).open(EditorOptions())
 scene = Scenes("heldout", 1, config.data.size[0])[0]
 rows, columns = editor.grid(*config.data.size)
-noise = jax.random.normal(jax.random.key(0), (1, rows * columns, editor.transformer.config.in_channels))
-adapters = ({}, load_loras([lora], [1.0], editor.transformer_params))
+noise = jax.random.normal(jax.random.key(0), (1, rows * columns, editor.model.sizes.channels))
+adapters = ({}, load_loras([lora], [1.0], editor.params))
 edits = [editor.edit(scene.image[None], [scene.instruction], noise, num_steps=8, lora=x)[0] for x in adapters]
 save_image(workdir / "edits.png", np.concatenate([scene.image, *edits], axis=1))
 print(f"source, edit without and with the LoRA: {workdir / 'edits.png'} ({scene.instruction})")

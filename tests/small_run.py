@@ -23,14 +23,14 @@ from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
-from rcgrpo_jax.models.mmdit import AttentionOptions
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
+from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rl.config import default_config, validate
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_scorable
@@ -38,7 +38,6 @@ from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import TrainState, init_state
 from rcgrpo_jax.weights import random_folder
-from rcgrpo_jax.weights.load import ModelFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -142,13 +141,8 @@ def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
     """The editor on the first devices, as `rl.trainer.train` loads it."""
     mesh = make_mesh(dict(zip(AXES, mesh_shape, strict=True)), jax.devices()[: math.prod(mesh_shape)])
     config = make_config()
-    return Editor(
-        ModelFolder(model_folder()),
-        jnp.dtype(dtype),
-        sharding_of=parameter_sharding(mesh),
-        remat=config.model.remat,
-        attention=AttentionOptions(acd_layers=config.acd.layers),
-    ), mesh
+    options = EditorOptions(dtype, attention="xla", remat=config.model.remat, acd_layers=config.acd.layers)
+    return Editor(FluxKontext(model_folder()), options, mesh), mesh
 
 
 @functools.cache
@@ -166,9 +160,9 @@ def make_batch(trainer: Trainer, step: int = 0) -> EditBatch:
     """The batch of a step; encoders run once a session."""
     mesh = trainer.programs.mesh
     with jax.set_mesh(mesh):
-        options, folder = trainer.options, ModelFolder(model_folder())
+        options, model = trainer.options, FluxKontext(model_folder())
         check = functools.partial(check_scorable, trainer.rewards)
-        data = (options.data, options.model, folder, workspace(), mesh)
+        data = (options.data, options.model, model, workspace(), mesh)
         return encode(*data, options.rollout.prompts, options.seed, check)[step]
 
 

@@ -16,7 +16,7 @@ from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, MMDiT
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import map_samples
-from rcgrpo_jax.plan.programs import Workload, open_model, place
+from rcgrpo_jax.plan.programs import Workload, open_flux, place
 from rcgrpo_jax.plan.topology import open_topology
 from rcgrpo_jax.weights.networks import abstract_params
 
@@ -109,7 +109,7 @@ def test_programs_map_every_operand_of_attention_and_differentiate_outside(monke
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", recorded)
     options, topology = small_run.make_options(model__attention="xla"), open_topology("local")
     one_device = topology._replace(devices=topology.devices[:1])
-    planned = Workload(options, open_model(options.model.path), one_device)
+    planned = Workload(options, open_flux(options.model.path), one_device)
     with jax.set_mesh(planned.mesh):
         getattr(planned.programs, name).eval_shape(*planned.arguments(name))
     assert mapped

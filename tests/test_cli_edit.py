@@ -10,10 +10,10 @@ from PIL import Image
 
 from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
-from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -122,7 +122,7 @@ def test_edit_follows_its_arguments(capsys, edit_argv, caplog):
     np.save("noise.npy", np.asarray(jax.random.normal(jax.random.key(7), (16, 64))))
     seeded = edit(capsys, edit_argv(seed="7"))
     np.testing.assert_array_equal(seeded, edit(capsys, edit_argv(noise="noise.npy")))
-    params = abstract_params("transformer", ModelFolder(small_run.model_folder()).config("transformer"))
+    params = open_model(small_run.model_folder()).param_shapes
     adapter = init_adapter(jax.random.key(0), params, LoRAConfig(2, 4.0))
     save_lora(Path("zero"), adapter, LoRAConfig(2, 4.0), params)
     np.testing.assert_array_equal(plain, edit(capsys, edit_argv(lora="zero")))

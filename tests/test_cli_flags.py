@@ -10,11 +10,10 @@ from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.edit import read_noise
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.data.scenes.source import parse_scenes
-from rcgrpo_jax.editors.open import check_fits
+from rcgrpo_jax.editors.open import check_fits, open_model
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.parallel.slurm import whole_number
 from rcgrpo_jax.plan.topology import open_topology
-from rcgrpo_jax.weights.load import ModelFolder
 
 ARABIC, WIDE = "\N{ARABIC-INDIC DIGIT FOUR}", "\N{FULLWIDTH DIGIT FOUR}"
 
@@ -106,10 +105,10 @@ def test_slices_that_cannot_be_meant(name):
 )
 def test_pictures_and_steps_that_no_memory_holds(monkeypatch, size, steps, count, problem):
     monkeypatch.setattr(borders, "memory_bytes", lambda: 2**40)
-    folder = ModelFolder(small_run.model_folder())
-    check_fits(folder, (1024, 1024), 28, "bfloat16")
+    model = open_model(small_run.model_folder())
+    check_fits(model, (1024, 1024), 28, "bfloat16")
     with pytest.raises(UserError, match=problem):
-        check_fits(folder, size, steps, "bfloat16", count)
+        check_fits(model, size, steps, "bfloat16", count)
 
 
 @pytest.mark.parametrize("argv", [["--size=1000000"], [f"--count={10**12}"]])

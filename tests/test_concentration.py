@@ -11,7 +11,7 @@ import pytest
 from rcgrpo_jax.method import concentration
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.options import read_options
-from rcgrpo_jax.plan.programs import FluxKontext, Plan, Workload
+from rcgrpo_jax.plan.programs import FluxKontextDev, Plan, Workload
 from rcgrpo_jax.plan.topology import open_topology
 from rcgrpo_jax.rl.config import default_config
 from rcgrpo_jax.rl.options import Options
@@ -144,7 +144,7 @@ def test_jit_and_vmap_agree_with_one_sample_at_a_time():
         np.testing.assert_allclose(np.asarray(result)[1], expected, rtol=1e-5)
 
 
-class ShallowFlux(FluxKontext):
+class ShallowFlux(FluxKontextDev):
     """FLUX.1-Kontext-dev by its sizes, with two of its 57 blocks: single ones, the kind that reports."""
 
     def config(self, name):

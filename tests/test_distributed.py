@@ -14,6 +14,7 @@ import pytest
 import small_run
 from safetensors.numpy import load_file
 
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.experiments.export import export
@@ -23,7 +24,6 @@ from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.convert import convert
-from rcgrpo_jax.weights.load import ModelFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -213,7 +213,7 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
     convert(str(small_run.model_folder()), tmp_path / "model")
     settings = SETTINGS | {"model__path": str(tmp_path / "model"), "data__cache": str(tmp_path / "cache")}
     options, one_device = small_run.make_options(**settings), make_mesh({}, jax.devices()[:1])
-    encode(options.data, options.model, ModelFolder(tmp_path / "model"), tmp_path, one_device, 4, 0)
+    encode(options.data, options.model, open_model(tmp_path / "model"), tmp_path, one_device, 4, 0)
     next((tmp_path / "cache").iterdir()).unlink()
     config = small_run.config_file(tmp_path / "config.py", FAILURE, **settings)
     ended = finish(start(config, tmp_path / "run", 2), tmp_path)
@@ -236,7 +236,7 @@ def test_another_configuration_on_one_process_is_refused(tmp_path):
 
 # The pictures of a supervised run take longer to compile than its update.
 NO_PICTURES = """
-from rcgrpo_jax.editors.flux_kontext import to_unit
+from rcgrpo_jax.editors.model import to_unit
 from rcgrpo_jax.sft.stages import FlowStage
 FlowStage.picture = lambda self, trained, frozen, example: to_unit(example.source)
 """

@@ -13,10 +13,10 @@ from references import diffusers, torch
 from skimage.data import astronaut
 
 from rcgrpo_jax.data.images import resize_image
-from rcgrpo_jax.editors.flux_kontext import Editor, to_pixels, to_unit
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions, to_pixels, to_unit
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.weights.convert import convert
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_lora, save_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -28,7 +28,7 @@ LORA = LoRAConfig(rank=4, alpha=8.0)
 
 @pytest.fixture(scope="module")
 def editor(folder) -> Editor:
-    return Editor(ModelFolder(folder), max_text_tokens=64)
+    return Editor(FluxKontext(folder), EditorOptions(max_text_tokens=64, attention="xla"))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,9 @@ def pipeline(folder) -> diffusers.FluxKontextPipeline:
 def lora(tmp_path_factory, editor) -> Path:
     """An exported adapter with a `B` that is nowhere 0."""
     rng = np.random.default_rng(2)
-    adapter = flatten_dict(init_adapter(jax.random.key(0), editor.transformer_params, LORA))
+    adapter = flatten_dict(init_adapter(jax.random.key(0), editor.params, LORA))
     adapter = {p: 0.1 * rng.standard_normal(x.shape, np.float32) if p[-1] == "B" else x for p, x in adapter.items()}
-    return save_lora(
-        tmp_path_factory.mktemp("lora"), unflatten_dict(adapter), LORA, editor.transformer_params, dtype="float32"
-    )
+    return save_lora(tmp_path_factory.mktemp("lora"), unflatten_dict(adapter), LORA, editor.params, dtype="float32")
 
 
 def sources(height: int, width: int) -> np.ndarray:
@@ -61,7 +59,7 @@ def noise_of(height: int, width: int) -> np.ndarray:
 
 def ours(editor: Editor, height: int, width: int, lora: Path | None = None, **options) -> np.ndarray:
     if lora is not None:
-        adapter, config = load_lora(lora, editor.transformer_params)
+        adapter, config = load_lora(lora, editor.params)
         options["lora"] = scale_adapter(adapter, config.scale)
     options = {"num_steps": STEPS, "guidance": GUIDANCE} | options
     return editor.edit(sources(height, width), INSTRUCTIONS, noise_of(height, width), **options)
@@ -113,8 +111,9 @@ def test_an_edit_with_a_lora_is_that_of_diffusers(editor, pipeline, lora):
 
 @pytest.mark.slow
 def test_an_edit_with_flux_text_length_is_that_of_diffusers(monkeypatch, folder, editor, pipeline):
-    assert Editor(ModelFolder(folder)).max_text_tokens == 512
-    monkeypatch.setattr(editor, "max_text_tokens", 512)
+    longest = Editor(FluxKontext(folder), EditorOptions()).options
+    assert longest.max_text_tokens == 512
+    monkeypatch.setattr(editor, "options", longest)
     edited = ours(editor, 96, 160)
     assert psnr(edited, theirs(pipeline, 96, 160, max_text_tokens=512)) > 70
 
@@ -131,7 +130,7 @@ def test_instructions_guidance_and_noise_change_the_edit(editor):
 @pytest.mark.slow
 def test_a_converted_directory_makes_the_same_picture_bit_for_bit(tmp_path, folder, editor):
     convert(str(folder), tmp_path / "converted")
-    converted = Editor(ModelFolder(tmp_path / "converted"), max_text_tokens=64)
+    converted = Editor(FluxKontext(tmp_path / "converted"), editor.options)
     np.testing.assert_array_equal(ours(converted, 96, 160), ours(editor, 96, 160))
 
 

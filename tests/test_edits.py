@@ -12,7 +12,8 @@ import small_run
 from rcgrpo_jax.cli import evaluate as command
 from rcgrpo_jax.data.images import read_image, save_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.edit import edit_all
@@ -20,7 +21,6 @@ from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.evaluation.measures import Measure, base, register
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import make_tables, notes
-from rcgrpo_jax.weights.load import ModelFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -31,7 +31,8 @@ NAMES = [SCENES[i].name for i in range(COUNT)]
 
 @cache
 def editor() -> Editor:
-    return Editor(ModelFolder(small_run.model_folder()), jnp.float32, 16)
+    options = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=10)
+    return Editor(FluxKontext(small_run.model_folder()), options)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def made(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(edit, "_edit", negative)
     monkeypatch.setattr(Editor, "load_encoders", lambda self: None)
-    monkeypatch.setattr(Editor, "transformer_params", {})
+    monkeypatch.setattr(Editor, "params", {})
     return indices
 
 
@@ -147,7 +148,7 @@ def test_a_folder_that_was_made_otherwise_is_refused_with_what_differs(tmp_path,
 
 def test_another_model_and_pictures_of_another_program_are_refused(tmp_path, monkeypatch):
     edit_into(tmp_path / "edits")
-    monkeypatch.setattr(ModelFolder, "whole_fingerprint", lambda self: "another")
+    monkeypatch.setattr(FluxKontext, "whole_fingerprint", lambda self: "another")
     with pytest.raises(UserError, match=r"model: there '\w+\.\.\., now 'another'"):
         edit_into(tmp_path / "edits")
     save_image(tmp_path / "theirs" / "a.png", SCENES[0].image)

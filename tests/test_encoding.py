@@ -18,13 +18,13 @@ from small_run import EDITS
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
-from rcgrpo_jax.editors.flux_kontext import Editor, TextEncoding
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext, TextEncoding
+from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder
-from rcgrpo_jax.weights.load import ModelFolder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
     def encode_text(self, instructions):
         calls.append(instructions)
-        shape = len(instructions), self.max_text_tokens, 32
+        shape = len(instructions), self.options.max_text_tokens, 32
         text = jnp.broadcast_to(jnp.array([len(x) for x in instructions], self.dtype)[:, None, None], shape)
         return TextEncoding(text, text[:, 0], np.full(len(instructions), 3))
 
@@ -51,8 +51,8 @@ def calls(monkeypatch):
     return calls
 
 
-def make_editor(dtype=jnp.float32, tokens: int = 16, path=None) -> Editor:
-    return Editor(ModelFolder(path or small_run.model_folder()), dtype, tokens)
+def make_editor(dtype: str = "float32", tokens: int = 16, path=None) -> Editor:
+    return Editor(FluxKontext(path or small_run.model_folder()), EditorOptions(dtype, tokens))
 
 
 def make_example(**changes) -> EditExample:
@@ -263,7 +263,7 @@ def test_changed_settings_make_new_entries(calls, tmp_path):
     settings = [
         (make_editor(), SIZE),
         (make_editor(), (64, 32)),
-        (make_editor(dtype=jnp.bfloat16), SIZE),
+        (make_editor(dtype="bfloat16"), SIZE),
         (make_editor(tokens=8), SIZE),
         (make_editor(path=other_weights), SIZE),
     ]
@@ -272,7 +272,7 @@ def test_changed_settings_make_new_entries(calls, tmp_path):
         assert len(entries(cache)) == count
         assert encoded[0]["pixels"].shape == (*size, 3)
         assert encoded[0]["mask"].shape == size
-        assert encoded[0]["text"].shape[0] == editor.max_text_tokens
+        assert encoded[0]["text"].shape[0] == editor.options.max_text_tokens
         assert encoded[0]["text"].dtype == jnp.dtype(editor.dtype)
 
 

@@ -16,7 +16,8 @@ from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.evaluate import evaluate
@@ -29,19 +30,18 @@ from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, sown_masses
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 COUNT, SIZE, STEPS, BATCH = 3, 64, 2, 2
+OPTIONS = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=10)
 MISSING = note(REGISTERED["lpips"])
 
 
 @cache
 def editor(devices: int = 1) -> Editor:
-    return Editor(ModelFolder(small_run.model_folder()), jnp.float32, 16, parameter_sharding(mesh(devices)))
+    return Editor(FluxKontext(small_run.model_folder()), OPTIONS, mesh(devices))
 
 
 def mesh(devices: int = 1) -> Mesh:
@@ -56,7 +56,7 @@ def scenes() -> Scenes:
 @cache
 def adapter() -> dict:
     """A LoRA that changes the edits."""
-    fresh = init_adapter(jax.random.key(0), editor().transformer_params, LoRAConfig(4, 8.0))
+    fresh = init_adapter(jax.random.key(0), editor().params, LoRAConfig(4, 8.0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(fresh))))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
 
@@ -130,7 +130,7 @@ def test_acd_is_the_density_of_the_attention_map():
     condition = Condition(text.text[0], text.pooled[0], reference[0], jnp.float32(2.5))
     tokens = region.token_region(jnp.asarray(example.mask), (4, 4))
     with_map = model.transformer.clone(attention=AttentionOptions(acd_map=True))
-    variables = {"params": model.transformer_params}
+    variables = {"params": model.params}
 
     @jax.jit
     def sown():
@@ -170,13 +170,13 @@ def test_settings_tell_other_data_models_and_rulers(monkeypatch):
 
     first = settings()
     assert settings() == first
-    blind = Editor(ModelFolder(small_run.model_folder()), jnp.float32, 16, attention=AttentionOptions(acd_layers=1))
+    blind = Editor(FluxKontext(small_run.model_folder()), replace(OPTIONS, acd_layers=1))
     assert settings(model=blind)["acd_layers"] != first["acd_layers"]
     assert settings(source=Scenes("validation", 1, SIZE))["data"] != first["data"]
-    of = ModelFolder.fingerprint
+    of = FluxKontext.fingerprint
     for other in ("transformer", "vae", "text_encoder_2", "tokenizer"):  # an edit depends on all of them
         monkeypatch.setattr(
-            ModelFolder, "fingerprint", lambda self, x, other=other: "another" * (x == other) or of(self, x)
+            FluxKontext, "fingerprint", lambda self, x, other=other: "another" * (x == other) or of(self, x)
         )
         assert settings()["model"] != first["model"]
 
@@ -311,7 +311,7 @@ def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
     of = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "lpips" in name else of(name, *rest))
-    lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().transformer_params)
+    lora = save_lora(tmp_path / "lora", adapter(), LoRAConfig(4, 8.0), editor().params)
     out = tmp_path / "out"
     evaluate_command(out, f"--lora={lora}")
     printed = capsys.readouterr().out

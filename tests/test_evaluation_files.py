@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rcgrpo_jax import borders
-from rcgrpo_jax.editors.flux_kontext import to_pixels
+from rcgrpo_jax.editors.model import to_pixels
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.runs.grid import candidate_pixels

@@ -87,8 +87,7 @@ def test_another_configuration(monkeypatch, tmp_path):
 
 def test_different_numbers_of_examples(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline.distributed, "gather", lambda _: np.array([3, 4]))
-    folder = SimpleNamespace(fingerprint=lambda part: part)
-    editor = SimpleNamespace(folder=folder, dtype=jnp.float32, max_text_tokens=8)
+    editor = SimpleNamespace(encoding_key=())
     with pytest.raises(UserError, match="different numbers of examples, 3, 4") as lost:
         pipeline.EncodedSource([], editor, (32, 32), tmp_path)
     assert is_everywhere(lost.value)

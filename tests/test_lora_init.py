@@ -10,6 +10,7 @@ import small_run
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_lora_files import assert_equal, deltas
 
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
 from rcgrpo_jax.rl import trainer as rl_trainer
@@ -17,15 +18,13 @@ from rcgrpo_jax.rl.setup import Setup
 from rcgrpo_jax.sft import train as sft
 from rcgrpo_jax.sft.config import default_config
 from rcgrpo_jax.sft.stages import LoRAStage
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
-from rcgrpo_jax.weights.networks import abstract_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def shapes() -> dict:
-    return abstract_params("transformer", ModelFolder(small_run.model_folder()).config("transformer"))
+    return open_model(small_run.model_folder()).param_shapes
 
 
 def given(rank: int, targets: str) -> dict:

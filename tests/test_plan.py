@@ -19,7 +19,7 @@ from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan import flops, topology
 from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
 from rcgrpo_jax.plan.cost import Cost, Traffic
-from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Workload, open_model, parse_refusal
+from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontextDev, Workload, open_flux, parse_refusal
 from rcgrpo_jax.plan.roofline import roofline
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
@@ -35,7 +35,7 @@ def local(num_devices: int) -> Topology:
 def workload(num_devices: int = 1, **changes) -> Workload:
     config = small_run.make_config(**changes)
     validate(config, num_devices)
-    return Workload(read_options(Options, config), open_model(config.model.path), local(num_devices))
+    return Workload(read_options(Options, config), open_flux(config.model.path), local(num_devices))
 
 
 # FLOPs by formula
@@ -160,8 +160,8 @@ def test_a_program_that_cannot_be_read_has_no_cost(caplog):
 
 
 def test_without_a_path_the_model_is_flux_kontext():
-    model = open_model("")
-    assert isinstance(model, FluxKontext)
+    model = open_flux("")
+    assert isinstance(model, FluxKontextDev)
     assert model.config("transformer") == MMDiTConfig()
     assert model.config("vae") == VAEConfig()
 

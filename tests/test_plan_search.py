@@ -15,7 +15,7 @@ from rcgrpo_jax.options import changed
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan.chips import TPUS
 from rcgrpo_jax.plan.cost import Cost
-from rcgrpo_jax.plan.programs import NAMES, Memory, Plan, Workload, open_model
+from rcgrpo_jax.plan.programs import NAMES, Memory, Plan, Workload, open_flux
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
@@ -52,7 +52,7 @@ def compiler(monkeypatch):
 
 def search(where: Topology, limit: int = 100, **changes) -> Search:
     options = small_run.make_options(**changes)
-    return Search(options, open_model(options.model.path), where, limit)
+    return Search(options, open_flux(options.model.path), where, limit)
 
 
 def changed_config(changes: Mapping[str, Any], **given) -> ConfigDict:

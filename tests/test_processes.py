@@ -107,7 +107,7 @@ class Device:
 def test_a_mesh_that_splits_what_belongs_together_is_refused(processes, shape, message):
     mesh = make_mesh(shape, [Device(i, process) for i, process in enumerate(processes)])
     with pytest.raises(UsageError, match=message):
-        check_mesh(small_run.make_options(), mesh, small_run.TINY["transformer"])
+        check_mesh(small_run.make_options(), mesh, small_run.TINY["transformer"].num_attention_heads)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rcgrpo_jax.models.quantization import NF4, QuantizedKernel, dequantize, is_
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.plan.programs import Workload, open_model, place
+from rcgrpo_jax.plan.programs import Workload, open_flux, place
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
@@ -225,7 +225,7 @@ def make_trainer(shape: tuple[int, ...]) -> Trainer:
     validate(config, mesh.size)
     options = read_options(Options, config)
     with jax.set_mesh(mesh):
-        editor = load_editor(options.model, ModelFolder(options.model.path), mesh)
+        editor = load_editor(options.model, open_flux(options.model.path), mesh)
         return Trainer(options, editor, mesh, make_rewards(options))
 
 
@@ -276,7 +276,7 @@ def test_the_base_of_flux_takes_what_its_bits_say(quantization, gib):
 
 def test_a_plan_is_of_the_quantised_base():
     config = small_run.make_config(model__quantization="int8")
-    model, devices = open_model("flux-kontext"), tuple(jax.devices()[:1])
+    model, devices = open_flux("flux-kontext"), tuple(jax.devices()[:1])
     planned = Workload(read_options(Options, config), model, Topology("local", devices, None, None))
     base = abstract_params("transformer", model.config("transformer"))
     assert planned.arguments("rollout")[0] == place(base, planned.mesh, jnp.float32, "int8")

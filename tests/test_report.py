@@ -19,6 +19,8 @@ from references import diffusers, torch, transformer_flux
 
 from rcgrpo_jax.cli import report as command
 from rcgrpo_jax.data.folder import EditFolder
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.edit import initial_noise
 from rcgrpo_jax.evaluation.result import Evaluation
@@ -32,7 +34,6 @@ from rcgrpo_jax.rl.config import default_config
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import MetricsWriter
 from rcgrpo_jax.sft import config as sft_config
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint, save_lora
 
 HOSTILE = """<script>alert("1")</script><img src='http://x.test/a.png'> & " ' {{ 7 * 7 }} $\\x$"""
@@ -211,8 +212,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def edits() -> SimpleNamespace:
     """Two examples, and everything that an edit of them needs."""
-    editor, _ = small_run.load_editor((1, 1, 1), "float32")
-    editor.max_text_tokens = 16
+    options = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=2)
+    editor = Editor(FluxKontext(small_run.model_folder()), options)
     examples = [EditFolder(small_run.data_folder())[i] for i in range(2)]
     return SimpleNamespace(
         editor=editor,
@@ -271,7 +272,7 @@ def test_maps_and_densities_are_those_of_the_explicit_attention(monkeypatch, edi
 
 
 def test_the_edits_under_the_maps_are_the_editors_and_a_lora_changes_both(edits):
-    adapter = init_adapter(jax.random.key(0), edits.editor.transformer_params, LoRAConfig(rank=2))
+    adapter = init_adapter(jax.random.key(0), edits.editor.params, LoRAConfig(rank=2))
     lora = jax.tree.map(lambda x: x + 0.1, adapter)
     arguments = (edits.images, edits.instructions, edits.noise, STEPS, GUIDANCE)
     for name in (None, lora):
@@ -316,7 +317,7 @@ def write_evaluation(folder, shift: float = 0.1, lora: dict | None = None) -> No
     images = np.stack([x.image for x in examples])
     settings = {
         "steps": 2, "guidance": 2.5, "seed": 7, "size": [64, 64], "acd_layers": 2, "text_tokens": 16,
-        "dtype": "float32", "quantization": "none", "model": ModelFolder(small_run.model_folder()).whole_fingerprint(),
+        "dtype": "float32", "quantization": "none", "model": FluxKontext(small_run.model_folder()).whole_fingerprint(),
     }  # fmt: skip
     origins = {"base": {}, "lora": {"lora": adapter_fingerprint(lora)} if lora else {}}
     for name, better in (("base", 0.0), ("lora", shift)):
@@ -418,8 +419,8 @@ def test_an_evaluation_of_pictures_of_another_program_is_shown_too(tmp_path):
 def test_attention_maps_of_base_and_lora(tmp_path, edits):
     """Those of the adapter that was evaluated; another is refused."""
     config = LoRAConfig(rank=2, alpha=4.0)
-    adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(0), edits.editor.transformer_params, config))
-    save_lora(tmp_path / "lora", adapter, config, edits.editor.transformer_params, dtype="float32")
+    adapter = jax.tree.map(lambda x: x + 0.1, init_adapter(jax.random.key(0), edits.editor.params, config))
+    save_lora(tmp_path / "lora", adapter, config, edits.editor.params, dtype="float32")
     lora = scale_adapter(adapter, config.scale)
     write_run(tmp_path / "run", small_run.make_config().to_dict())
     write_evaluation(tmp_path / "evaluation", lora=lora)
@@ -435,7 +436,7 @@ def test_attention_maps_of_base_and_lora(tmp_path, edits):
         shown = [float(x) for x in re.findall(rf"{name}, ACD ([\d.]+)", text)]
         np.testing.assert_allclose(shown, expected.acd, atol=0.006)
     assert np.abs(maps_of(edits, lora).acd - maps_of(edits).acd).max() > 0.02  # the two could be told apart
-    save_lora(tmp_path / "lora", jax.tree.map(lambda x: x + 0.1, adapter), config, edits.editor.transformer_params)
+    save_lora(tmp_path / "lora", jax.tree.map(lambda x: x + 0.1, adapter), config, edits.editor.params)
     with pytest.raises(UserError, match=r"--lora: .* is not what --evaluation is of"):
         page_of(*arguments)
 

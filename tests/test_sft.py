@@ -23,7 +23,7 @@ from torch_parity import relative_error
 from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.data.images import read_image, resize_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import to_unit
+from rcgrpo_jax.editors.model import to_unit
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.flow import matching
 from rcgrpo_jax.models.config import VAEConfig

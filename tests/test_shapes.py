@@ -18,13 +18,13 @@ with install_import_hook(["rcgrpo_jax.method", "rcgrpo_jax.flow"], checker):
     import jax, jax.numpy as jnp, small_run
     from rcgrpo_jax.method import surrogate
     from rcgrpo_jax.flow import schedule
-    from rcgrpo_jax.plan.programs import Workload, open_model
+    from rcgrpo_jax.plan.programs import Workload, open_flux
     from rcgrpo_jax.plan.topology import Topology
 """
 # What every distance, neighbourhood and anchor mode calls, traced and neither compiled nor run.
 TRACE = """
 options = small_run.make_options(**{changes!r})
-planned = Workload(options, open_model(options.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
+planned = Workload(options, open_flux(options.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
 with jax.set_mesh(planned.mesh):
     planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"])
     for name in ("rollout", "update"):

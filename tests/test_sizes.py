@@ -4,6 +4,7 @@ import jax
 import pytest
 import small_run
 
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
 from rcgrpo_jax.options import OptimizerOptions, read_options
@@ -14,8 +15,6 @@ from rcgrpo_jax.runs.state import init_state
 from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.sft.options import Options
 from rcgrpo_jax.sft.sizes import check_stage
-from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +23,19 @@ def sixteen_gib(monkeypatch):
 
 
 def test_what_is_counted_of_a_lora_is_what_it_has():
-    lora, folder = LoRAConfig(rank=4), ModelFolder(small_run.model_folder())
-    params = abstract_params("transformer", folder.config("transformer"))
+    lora, params = LoRAConfig(rank=4), open_model(small_run.model_folder()).param_shapes
     adapter = jax.eval_shape(lambda: init_state(lora, OptimizerOptions(), 0, params)).params
     kernels = target_kernels(params, lora.targets).values()
     assert adapter_numbers(kernels, lora.rank) == sum(x.size for x in jax.tree.leaves(adapter))
 
 
 def test_what_is_counted_of_a_candidate_is_states_and_picture():
-    folder = ModelFolder(small_run.model_folder())
-    assert candidate_bytes((64, 64), folder, 4) == 4 * (5 * 16 * 64 + 64 * 64 * 3)
+    model = open_model(small_run.model_folder())
+    assert candidate_bytes((64, 64), model, 4) == 4 * (5 * 16 * 64 + 64 * 64 * 3)
 
 
 def test_what_fits_is_let_through():
-    check_rollout(small_run.make_options(), ModelFolder(small_run.model_folder()))
+    check_rollout(small_run.make_options(), open_model(small_run.model_folder()))
 
 
 @pytest.mark.parametrize(
@@ -72,5 +70,5 @@ def test_supervised_training_too(changes, words):
     for group, fields in changes.items():
         config[group].update(fields)
     with pytest.raises(UserError) as refused:
-        check_stage(read_options(Options, config), ModelFolder(small_run.model_folder()))
+        check_stage(read_options(Options, config), open_model(small_run.model_folder()))
     assert refused.value.problem.startswith(words)

@@ -7,9 +7,10 @@ from PIL import Image
 from references import diffusers, torch
 
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor, to_pixels, to_unit
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.model import EditorOptions, to_pixels, to_unit
 from rcgrpo_jax.evaluation.evaluate import evaluate
-from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
+from rcgrpo_jax.weights.load import SMALL_EDITOR
 
 SIDE, STEPS = 128, 8
 MEGABYTES = 24
@@ -17,7 +18,7 @@ MEGABYTES = 24
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
-    return Editor(ModelFolder("small-editor"))
+    return Editor(FluxKontext("small-editor"), EditorOptions(attention="xla"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_is_small_enough_to_ship():
 
 
 def test_pads_text_as_it_was_trained(editor):
-    assert editor.max_text_tokens == 24
+    assert editor.options.max_text_tokens == 24
 
 
 def test_autoencoder_keeps_held_out_scenes(editor, scenes):
@@ -54,7 +55,7 @@ def test_diffusers_makes_the_same_edit(editor, scenes):
     theirs = pipe(
         image=Image.fromarray(example.image), prompt=example.instruction, latents=torch.from_numpy(noise),
         height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=2.5,
-        max_sequence_length=editor.max_text_tokens, max_area=SIDE * SIDE, _auto_resize=False, output_type="np",
+        max_sequence_length=editor.options.max_text_tokens, max_area=SIDE * SIDE, _auto_resize=False, output_type="np",
     ).images  # fmt: skip
     assert psnr(ours, np.round(theirs * 255)) >= 55
 

@@ -14,11 +14,11 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_file, path_flag
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
-from rcgrpo_jax.editors.open import check_fits, open_editor
+from rcgrpo_jax.editors.model import EditorOptions
+from rcgrpo_jax.editors.open import check_fits, open_model
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = "Edits one image by an instruction. Target and reference share one size, so nothing is shifted or cropped."
 
@@ -60,7 +60,7 @@ def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 def editor_options(values: flags.FlagValues) -> dict[str, Any]:
-    """What `--dtype`, `--quantization` and `--text_tokens` ask of `open_editor`."""
+    """What `--dtype`, `--quantization` and `--text_tokens` ask of `EditorOptions`."""
     return {"dtype": values.dtype, "quantization": values.quantization, "max_text_tokens": values.text_tokens}
 
 
@@ -68,22 +68,22 @@ def run(argv: list[str]) -> None:
     required = ("model", "image", "instruction", "out")
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
     check_file("out", Path(values.out), ".png", {"--image": values.image, "--noise": values.noise})
-    folder = ModelFolder(values.model)
+    model = open_model(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
-    side = 2 * folder.config("vae").downscale
+    side = model.sizes.token_pixels
     if height % side or width % side:
         raise UsageError(
             f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
             f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
         )
     devices = open_devices()
-    check_fits(folder, (height, width), values.steps, values.dtype)
-    lora = read_lora(values, folder)
+    check_fits(model, (height, width), values.steps, values.dtype)
+    lora = read_lora(values, model)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1}, devices)
-    editor = open_editor(folder, mesh, **editor_options(values), keep_text_encoders=False)
-    shape = (height * width // side**2, editor.transformer.config.in_channels)
+    editor = model.open(EditorOptions(**editor_options(values), keep_text_encoders=False), mesh)
+    shape = (height * width // side**2, model.sizes.channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))
     with jax.set_mesh(mesh):

@@ -13,11 +13,11 @@ from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, path_flag
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
-from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = """Edits examples that have targets, and measures the edits: success inside the region, background outside.
 
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> None:
             found = measure_folders(folders, source, **common, progress=progress)
             title = "pictures as they were found"
         else:
-            model = ModelFolder(values.model)
+            model = open_model(values.model)
             devices = open_devices()
             lora = read_lora(values, model)
             source = open_source(values.data, values.polarity, mask_value=values.mask_value)

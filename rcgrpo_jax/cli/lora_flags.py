@@ -5,10 +5,9 @@ from __future__ import annotations
 from absl import flags
 
 from rcgrpo_jax.cli.paths import PathParser
+from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_loras
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 def define_lora(values: flags.FlagValues) -> None:
@@ -34,7 +33,7 @@ def read_strengths(values: flags.FlagValues) -> list[float]:
     return strengths
 
 
-def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
+def read_lora(values: flags.FlagValues, model: Model) -> dict | None:
     """The adapter of all `--lora`, with every scale folded in; None without any.
 
     Raises:
@@ -44,4 +43,4 @@ def read_lora(values: flags.FlagValues, folder: ModelFolder) -> dict | None:
     strengths = read_strengths(values)
     if not values.lora:
         return None
-    return load_loras(values.lora, strengths, abstract_params("transformer", folder.config("transformer")))
+    return load_loras(values.lora, strengths, model.param_shapes)

@@ -13,19 +13,19 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.cli.config_file import parse_with_config
 from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.paths import check_file, expand_fields, path_flag
+from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.options import changed, read_options
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.gpu import cudnn_errors
-from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, FluxKontext, Plan, Workload, open_model
+from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, Plan, Workload, open_flux
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, describe, summary
 from rcgrpo_jax.plan.text import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_mesh, check_model_fits
-from rcgrpo_jax.weights.load import ModelFolder
 
 ABOUT = f"""Compiles the rollout, decode and update programs of a configuration for a topology and says what they need.
 
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> None:
     topology = open_topology(values.topology)
     config.model.path = config.model.path or FLUX_KONTEXT
     config.data.path = config.data.path or "none"  # not read
-    model = open_model(config.model.path)
+    model = open_flux(config.model.path)
     with cudnn_errors():
         (_search if values.search else _plan)(config, model, topology, values)
 
@@ -68,11 +68,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
+def _plan(config: ConfigDict, model: FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
     validate(config, len(topology.devices))
     options = read_options(Options, config)
     check_model_fits(options, model)
-    check_mesh(options, make_mesh(vars(options.mesh), topology.devices), model.config("transformer"))
+    check_mesh(options, make_mesh(vars(options.mesh), topology.devices), model.sizes.num_heads)
     workload = Workload(options, model, topology)
     plans = []
     for name in NAMES:
@@ -92,14 +92,14 @@ def _plan(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topolo
     raise UserError(f"{topology.name}: {_problem(failed)}.", _remedy(changes, search))
 
 
-def _search(config: ConfigDict, model: ModelFolder | FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
+def _search(config: ConfigDict, model: FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
     # Whatever mesh and micro-batches the file has, they are what is searched for.
     freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0) | {"mesh.tensor": -1}
     config.update_from_flattened_dict(freed)
     validate(config, len(topology.devices))
     options = read_options(Options, config)
     check_model_fits(options, model)
-    check_mesh(options, make_mesh({"data": -1}, topology.devices), model.config("transformer"))
+    check_mesh(options, make_mesh({"data": -1}, topology.devices), model.sizes.num_heads)
     search = Search(options, model, topology, values.limit, _say)
     found = search.run()
     if not found:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.flow import rollout
-from rcgrpo_jax.flow.solver import VelocityWithAux
+from rcgrpo_jax.flow.solver import EULER, Solver, VelocityWithAux
 from rcgrpo_jax.method import concentration
 
 
@@ -57,6 +57,13 @@ class Family(Hashable, Protocol):
     def decode(self, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
         """Pictures in [-1, 1], float32; `params` are the decoder's."""
 
+    def with_maps(self) -> Family:
+        """These networks, whose masses have their map, over the target's keys alone; `report` draws it.
+
+        Raises:
+            UserError: If they give none.
+        """
+
 
 def sample(
     family: Family,
@@ -66,6 +73,7 @@ def sample(
     condition: Any,
     sigmas: Float[Array, " K+1"],
     grid: tuple[int, int],
+    solver: Solver = EULER,
 ) -> Float[Array, "K+1 *b N C"]:
     """The states of a rollout from the noise (Eq. 12); the last is the edit's latents.
 
@@ -77,12 +85,13 @@ def sample(
         condition: `c`.
         sigmas: Of `family.sigmas`.
         grid: The token grid.
+        solver: Takes the steps.
     """
 
     def velocity(x: Array, sigma: Array) -> Array:
         return family.velocity(params, lora, x, sigma, condition, grid)[0]
 
-    return rollout.integrate(velocity, noise, sigmas)
+    return rollout.integrate(velocity, noise, sigmas, solver)
 
 
 def velocity_and_density(

@@ -1,66 +1,53 @@
-"""The one place that assembles an editor, and the check that its largest arrays fit memory."""
+"""Which family a model folder is of, and the check that the largest arrays of an edit fit memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.editors.flux_kontext import Editor
-from rcgrpo_jax.models.attention import AUTO, choose
-from rcgrpo_jax.models.mmdit import AttentionOptions
-from rcgrpo_jax.parallel.sharding import parameter_sharding
-from rcgrpo_jax.weights.load import ModelFolder
+from rcgrpo_jax.borders import check_memory, read_object, shorten
+from rcgrpo_jax.editors.flux_kontext import FluxKontext
+from rcgrpo_jax.editors.model import Model
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.weights.folder_json import ModelIndex
+from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, find_folder
+
+# How the class of a pipeline begins (`_class_name` in model_index.json) -> what opens its folder.
+FAMILIES: dict[str, Callable[[Path], Model]] = {"Flux": FluxKontext}
+CONVERTED = "Flux"  # `rcgrpo convert` knows no other, nor does a folder that names no class
 
 
-def open_editor(
-    folder: ModelFolder,
-    mesh: Mesh,
-    *,
-    dtype: Any,
-    max_text_tokens: int = 0,
-    attention: str = AUTO,
-    acd_layers: int = 1,
-    acd_reference_keys: bool = False,
-    **options: Any,
-) -> Editor:
-    """The editor of a model folder on a mesh; its networks load on first use.
-
-    Args:
-        folder: The model.
-        mesh: Weights are spread over it by `parallel.sharding`.
-        dtype: Of computation and parameters.
-        max_text_tokens: Length that the T5 sequence is padded to; 0: the model's own.
-        attention: A name of `models.attention.IMPLEMENTATIONS`; auto: the fastest of the mesh's platform.
-        acd_layers: L_sel, how many of the last blocks report their attention masses.
-        acd_reference_keys: Whether these count the reference image's keys.
-        **options: Of `Editor`: `quantization`, `keep_text_encoders`, `remat`.
+def open_model(path: str | Path) -> Model:
+    """The model of a folder, which may be a diffusers folder or a converted directory; no weight is read.
 
     Raises:
-        UsageError: If the platform has no such attention.
+        UserError: If it is neither, of no family that is known, or damaged.
     """
-    implementation = choose(attention, mesh.devices.flat[0].platform, dtype)
-    return Editor(
-        folder,
-        jnp.dtype(dtype),
-        max_text_tokens,
-        parameter_sharding(mesh),
-        attention=AttentionOptions(implementation, acd_layers, acd_reference_keys=acd_reference_keys),
-        **options,
-    )
+    folder = find_folder(path)
+    name = CONVERTED
+    if not (folder / MANIFEST).is_file():
+        name = str(read_object(folder / ModelIndex.file, COPY_AGAIN).get("_class_name", CONVERTED))
+    known = [beginning for beginning in FAMILIES if name.startswith(beginning)]
+    if not known:
+        raise UserError(
+            f"{folder}/{ModelIndex.file}: _class_name is {shorten(name)}; one that begins with "
+            f"{' or '.join(FAMILIES)} was wanted.",
+            "Give the folder of a model of such a family; CONTRIBUTING.md says how to add one.",
+        )
+    return FAMILIES[max(known, key=len)](folder)
 
 
 def check_fits(
-    folder: ModelFolder, size: tuple[int, int], steps: int, dtype: str, count: int = 1, field: str = "--size"
+    model: Model, size: tuple[int, int], steps: int, dtype: str, count: int = 1, field: str = "--size"
 ) -> None:
     """Refuses pictures or solver steps of which no memory here holds the largest arrays.
 
     They are the decoder's last features, `[count, H, W, C]`, and the solver's states, float32 `[count, K+1, N, C]`.
 
     Args:
-        folder: The model.
+        model: The model.
         size: (height, width) in pixels.
         steps: K.
         dtype: Of the features.
@@ -70,9 +57,8 @@ def check_fits(
     Raises:
         UserError: With the size or the number of steps.
     """
-    (height, width), vae = size, folder.config("vae")
-    features = height * width * vae.block_out_channels[0] * jnp.dtype(dtype).itemsize
+    (height, width), sizes = size, model.sizes
+    features = height * width * sizes.decoder_channels * jnp.dtype(dtype).itemsize
     check_memory(f"{field}: {width}x{height}", count * features, "Edit smaller pictures, or fewer at a time.")
-    tokens = height * width // (2 * vae.downscale) ** 2
-    states = (steps + 1) * tokens * folder.config("transformer").in_channels * 4
+    states = (steps + 1) * (height * width // sizes.token_pixels**2) * sizes.channels * 4
     check_memory(f"--steps: {steps}", count * states, "Take fewer steps: 28 are FLUX's own.")

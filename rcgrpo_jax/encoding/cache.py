@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from rcgrpo_jax.data.example import EditExample, Source, stamp_of
 from rcgrpo_jax.data.images import resize_image, resize_mask
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.index import READING, Known, read_index, write_index
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
@@ -32,9 +32,9 @@ class EncodedSource:
 
     Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
-    The file of an example is named by a hash of its pixels, mask, target and instruction, of the encoders' weights, and
-    of the size and dtype, so that changed inputs never meet old results. Beside them lies an index by path, size and
-    time of the examples' files: a start reads none that has been encoded and is unchanged.
+    The file of an example is named by a hash of its pixels, mask, target and instruction, of the editor's
+    `encoding_key`, and of the size, so that changed inputs never meet old results. Beside them lies an index by path,
+    size and time of the examples' files: a start reads none that has been encoded and is unchanged.
 
     Args:
         source: The examples.
@@ -58,9 +58,7 @@ class EncodedSource:
         progress: Callable[[int, int], None] = lambda *_: None,
     ):
         self.folder, self._editor, self._size = Path(folder), editor, size
-        parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        self._settings = [editor.folder.fingerprint(part) for part in parts]
-        self._settings += [str(np.dtype(editor.dtype)), editor.max_text_tokens, list(size)]
+        self._settings = [*editor.encoding_key, list(size)]
         sizes = distributed.gather(np.array([len(source)]))
         if sizes.min() < sizes.max():
             apart = UserError(

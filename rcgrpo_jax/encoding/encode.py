@@ -10,20 +10,19 @@ from jax.sharding import Mesh
 
 from rcgrpo_jax.data.example import REGION, EditExample, Needs, check_needs
 from rcgrpo_jax.data.sources import open_source
-from rcgrpo_jax.editors.open import open_editor
+from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.options import DataOptions, ModelOptions
 from rcgrpo_jax.parallel.distributed import local_job_range
 from rcgrpo_jax.progress import Progress
-from rcgrpo_jax.weights.load import ModelFolder
 
 
 def encode(
     data: DataOptions,
-    model: ModelOptions,
-    folder: ModelFolder,
+    options: ModelOptions,
+    model: Model,
     workdir: Path,
     mesh: Mesh,
     batch_size: int,
@@ -35,8 +34,8 @@ def encode(
 
     Args:
         data: The examples.
-        model: The model's options.
-        folder: The model.
+        options: The model's.
+        model: The model.
         workdir: Has the cache, unless `data.cache` says where.
         mesh: The mesh of all processes.
         batch_size: Examples in a batch.
@@ -54,7 +53,7 @@ def encode(
     with jax.set_mesh(mesh), Progress(len(local_job_range(len(source))), description="encode", lines=10) as progress:
         encoded = EncodedSource(
             source,
-            open_editor(folder, mesh, dtype=model.dtype, max_text_tokens=model.max_text_tokens),
+            model.open(EditorOptions(options.dtype, options.max_text_tokens), mesh),
             data.size,
             data.cache or workdir / "cache",
             check_all,

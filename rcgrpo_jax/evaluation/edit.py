@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.data.example import NOTHING, Needs, Source, check_needs
 from rcgrpo_jax.editors.base import Family, velocity_and_density
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, read_batches, read_example
 from rcgrpo_jax.evaluation.pictures import PictureLog, check_names, claim, edited_names
@@ -100,7 +100,7 @@ def edit_all(
         progress()
     if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
         editor.load_encoders()
-        _ = editor.transformer_params
+        _ = editor.params
     batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
     with PictureLog(Path(folder), rank, count) as log:
         for edited in edit_batches(editor, batches, options, lora, mesh):
@@ -121,7 +121,7 @@ def check_request(
     if not len(indices):
         raise UsageError("evaluate: no examples found; at least one was wanted.", "Name more examples.")
     height, width = source[indices[0]].image.shape[:2] if size is None else size
-    side = 2 * editor.vae.config.downscale
+    side = editor.model.sizes.token_pixels
     if any(x % side or x < side for x in (height, width)):
         nearest = (max(x // side, 1) * side for x in (width, height))
         raise UsageError(
@@ -139,13 +139,12 @@ def batch_rows(batch: int, count: int, mesh: Mesh) -> int:
 
 def edit_settings(editor: Editor, options: EditOptions, size: tuple[int, int]) -> dict[str, Any]:
     """What edits depend on besides the adapter and the data, and R_acd with them."""
-    attention = editor.transformer.attention
+    opened = editor.options
     return {
         "steps": options.num_steps, "guidance": float(options.guidance), "seed": options.seed, "size": list(size),
-        "acd_layers": min(attention.acd_layers, editor.transformer.config.num_blocks),
-        "acd_reference_keys": attention.acd_reference_keys, "text_tokens": editor.max_text_tokens,
-        "dtype": str(jnp.dtype(editor.dtype)), "quantization": editor.quantization,
-        "model": editor.folder.whole_fingerprint(),
+        "acd_layers": min(opened.acd_layers, editor.model.sizes.num_blocks),
+        "acd_reference_keys": opened.acd_reference_keys, "text_tokens": opened.max_text_tokens,
+        "dtype": opened.dtype, "quantization": opened.quantization, "model": editor.model.whole_fingerprint(),
     }  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def _edit(
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
     sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
     inputs = (condition, jnp.asarray(batch.masks), noise)
-    tokens, acd = _edit_latents(editor.family, editor.transformer_params, lora, inputs, sigmas, grid, mesh)
+    tokens, acd = _edit_latents(editor.family, editor.params, lora, inputs, sigmas, grid, mesh)
     return editor.decode(tokens, grid), acd
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from rcgrpo_jax.data.example import Source
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.evaluation.edit import EditOptions, batch_rows, check_request, edit_batches, edit_settings
 from rcgrpo_jax.evaluation.examples import check_targets, read_batches, right_batches
 from rcgrpo_jax.evaluation.measure import measure_edits

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import open_source, same_examples
-from rcgrpo_jax.editors.open import check_fits
+from rcgrpo_jax.editors.open import check_fits, open_model
 from rcgrpo_jax.encoding.encode import Batches
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import evaluate
@@ -37,7 +37,6 @@ from rcgrpo_jax.rl.trainer import Trainer, train_to_end
 from rcgrpo_jax.runs.checkpoint import config_differences
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.state import TrainState
-from rcgrpo_jax.weights.load import ModelFolder
 
 
 class Variant(NamedTuple):
@@ -170,8 +169,8 @@ def check_variants(
         raise UsageError("--seeds: 0 found, and no --batches; nothing would be done.", "Raise one of them.")
     open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
     if seeds:
-        folder = ModelFolder(config.model.path)
-        check_fits(folder, config.data.size, protocol.num_steps, config.model.dtype, field="data.size")
+        model = open_model(config.model.path)
+        check_fits(model, config.data.size, protocol.num_steps, config.model.dtype, field="data.size")
     return runs
 
 
@@ -226,7 +225,7 @@ def run_base(
 def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
     """What an evaluation is an evaluation of, and how it is made."""
     common = {name: config[name].to_dict() for name in ("model", "data", "acd")}
-    model = {"fingerprint": ModelFolder(config.model.path).whole_fingerprint()}
+    model = {"fingerprint": open_model(config.model.path).whole_fingerprint()}
     evaluated = {
         "protocol": protocol._asdict(),
         "model": model | {name: common["model"][name] for name in ("dtype", "quantization", "guidance")},
@@ -260,7 +259,7 @@ def _evaluate(
     source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
     model, acd = config.model, config.acd
     evaluation = evaluate(
-        load_editor(read_options(ModelOptions, model), ModelFolder(model.path), mesh, acd.layers, acd.reference_keys),
+        load_editor(read_options(ModelOptions, model), open_model(model.path), mesh, acd.layers, acd.reference_keys),
         source,
         range(len(source)),
         num_steps=protocol.num_steps,

@@ -14,7 +14,8 @@ from jaxtyping import UInt8
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import Needs, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
-from rcgrpo_jax.editors.open import check_fits, open_editor
+from rcgrpo_jax.editors.model import EditorOptions, Model
+from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.examples import check_targets
@@ -25,7 +26,6 @@ from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import Told, count_steps, silent
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.runs.workdir import write_text
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
 PICTURED = 8  # examples in the grid
@@ -73,7 +73,7 @@ def compare(found: Iterable[tuple[str, Evaluation]], source: Source, out: Path, 
 
 
 def evaluate_adapters(
-    folder: ModelFolder,
+    model: Model,
     source: Source,
     adapters: Mapping[str, dict | None],
     *,
@@ -91,7 +91,7 @@ def evaluate_adapters(
     """Edits all examples with each adapter, from the same noise, and measures the edits.
 
     Args:
-        folder: The model.
+        model: The model.
         source: Examples with targets.
         adapters: Name -> adapter with its scale folded in (`weights.lora.load_loras`); None is the base.
         steps: K.
@@ -104,7 +104,7 @@ def evaluate_adapters(
             not made again (`edit_all`). None: they are in memory alone.
         devices: The weights are spread over these; all by default.
         progress: Told of each edit; the job has the adapter's name.
-        **editor_options: Of `open_editor`: `max_text_tokens`, `quantization`, `acd_layers`.
+        **editor_options: Of `EditorOptions`: `max_text_tokens`, `quantization`, `acd_layers`.
 
     Yields:
         Name and evaluation of each adapter, as soon as it is there.
@@ -116,9 +116,9 @@ def evaluate_adapters(
     mesh = make_mesh({"fsdp": -1}, devices)
     if len(source):  # else `evaluate` says so
         height, width = size or source[0].image.shape[:2]
-        check_fits(folder, (height, width), steps, dtype, min(batch, len(source)))
+        check_fits(model, (height, width), steps, dtype, min(batch, len(source)))
         _check_edits_fit(len(source), height, width)
-    editor = open_editor(folder, mesh, dtype=dtype, **editor_options)
+    editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
     making = {"num_steps": steps, "guidance": guidance, "seed": seed, "batch": batch, "size": size, "mesh": mesh}
     for name, lora in adapters.items():
         options = {**making, "lora": lora, "progress": count_steps(progress, name, len(source))}

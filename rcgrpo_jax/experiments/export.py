@@ -7,15 +7,14 @@ from pathlib import Path
 import jax
 from safetensors import SafetensorError
 
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.options import OptimizerOptions, read_options
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.state import init_state
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import holds_lora, lora_file, save_lora
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 def export(
@@ -57,7 +56,7 @@ def export(
             f"Its result is {Path(workdir) / 'model'}.",
         )
     lora, optimizer = read_options(LoRAConfig, saved["lora"]), read_options(OptimizerOptions, saved["optimizer"])
-    params = abstract_params("transformer", ModelFolder(model or saved["model"]["path"]).config("transformer"))
+    params = open_model(model or saved["model"]["path"]).param_shapes
     state = checkpointer.restore(jax.eval_shape(lambda: init_state(lora, optimizer, saved["seed"], params)), step)
     try:
         return save_lora(Path(out), state.averaged, lora, params, form, dtype)

@@ -8,6 +8,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -29,7 +30,6 @@ from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.state import init_state
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
@@ -40,10 +40,13 @@ NAMES = ("rollout", "decode", "update")
 _UNITS = {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10, "": 1}
 
 
-class FluxKontext:
-    """What a `ModelFolder` of FLUX.1-Kontext-dev says of itself; it holds no weights."""
+class FluxKontextDev(FluxKontext):
+    """What the folder of FLUX.1-Kontext-dev says of itself; there is none, and there are no weights."""
 
     max_text_tokens = T5_LENGTH
+
+    def __init__(self):
+        self.path = Path(FLUX_KONTEXT)
 
     def config(self, name: str) -> Any:
         return {"transformer": MMDiTConfig, "vae": VAEConfig}[name]()
@@ -52,9 +55,13 @@ class FluxKontext:
         return {}
 
 
-def open_model(path: str) -> ModelFolder | FluxKontext:
-    """The shapes of a model folder, or FLUX.1-Kontext-dev's for an empty path or `flux-kontext`."""
-    return FluxKontext() if path in ("", FLUX_KONTEXT) else ModelFolder(path)
+def open_flux(path: str) -> FluxKontext:
+    """The shapes of a folder of FLUX, or FLUX.1-Kontext-dev's for an empty path or `flux-kontext`.
+
+    Raises:
+        UserError: If it is a folder of another family: FLOPs are counted and encodings laid out as FLUX's.
+    """
+    return FluxKontextDev() if path in ("", FLUX_KONTEXT) else FluxKontext(path)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Workload:
         topology: Devices.
     """
 
-    def __init__(self, options: Options, model: ModelFolder | FluxKontext, topology: Topology):
+    def __init__(self, options: Options, model: FluxKontext, topology: Topology):
         self.options, self.mesh = options, make_mesh(vars(options.mesh), topology.devices)
         self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
         editor = load_editor(options.model, model, self.mesh, options.acd.layers, options.acd.reference_keys)
@@ -111,7 +118,7 @@ class Workload:
         self.model = model
         target = math.prod(self.programs.grid)
         sizes = editor.transformer.config, editor.vae.config
-        total = flops.step(options, *sizes, editor.max_text_tokens, target, self.attention)
+        total = flops.step(options, *sizes, editor.options.max_text_tokens, target, self.attention)
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
@@ -223,7 +230,7 @@ def place(params: dict, mesh: Mesh, dtype: Any, quantization: str = NONE) -> dic
     return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
 
 
-def _trees(options: Options, programs: Programs, editor: Editor, model: ModelFolder | FluxKontext) -> dict[str, Any]:
+def _trees(options: Options, programs: Programs, editor: Editor, model: FluxKontext) -> dict[str, Any]:
     """Shapes and shardings of all that a run keeps on the devices."""
     mesh = programs.mesh
     whole, dtype = replicated(mesh), jnp.dtype(options.model.dtype)
@@ -234,15 +241,16 @@ def _trees(options: Options, programs: Programs, editor: Editor, model: ModelFol
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    base = flops.transformer_shapes(model.config("transformer"))
+    base = model.param_shapes
     decoder = {"decoder": abstract_params("vae", model.config("vae"))["decoder"]}
     sizes, prompts, group = editor.transformer.config, options.rollout.prompts, options.rollout.group_size
+    text = editor.options.max_text_tokens
     at_a_time = micro_batches(options)["rollout"] // prompts  # candidates of each group
     encoded = {
-        "text": array((prompts, editor.max_text_tokens, sizes.joint_attention_dim), dtype),
+        "text": array((prompts, text, sizes.joint_attention_dim), dtype),
         "pooled": array((prompts, sizes.pooled_projection_dim), dtype),
         "reference": array((prompts, math.prod(programs.grid), sizes.in_channels)),
-        "text_weights": array((prompts, editor.max_text_tokens)),
+        "text_weights": array((prompts, text)),
     }
     mask = array((prompts, *options.data.size))
     with jax.set_mesh(mesh):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
@@ -22,13 +23,12 @@ from rcgrpo_jax.options import changed
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import Chip
-from rcgrpo_jax.plan.programs import NAMES, FluxKontext, Plan, Workload, counts, device_bytes, micro_batches, place
+from rcgrpo_jax.plan.programs import NAMES, Plan, Workload, counts, device_bytes, micro_batches, place
 from rcgrpo_jax.plan.roofline import Time, roofline
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import check_mesh
 from rcgrpo_jax.runs.fields import quantization_problems
-from rcgrpo_jax.weights.load import ModelFolder
 
 MICRO_BATCH = {
     "rollout": "rollout.micro_batch",
@@ -78,7 +78,7 @@ class Search:
     def __init__(
         self,
         options: Options,
-        model: ModelFolder | FluxKontext,
+        model: FluxKontext,
         topology: Topology,
         limit: int,
         say: Callable[[str], None] = lambda _: None,
@@ -87,7 +87,7 @@ class Search:
         self.sizes = model.config("transformer")
         self.base = flops.transformer_shapes(self.sizes)
         height, width = options.data.size
-        self.target = height * width // (2 * model.config("vae").downscale) ** 2
+        self.target = height * width // model.sizes.token_pixels**2
         self.text = options.model.max_text_tokens or model.max_text_tokens
         self.chip = topology.chip or _UNKNOWN
         self.attention = choose(options.model.attention, topology.devices[0].platform, options.model.dtype)
@@ -108,7 +108,7 @@ class Search:
 
     def _can_run(self, shape: Shape) -> bool:
         try:
-            check_mesh(self.options, self._mesh(shape), self.sizes)
+            check_mesh(self.options, self._mesh(shape), self.sizes.num_attention_heads)
         except UsageError:
             return False
         return True

@@ -82,7 +82,7 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     """The plan in plain text."""
     topology, model = workload.topology, workload.options.model
     mesh = " x ".join(f"{axis} {size}" for axis, size in workload.mesh.shape.items())
-    tokens = workload.editor.max_text_tokens + 2 * workload.programs.grid[0] * workload.programs.grid[1]
+    tokens = workload.editor.options.max_text_tokens + 2 * workload.programs.grid[0] * workload.programs.grid[1]
     room = "" if topology.memory is None else f", {topology.memory / GIB:.2f} GiB a device"
     parts = [
         f"model     {model.path}, {model.dtype}, quantization {model.quantization}, "

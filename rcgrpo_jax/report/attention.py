@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from rcgrpo_jax.data.example import EditExample
-from rcgrpo_jax.editors.open import open_editor
+from rcgrpo_jax.editors.model import EditorOptions, Model
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.edit import initial_noise
 from rcgrpo_jax.evaluation.result import Evaluation
@@ -18,11 +19,10 @@ from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.report.heatmaps import attention_maps, overlay
 from rcgrpo_jax.report.page import Row
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
 
-def trained_model(workdir: Path, config: Mapping[str, Any]) -> ModelFolder:
+def trained_model(workdir: Path, config: Mapping[str, Any]) -> Model:
     """The model that a run post-trains.
 
     Raises:
@@ -32,19 +32,17 @@ def trained_model(workdir: Path, config: Mapping[str, Any]) -> ModelFolder:
         raise UserError(
             f"--attention: {workdir} has no checkpoint of `rcgrpo train`; one was wanted.", "Leave --attention out."
         )
-    return ModelFolder(config["model"]["path"])
+    return open_model(config["model"]["path"])
 
 
-def check_evaluated(
-    folder: ModelFolder, paths: Sequence[str], adapter: dict, evaluations: Mapping[str, Evaluation]
-) -> None:
+def check_evaluated(model: Model, paths: Sequence[str], adapter: dict, evaluations: Mapping[str, Evaluation]) -> None:
     """Refuses a model or LoRAs that are not those of the evaluation.
 
     Raises:
         UserError: Naming the flag.
     """
     for flag, path, here, measured in (
-        ("workdir", folder.path, folder.whole_fingerprint(), {x.settings.get("model") for x in evaluations.values()}),
+        ("workdir", model.path, model.whole_fingerprint(), {x.settings.get("model") for x in evaluations.values()}),
         ("lora", ", ".join(paths), adapter_fingerprint(adapter), {x.origin.get("lora") for x in evaluations.values()}),
     ):
         if here not in measured:
@@ -54,7 +52,7 @@ def check_evaluated(
 
 
 def attention_rows(
-    folder: ModelFolder,
+    model: Model,
     lora: dict,
     examples: Sequence[EditExample],
     settings: Mapping[str, Any],
@@ -65,18 +63,17 @@ def attention_rows(
     Edits start from the noise of the evaluation.
     """
     mesh = make_mesh({"fsdp": -1}, devices)
-    editor = open_editor(
-        folder,
-        mesh,
+    options = EditorOptions(
         dtype=settings["dtype"],
         max_text_tokens=settings["text_tokens"],
         quantization=settings["quantization"],
         attention="xla",  # the one that gives maps
         acd_layers=settings["acd_layers"],
     )
+    editor = model.open(options, mesh)
     images, masks = (np.stack([getattr(x, field) for x in examples]) for field in ("image", "mask"))
     grid = editor.grid(*images.shape[1:3])
-    shape = (grid[0] * grid[1], editor.transformer.config.in_channels)
+    shape = (grid[0] * grid[1], model.sizes.channels)
     noise = initial_noise(np.uint32(settings["seed"]), np.arange(len(examples)), shape)
     lora = jax.device_put(lora, replicated(mesh))
     instructions = [x.instruction for x in examples]

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.experiments.compare import Comparison, compare, evaluate_adapters, summary
 from rcgrpo_jax.experiments.export import export
@@ -20,9 +21,7 @@ from rcgrpo_jax.report.run_record import read_run
 from rcgrpo_jax.rl.recipes import small_editor
 from rcgrpo_jax.rl.trainer import train_to_end
 from rcgrpo_jax.runs.checkpoint import Checkpointer
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_loras
-from rcgrpo_jax.weights.networks import abstract_params
 
 SOLVER_STEPS, SEED, BATCH = 28, 0, 8  # of the comparison
 
@@ -61,13 +60,13 @@ def run_demo(
     file = export(out / "run", out / "lora")
     say(f"2/4 LoRA in diffusers format -> {file}")
     say(f"3/4 {examples} held-out edits, by the base and with the LoRA, from the same noise")
-    model, folder, source = config.model, ModelFolder(config.model.path), open_source(data)
-    lora = load_loras([str(file)], [1.0], abstract_params("transformer", folder.config("transformer")))
+    model, source = open_model(config.model.path), open_source(data)
+    lora = load_loras([str(file)], [1.0], model.param_shapes)
     found = evaluate_adapters(
-        folder, source, {"base": None, "lora": lora}, steps=SOLVER_STEPS, guidance=model.guidance, seed=SEED,
-        batch=BATCH, dtype=model.dtype, acd_layers=config.acd.layers, devices=devices, progress=progress,
+        model, source, {"base": None, "lora": lora}, steps=SOLVER_STEPS, guidance=config.model.guidance, seed=SEED,
+        batch=BATCH, dtype=config.model.dtype, acd_layers=config.acd.layers, devices=devices, progress=progress,
     )  # fmt: skip
-    title = f"{SOLVER_STEPS} solver steps, guidance {model.guidance}, one noise"
+    title = f"{SOLVER_STEPS} solver steps, guidance {config.model.guidance}, one noise"
     comparison = compare(found, source, out / "evaluation", title)
     say(summary(comparison, out / "evaluation"))
     say("4/4 all of it on a page")

@@ -6,7 +6,6 @@ Training needs two sums of this map (`method.concentration.masses`); people want
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 from rcgrpo_jax.data.images import for_display, outline
 from rcgrpo_jax.editors.base import Family
-from rcgrpo_jax.editors.flux_kontext import Editor, Networks
+from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.method import concentration, region
 
@@ -52,7 +51,7 @@ def attention_maps(
     """Edits as `Editor.edit` does, and keeps a(u) = sum_v A(v, u) of every step and selected layer (Eq. 16).
 
     All text tokens count and the target's keys alone, the layers are the last `acd_layers` of the editor's
-    `AttentionOptions`. Because each a(u) of a step and layer sums to N_txt, R_acd (Eq. 18) is the density (Eq. 17) of
+    options. Because each a(u) of a step and layer sums to N_txt, R_acd (Eq. 18) is the density (Eq. 17) of
     the mean map.
 
     Args:
@@ -72,17 +71,11 @@ def attention_maps(
     condition = editor.family.condition(editor.encode(images, instructions), guidance)
     regions = jax.vmap(partial(region.token_region, grid=grid))(jnp.asarray(masks))
     tokens, maps = _latents_and_maps(
-        with_maps(editor.family), editor.transformer_params, lora or {}, jnp.asarray(noise), condition, regions,
+        editor.family.with_maps(), editor.params, lora or {}, jnp.asarray(noise), condition, regions,
         editor.sigmas(num_steps, grid[0] * grid[1]), grid,
     )  # fmt: skip
     acd = jax.vmap(concentration.density)(maps, regions)
     return AttentionMaps(np.asarray(maps), np.asarray(acd), editor.decode(tokens, grid))
-
-
-def with_maps(networks: Networks) -> Networks:
-    """Networks whose selected blocks give their map too, over the target's keys."""
-    options = networks.transformer.attention._replace(acd_map=True, acd_reference_keys=False)
-    return replace(networks, transformer=networks.transformer.clone(attention=options))
 
 
 @partial(jax.jit, static_argnums=(0, 7))

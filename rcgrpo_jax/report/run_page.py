@@ -22,7 +22,6 @@ from rcgrpo_jax.report.attention import attention_rows, check_evaluated, trained
 from rcgrpo_jax.report.page import Report, Row
 from rcgrpo_jax.report.run_record import SCRIPT, RunRecord, commands, config_script, facts
 from rcgrpo_jax.weights.lora import load_loras
-from rcgrpo_jax.weights.networks import abstract_params
 
 PICTURED = 8  # examples
 CAPTIONED = ("success", "psnr")  # measures under an edit
@@ -81,10 +80,10 @@ def describe_run(
             found["Pictures"] = f"the first {len(examples)} of {data}"
             sections["examples"] = [example_row(i, example, evaluations) for i, example in enumerate(examples)]
             if attention:
-                folder = trained_model(workdir, config)
-                lora = load_loras(loras, strengths, abstract_params("transformer", folder.config("transformer")))
-                check_evaluated(folder, loras, lora, evaluations)
-                rows, top = attention_rows(folder, lora, examples[:attention], settings, devices)
+                model = trained_model(workdir, config)
+                lora = load_loras(loras, strengths, model.param_shapes)
+                check_evaluated(model, loras, lora, evaluations)
+                rows, top = attention_rows(model, lora, examples[:attention], settings, devices)
                 sections |= {"attention": rows, "attention_top": top}
     if config:
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}

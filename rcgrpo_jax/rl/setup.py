@@ -14,13 +14,13 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import EditExample, Needs, check_needs
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import Editor, Model
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.index import Known
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
-from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import target_kernels
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import check_parts, make_mesh
@@ -31,8 +31,6 @@ from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
-from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,23 @@ class Setup:
 
     options: Options
     mesh: Mesh
-    folder: ModelFolder  # the model
+    model: Model
     rewards: Mapping[str, Reward]  # those that have a weight
 
     def encode(self, workdir: Path) -> Batches:
         """The data through the encoders, in the cache of a run in `workdir`."""
         check, options = partial(check_scorable, self.rewards), self.options
-        where = (options.data, options.model, self.folder, workdir, self.mesh)
+        where = (options.data, options.model, self.model, workdir, self.mesh)
         return encode(*where, options.rollout.prompts, options.seed, check)
 
     def load_editor(self) -> Editor:
         """The model on the mesh."""
         acd = self.options.acd
-        return load_editor(self.options.model, self.folder, self.mesh, acd.layers, acd.reference_keys)
+        return load_editor(self.options.model, self.model, self.mesh, acd.layers, acd.reference_keys)
 
     def fresh_state(self) -> TrainState:
         """The state of an adapter that does nothing, on every device."""
-        return fresh_state(self.options, self.folder, self.mesh)
+        return fresh_state(self.options, self.model, self.mesh)
 
     def first_state(self) -> TrainState:
         """The state before the first step, with the LoRA of `lora.init` if there is one.
@@ -65,8 +63,7 @@ class Setup:
         Raises:
             UserError: If that LoRA cannot be read, or does not fit.
         """
-        shapes = abstract_params("transformer", self.folder.config("transformer"))
-        return start_lora(self.fresh_state(), self.options.lora, shapes, self.mesh)
+        return start_lora(self.fresh_state(), self.options.lora, self.model.param_shapes, self.mesh)
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Setup:
@@ -82,11 +79,11 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
     devices = jax.devices() if devices is None else list(devices)
     validate(config, len(devices))
     options = read_options(Options, config)
-    mesh, folder = make_mesh(vars(options.mesh), devices), ModelFolder(options.model.path)
-    setup = Setup(options, mesh, folder, make_rewards(options))
-    check_mesh(options, mesh, folder.config("transformer"))
-    check_model_fits(options, folder)
-    check_rollout(options, folder)
+    mesh, model = make_mesh(vars(options.mesh), devices), open_model(options.model.path)
+    setup = Setup(options, mesh, model, make_rewards(options))
+    check_mesh(options, mesh, model.sizes.num_heads)
+    check_model_fits(options, model)
+    check_rollout(options, model)
     return setup
 
 
@@ -99,9 +96,9 @@ def make_rewards(options: Options) -> dict[str, Reward]:
     }
 
 
-def fresh_state(options: Options, folder: ModelFolder, mesh: Mesh) -> TrainState:
+def fresh_state(options: Options, model: Model, mesh: Mesh) -> TrainState:
     """The state of an adapter that does nothing, on every device."""
-    shapes = abstract_params("transformer", folder.config("transformer"))
+    shapes = model.param_shapes
 
     def initial() -> TrainState:
         return init_state(options.lora, options.optimizer, options.seed, shapes)
@@ -109,7 +106,7 @@ def fresh_state(options: Options, folder: ModelFolder, mesh: Mesh) -> TrainState
     return jax.jit(initial, out_shardings=replicated(mesh))()
 
 
-def check_mesh(options: Options, mesh: Mesh, sizes: MMDiTConfig) -> None:
+def check_mesh(options: Options, mesh: Mesh, num_heads: int) -> None:
     """Refuses a mesh that splits a group over processes, and what `check_parts` and `attention.choose` refuse."""
     count = len({device.process_index for device in mesh.devices.flat})
     if options.rollout.prompts % count:
@@ -117,40 +114,39 @@ def check_mesh(options: Options, mesh: Mesh, sizes: MMDiTConfig) -> None:
             f"config: rollout.prompts: {options.rollout.prompts}; each of {count} processes scores whole groups.",
             f"Choose a multiple of {count}.",
         )
-    check_parts(mesh, sizes.num_attention_heads)
+    check_parts(mesh, num_heads)
     choose(options.model.attention, mesh.devices.flat[0].platform, options.model.dtype)
 
 
-def check_model_fits(options: Options, folder: ModelFolder) -> None:
+def check_model_fits(options: Options, model: Model) -> None:
     """Refuses settings that the model at hand cannot serve, before any weight is read."""
-    blocks = folder.config("transformer").num_blocks
-    if options.acd.weight and options.acd.layers > blocks:
+    sizes = model.sizes
+    if options.acd.weight and options.acd.layers > sizes.num_blocks:
         raise UsageError(
-            f"config: acd.layers: {options.acd.layers}; the model has {blocks} blocks.", "Lower acd.layers."
+            f"config: acd.layers: {options.acd.layers}; the model has {sizes.num_blocks} blocks.", "Lower acd.layers."
         )
-    downscale = 2 * folder.config("vae").downscale
-    if any(side % downscale for side in options.data.size):
+    if any(side % sizes.token_pixels for side in options.data.size):
         raise UsageError(
-            f"config: data.size: {options.data.size}; this model's tokens are {downscale} pixels a side.",
-            f"Choose multiples of {downscale}.",
+            f"config: data.size: {options.data.size}; this model's tokens are {sizes.token_pixels} pixels a side.",
+            f"Choose multiples of {sizes.token_pixels}.",
         )
-    target_kernels(abstract_params("transformer", folder.config("transformer")), options.lora.targets)
+    target_kernels(model.param_shapes, options.lora.targets)
 
 
-def check_rollout(options: Options, folder: ModelFolder) -> None:
+def check_rollout(options: Options, model: Model) -> None:
     """Refuses post-training whose groups or LoRA are larger than the memory of all that takes part.
 
     Raises:
         UserError: With the field that asks for it.
     """
     size, rollout = options.data.size, options.rollout
-    check_picture(size, folder)
+    check_picture(size, model)
     check_memory(
         f"rollout: {rollout.prompts} prompts x {rollout.group_size} candidates of {rollout.num_steps} steps",
-        rollout.prompts * rollout.group_size * candidate_bytes(size, folder, rollout.num_steps),
+        rollout.prompts * rollout.group_size * candidate_bytes(size, model, rollout.num_steps),
         "Lower rollout.prompts, rollout.group_size, rollout.num_steps or data.size.",
     )
-    check_lora(options.lora, bool(options.optimizer.ema_decay), folder)
+    check_lora(options.lora, bool(options.optimizer.ema_decay), model)
 
 
 def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) -> None:

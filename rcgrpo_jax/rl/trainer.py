@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.method import grpo
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     setup = set_up(config, devices)
     options = setup.options
     with jax.set_mesh(setup.mesh), open_run(options.train, config.to_dict(), workdir) as checkpointer:
-        config_record = config.to_dict() | {"model_digest": setup.folder.fingerprint("transformer")}
+        config_record = config.to_dict() | {"model_digest": setup.model.trained_fingerprint()}
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = setup.first_state()
         else:
@@ -132,14 +132,14 @@ class Trainer:
 
     Args:
         options: The run's.
-        editor: Transformer and VAE, loaded onto the mesh.
+        editor: Its trained network and decoder are loaded onto the mesh.
         mesh: The mesh.
         rewards: Name -> reward.
     """
 
     def __init__(self, options: Options, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward]):
         self.options, self.rewards = options, rewards
-        self.params = editor.transformer_params
+        self.params = editor.params
         self.decoder = editor.decoder_params
         self.programs = shared_programs(options.step, editor.family, mesh)
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored

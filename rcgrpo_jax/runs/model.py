@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from rcgrpo_jax.editors.flux_kontext import Editor
-from rcgrpo_jax.editors.open import open_editor
+from rcgrpo_jax.editors.model import Editor, EditorOptions, Model
 from rcgrpo_jax.options import ModelOptions
-from rcgrpo_jax.weights.load import ModelFolder
 
 
 def load_editor(
-    model: ModelOptions, folder: ModelFolder, mesh: Mesh, acd_layers: int = 1, acd_reference_keys: bool = False
+    options: ModelOptions, model: Model, mesh: Mesh, acd_layers: int = 1, acd_reference_keys: bool = False
 ) -> Editor:
-    """The model as a run uses it, on the mesh; of the attention's masses as `open_editor` has them."""
-    return open_editor(
-        folder, mesh, dtype=model.dtype, max_text_tokens=model.max_text_tokens, quantization=model.quantization,
-        attention=model.attention, remat=model.remat, acd_layers=acd_layers, acd_reference_keys=acd_reference_keys,
-    )  # fmt: skip
+    """The model as a run uses it, on the mesh; of the attention's masses as `EditorOptions` has them."""
+    shared = {f: getattr(options, f) for f in ("dtype", "max_text_tokens", "quantization", "attention", "remat")}
+    return model.open(EditorOptions(**shared, acd_layers=acd_layers, acd_reference_keys=acd_reference_keys), mesh)

@@ -9,24 +9,22 @@ from typing import Any
 import jax
 
 from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
-from rcgrpo_jax.weights.load import ModelFolder
-from rcgrpo_jax.weights.networks import abstract_params
 
 FLOAT32 = 4
 
 
-def check_picture(size: tuple[int, int], folder: ModelFolder) -> None:
+def check_picture(size: tuple[int, int], model: Model) -> None:
     """Counts a picture of (height, width) pixels and its latents."""
     height, width = size
     what = f"data.size: a picture of {height} x {width} pixels"
-    check_memory(what, candidate_bytes(size, folder, 1), "Choose a smaller data.size.")
+    check_memory(what, candidate_bytes(size, model, 1), "Choose a smaller data.size.")
 
 
-def check_lora(lora: LoRAConfig, averaged: bool, folder: ModelFolder) -> None:
+def check_lora(lora: LoRAConfig, averaged: bool, model: Model) -> None:
     """Counts `A` and `B` of every target, their gradients and two moments, and the average if one is kept."""
-    params = abstract_params("transformer", folder.config("transformer"))
-    numbers = adapter_numbers(target_kernels(params, lora.targets).values(), lora.rank)
+    numbers = adapter_numbers(target_kernels(model.param_shapes, lora.targets).values(), lora.rank)
     check_memory(
         f"lora.rank: {lora.rank}, with gradients and moments,",
         numbers * FLOAT32 * (5 if averaged else 4),
@@ -39,9 +37,8 @@ def adapter_numbers(kernels: Iterable[jax.ShapeDtypeStruct | Any], rank: int) ->
     return sum(math.prod(x.shape[:-2]) * (x.shape[-2] + x.shape[-1]) * rank for x in kernels)
 
 
-def candidate_bytes(size: tuple[int, int], folder: ModelFolder, num_steps: int) -> int:
+def candidate_bytes(size: tuple[int, int], model: Model, num_steps: int) -> int:
     """A candidate's states `[K + 1, N, C]` and its picture `[H, W, 3]`, float32."""
-    height, width = size
-    side = 2 * folder.config("vae").downscale  # of a token, pixels
-    tokens = (height // side) * (width // side)
-    return FLOAT32 * ((num_steps + 1) * tokens * folder.config("transformer").in_channels + 3 * height * width)
+    (height, width), sizes = size, model.sizes
+    tokens = (height // sizes.token_pixels) * (width // sizes.token_pixels)
+    return FLOAT32 * ((num_steps + 1) * tokens * sizes.channels + 3 * height * width)

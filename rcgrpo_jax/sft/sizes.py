@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.sft.options import Options
-from rcgrpo_jax.weights.load import ModelFolder
 
 
-def check_stage(options: Options, folder: ModelFolder) -> None:
+def check_stage(options: Options, model: Model) -> None:
     """Refuses supervised training whose batch, pictures or parameters are larger than that.
 
     Raises:
         UserError: With the field that asks for it.
     """
     height, width = options.data.size
-    check_picture(options.data.size, folder)
+    check_picture(options.data.size, model)
     check_memory(
         f"batch.size: {options.batch.size} sources and targets of {height} x {width} pixels",
         options.batch.size * 2 * 3 * height * width,
@@ -23,8 +23,8 @@ def check_stage(options: Options, folder: ModelFolder) -> None:
     )
     check_memory(
         f"flow.picture_steps: {options.flow.picture_steps} of {height} x {width} pixels",
-        candidate_bytes(options.data.size, folder, options.flow.picture_steps),
+        candidate_bytes(options.data.size, model, options.flow.picture_steps),
         "Lower flow.picture_steps or data.size.",
     )
     if options.stage == "lora":
-        check_lora(options.lora, bool(options.optimizer.ema_decay), folder)
+        check_lora(options.lora, bool(options.optimizer.ema_decay), model)

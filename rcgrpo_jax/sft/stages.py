@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.base import sample
-from rcgrpo_jax.editors.flux_kontext import to_unit
+from rcgrpo_jax.editors.flux_kontext import FluxKontext
+from rcgrpo_jax.editors.model import to_unit
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
@@ -30,9 +31,7 @@ from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.sft.options import Options
 from rcgrpo_jax.weights.export import save_folder
-from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
-from rcgrpo_jax.weights.networks import abstract_params
 
 
 class Stage:
@@ -45,7 +44,7 @@ class Stage:
         workdir: Directory of the run.
     """
 
-    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
         self.options, self.folder, self.mesh, self.workdir = options, folder, mesh, workdir
         self.editor = load_editor(options.model, folder, mesh)
         self.grid = self.editor.grid(*options.data.size)
@@ -55,7 +54,7 @@ class Stage:
         options, data, tokenizers = self.options, self.options.data, self.folder.tokenizers()
         source = open_source(data.path, data.polarity, data.mask_value, SUPERVISED)
         return TripleBatches(
-            source, data.size, options.batch.size, options.seed, tokenizers, self.editor.max_text_tokens
+            source, data.size, options.batch.size, options.seed, tokenizers, self.editor.options.max_text_tokens
         )
 
     def arrays(self, batch: Any) -> Any:
@@ -139,7 +138,7 @@ class VAEStage(Stage):
 class FlowStage(Stage):
     """Flow matching of the transformer, with its text encoders (Lipman et al. 2023; Esser et al. 2024)."""
 
-    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
         super().__init__(options, folder, mesh, workdir)
         dtype = jnp.dtype(options.model.dtype)
         self.clip = CLIPTextEncoder(folder.config("text_encoder"), dtype=dtype)
@@ -205,9 +204,9 @@ class Encoded(NamedTuple):
 class LoRAStage(FlowStage):
     """Flow matching of an adapter alone: supervised fine-tuning. Texts and sources are encoded once and cached."""
 
-    def __init__(self, options: Options, folder: ModelFolder, mesh: Mesh, workdir: Path):
+    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
         super().__init__(options, folder, mesh, workdir)
-        target_kernels(abstract_params("transformer", folder.config("transformer")), options.lora.targets)
+        target_kernels(folder.param_shapes, options.lora.targets)
 
     def batches(self):
         options = self.options
@@ -215,17 +214,17 @@ class LoRAStage(FlowStage):
         return encode(*where, options.batch.size, options.seed, needs=SUPERVISED)
 
     def identity(self, batches):
-        return {"data_digest": batches.source.digest, "model_digest": self.folder.fingerprint("transformer")}
+        return {"data_digest": batches.source.digest, "model_digest": self.folder.trained_fingerprint()}
 
     def arrays(self, batch: EditBatch) -> Encoded:
         return Encoded(batch.pixels, batch.targets, batch.mask, batch.encoded)
 
     def initial(self, key):
-        adapter = init_adapter(key, self.editor.transformer_params, self.options.lora)
+        adapter = init_adapter(key, self.editor.params, self.options.lora)
         return jax.device_put(adapter, replicated(self.mesh))
 
     def frozen(self):
-        return {"transformer": self.editor.transformer_params, "vae": self.editor.vae_params}
+        return {"transformer": self.editor.params, "vae": self.editor.vae_params}
 
     def networks(self, trained, frozen):
         return frozen, scale_adapter(trained, self.options.lora.scale)
@@ -235,7 +234,7 @@ class LoRAStage(FlowStage):
         return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):
-        lora, params = self.options.lora, self.editor.transformer_params
+        lora, params = self.options.lora, self.editor.params
         return save_lora(self.workdir / "lora", trained, lora, params, dtype=self.options.save_dtype)
 
 

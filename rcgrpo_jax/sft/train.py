@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.options import read_options
@@ -36,7 +37,6 @@ from rcgrpo_jax.sft.options import Options
 from rcgrpo_jax.sft.sizes import check_stage
 from rcgrpo_jax.sft.stages import STAGES, Stage
 from rcgrpo_jax.weights import random_folder
-from rcgrpo_jax.weights.load import ModelFolder
 
 PICTURED = 4  # examples in a picture
 
@@ -71,14 +71,14 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
             )
         folder = open_folder(options, workdir)
         # Then `batch.size` divides over the processes too: it does over data x fsdp, and each has whole rows of these.
-        check_parts(mesh, folder.config("transformer").num_attention_heads)
+        check_parts(mesh, folder.sizes.num_heads)
         choose(options.model.attention, mesh.devices.flat[0].platform, options.model.dtype)
         check_stage(options, folder)
         stage = STAGES[options.stage](options, folder, mesh, workdir)
         key_params, key = jax.random.split(jax.random.key(options.seed))
         state = new_state(options.optimizer, stage.initial(key_params), key)
         if checkpointer.latest_step() is None and options.stage == "lora":
-            state = start_lora(state, options.lora, stage.editor.transformer_params, mesh)
+            state = start_lora(state, options.lora, stage.editor.params, mesh)
         batches = stage.batches()
         config_record = config_record | stage.identity(batches)
         shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
@@ -92,21 +92,21 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
         return _save(stage, state, batches)
 
 
-def open_folder(options: Options, workdir: Path) -> ModelFolder:
+def open_folder(options: Options, workdir: Path) -> FluxKontext:
     """The model that training starts from; without a path, a new small editor in `workdir/start`."""
     if not options.model.path:
         path = workdir / "start"
         with together():
             if is_main() and not (path / "model_index.json").is_file():  # written last
                 random_folder.build(path, options.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
-        return ModelFolder(path)
-    folder = ModelFolder(options.model.path)
+        return FluxKontext(path)
+    folder = FluxKontext(options.model.path)
     if options.stage != "lora" and folder.converted:
         raise UserError(
             f"model.path: {folder.path} is a converted model; stage {options.stage} writes a diffusers folder.",
             "Give the diffusers folder that it was converted from.",
         )
-    side = 2 * folder.config("vae").downscale
+    side = folder.sizes.token_pixels
     if any(x % side for x in (*options.data.size, options.vae.crop)):
         raise UsageError(
             f"config: data.size {options.data.size}, vae.crop {options.vae.crop}; this model's tokens are {side} "

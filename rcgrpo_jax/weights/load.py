@@ -42,29 +42,36 @@ COPY_AGAIN = "The model folder is not complete or damaged; copy it again."
 SMALL_EDITOR = Path(__file__).parents[1] / "assets" / "small-editor"
 
 
+def find_folder(path: str | Path) -> Path:
+    """The folder of a model; `small-editor` is the editor that ships with the package.
+
+    Raises:
+        UserError: If it is neither a diffusers folder nor a converted directory.
+    """
+    folder = SMALL_EDITOR if str(path) == SMALL_EDITOR.name else Path(path)
+    remedy = "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`."
+    if not folder.is_dir():
+        raise UserError(f"model: {folder} is not a folder.", remedy)
+    if not any((folder / file).is_file() for file in (MANIFEST, ModelIndex.file)):
+        raise UserError(
+            f"model: {folder} holds neither {ModelIndex.file} (diffusers) nor {MANIFEST} (converted).", remedy
+        )
+    return folder
+
+
 class ModelFolder:
     """A model on disk, opened for reading.
 
     Args:
-        path: A diffusers folder or a converted directory; `small-editor` is the editor that ships with the package.
+        path: As `find_folder` takes it.
 
     Raises:
-        UserError: If it is neither.
+        UserError: If it is not a folder of FLUX.
     """
 
     def __init__(self, path: str | Path):
-        self.path = SMALL_EDITOR if str(path) == SMALL_EDITOR.name else Path(path)
-        if not self.path.is_dir():
-            raise UserError(
-                f"model: {self.path} is not a folder.",
-                "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`.",
-            )
+        self.path = find_folder(path)
         self.converted = (self.path / MANIFEST).is_file()
-        if not self.converted and not (self.path / "model_index.json").is_file():
-            raise UserError(
-                f"model: {self.path} holds neither model_index.json (diffusers) nor {MANIFEST} (converted).",
-                "Give a diffusers folder of FLUX.1-Kontext or a directory made by `rcgrpo convert`.",
-            )
         self._read(Manifest if self.converted else ModelIndex)
 
     def has(self, name: str) -> bool:
