@@ -115,5 +115,8 @@ class ModelIndex(Config):
         saved = {name: value for name, value in config.items() if value != [None, None]}  # a pipeline without the part
         cls.require(saved, **parts)
         if not str(name := config.get("_class_name", "Flux")).startswith("Flux"):
-            raise UserError(f"{cls.file}: _class_name is {shorten(name)}; a pipeline of FLUX was wanted.", cls.remedy)
+            raise UserError(
+                f"{cls.file}: _class_name is {shorten(name)}; a pipeline of FLUX was wanted.",
+                "Give a folder of FLUX.1-Kontext: convert, sft and plan know no other family.",
+            )
         return cls()

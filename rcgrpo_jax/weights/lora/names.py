@@ -78,6 +78,11 @@ def plain(name: str) -> str:
     return name.replace(".", "_")
 
 
+def is_flux(params: Mapping) -> bool:
+    """Whether a network is FLUX's transformer, the one whose layers have BFL's names too."""
+    return {"x_embedder", "context_embedder", "time_text_embed"} <= params.keys()
+
+
 def bfl_source(params: Mapping) -> Callable[[str], keymap.Source]:
     """diffusers' key -> BFL's, for a transformer of this width."""
     return partial(keymap.bfl_source, width=params["x_embedder"]["kernel"].shape[-1])
@@ -94,10 +99,10 @@ def linear_layers(params: Mapping) -> dict[str, list[Rows]]:
     """The linear layers that a file can name -> the kernels they fill, in the order of their rows.
 
     Args:
-        params: Parameters of a transformer (arrays or shapes).
+        params: Parameters of the trained network (arrays or shapes).
     """
     table: dict[str, list[Rows]] = {}
-    for to_source in (keymap.Source, bfl_source(params)):
+    for to_source in (keymap.Source, *([bfl_source(params)] if is_flux(params) else [])):
         for row in rows(params, to_source):
             table.setdefault(plain(row.source.key.removesuffix(".weight")), []).append(row)
     for found in table.values():

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.lora import names
@@ -57,7 +57,7 @@ def save_lora(
         target: A `.safetensors` file, or a folder, which gets a file of the form's usual name.
         adapter: Tree of the `lora` collection, as trained (B not scaled).
         config: Rank, alpha and targets.
-        params: Parameters of the transformer (arrays or shapes).
+        params: Parameters of the trained network (arrays or shapes).
         form: A name of `FORMS`.
         dtype: Of the factors in the file.
 
@@ -66,8 +66,14 @@ def save_lora(
 
     Raises:
         UserError: If a factor is not finite in `dtype`; nothing is written.
+        UsageError: If the form is one of FLUX's alone, and the network another.
         OSError: If it cannot be written.
     """
+    if form != "diffusers" and not names.is_flux(params):
+        raise UsageError(
+            f"--format: {form} found; diffusers was wanted: the model's layers have no other names.",
+            "Write --format=diffusers.",
+        )
     key_a, key_b, key_alpha = _KEYS[form]
     tensors, modules = {}, _modules(adapter, params, form)
     for module, (a, b) in modules.items():
