@@ -1,7 +1,5 @@
 """Another family of models is one file and one line: a toy of one goes the ways that users go."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ from rcgrpo_jax.rl.setup import set_up
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.sft.config import default_config as sft_config
 from rcgrpo_jax.sft.options import Options as SftOptions
-from rcgrpo_jax.sft.train import open_folder
+from rcgrpo_jax.sft.train import open_folder, train_supervised
 from rcgrpo_jax.weights.lora import load_lora, load_loras
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -176,10 +174,29 @@ def test_an_unknown_class_names_the_known_ones(capsys, tmp_path, model_path):
     assert "CONTRIBUTING.md" in remedy
 
 
-def test_plan_and_sft_are_for_flux_alone(model_path, tmp_path):
-    options = read_options(SftOptions, sft_config())
-    options = replace(options, model=replace(options.model, path=str(model_path)))
+def test_supervised_training_fits_a_lora_to_it(model_path, encodings, tmp_path):
+    config, before = sft_config(), sum(encodings)
+    config.stage = "lora"
+    config.model.update(path=str(model_path), dtype="float32", max_text_tokens=0, remat="none")
+    config.data.update(path="scenes:train:4", size=(32, 32))
+    config.batch.size, config.flow.picture_steps = 4, 2
+    config.lora.update(rank=4, targets=TARGETS)
+    config.optimizer.learning_rate = 0.01
+    config.train.update(num_steps=20, save_every=20, image_every=20)
+    file = train_supervised(config, tmp_path / "run", jax.devices()[:1])
+    losses = [line["loss"] for line in small_run.metrics_without_times(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert sum(encodings) == before + 4  # once, for twenty steps
+    load_lora(file, open_model(model_path).param_shapes)
+
+
+def test_plan_and_the_other_stages_are_for_flux_alone(model_path, tmp_path):
+    config = sft_config()
+    config.stage, config.model.path = "flow", str(model_path)
+    options = read_options(SftOptions, config)
     for opened in (lambda: open_flux(str(model_path)), lambda: open_folder(options, tmp_path)):
         with pytest.raises(UserError, match="'ToyPipeline'; a pipeline of FLUX was wanted") as error:
             opened()
-        assert error.value.remedy == "Give a folder of FLUX.1-Kontext: convert, sft and plan know no other family."
+        assert error.value.remedy.startswith(
+            "Give a folder of FLUX.1-Kontext: plan, convert and the stages vae and flow"
+        )

@@ -43,7 +43,7 @@ def test_pads_text_as_it_was_trained(editor):
 def test_autoencoder_keeps_held_out_scenes(editor, scenes):
     images = np.stack([scenes[i].image for i in range(32)])
     decode = jax.jit(lambda params, x: editor.vae.apply({"params": params}, x))
-    assert psnr(images, to_pixels(decode(editor.vae_params, to_unit(images)))) >= 30
+    assert psnr(images, to_pixels(decode(editor.image_params, to_unit(images)))) >= 30
 
 
 def test_diffusers_makes_the_same_edit(editor, scenes):

@@ -22,7 +22,7 @@ from rcgrpo_jax.editors import model
 from rcgrpo_jax.editors.base import Masses
 from rcgrpo_jax.editors.model import Sizes, to_unit
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.flow import schedule
+from rcgrpo_jax.flow import matching, schedule
 from rcgrpo_jax.models.lora import Linear
 from rcgrpo_jax.parallel.sharding import replicated
 
@@ -67,6 +67,9 @@ class Networks:
     def sigmas(self, num_steps, num_image_tokens):
         return schedule.sigmas(num_steps, num_image_tokens)
 
+    def sample_sigma(self, key, num_image_tokens, extra_shift):
+        return matching.sample_sigmas(key, (), num_image_tokens, extra_shift)
+
     def condition(self, encoded, guidance):
         reference = encoded["latents"]
         return Condition(encoded["bytes"], reference, jnp.full(reference.shape[:-2], guidance, jnp.float32))
@@ -88,6 +91,11 @@ class Networks:
             return v, None
         inside, total = (attention @ region[..., None])[..., 0], attention.sum(-1)
         return v, Masses(inside[None], total[None], attention.sum(-2)[None] if self.maps else None)  # of one block
+
+    def encode_image(self, params, pictures):
+        *batch, height, width, _ = pictures.shape
+        patches = pictures.reshape(*batch, height // SIDE, SIDE, width // SIDE, SIDE, 3).swapaxes(-4, -3)
+        return patches.reshape(*batch, -1, CHANNELS)
 
     def decode(self, params, tokens, grid):
         rows, columns = grid
@@ -145,8 +153,10 @@ class ToyEditor(model.Editor):
         return unflatten_dict({name: x for name, x in self._tensors.items() if name != "bytes"}, sep="/")
 
     @property
-    def decoder_params(self):
-        return {}  # patches are put side by side
+    def image_params(self):
+        return {}  # pictures are cut into patches
+
+    decoder_params = image_params
 
     @property
     def encoding_key(self):
@@ -159,10 +169,8 @@ class ToyEditor(model.Editor):
         length = self.options.max_text_tokens
         texts = [text.encode()[:length] for text in instructions]
         tokens = jnp.asarray([[*text, *[0] * (length - len(text))] for text in texts])
-        rows, columns = self.grid(*pixels.shape[1:3])
-        patches = to_unit(pixels).reshape(-1, rows, SIDE, columns, SIDE, 3).swapaxes(2, 3)
         return {
-            "latents": patches.reshape(-1, rows * columns, CHANNELS),
+            "latents": self.family.encode_image(self.image_params, to_unit(pixels)),
             "bytes": self._tensors["bytes"][tokens],
             "is_byte": (tokens > 0).astype(jnp.float32),
         }

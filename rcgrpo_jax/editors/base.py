@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solver import EULER, Solver, VelocityWithAux
@@ -33,6 +33,9 @@ class Family(Hashable, Protocol):
     def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[Array, " K+1"]:
         """The times of a rollout of K steps."""
 
+    def sample_sigma(self, key: PRNGKeyArray, num_image_tokens: int, extra_shift: float) -> Float[Array, ""]:
+        """A time of supervised training; a higher `extra_shift` makes it noisier. See `flow.matching.sample_sigmas`."""
+
     def condition(self, encoded: Mapping[str, Array], guidance: float) -> Any:
         """The condition `c`, of what the editor's `encode` gave: arrays by name, with any leading axes."""
 
@@ -54,8 +57,11 @@ class Family(Hashable, Protocol):
     ) -> tuple[Float[Array, "*b N C"], Masses | None]:
         """`v_theta(x, sigma, c)`, float32, and the attention masses of the selected blocks where a region is given."""
 
+    def encode_image(self, params: dict, pictures: Float[Array, "*b H W 3"]) -> Float[Array, "*b N C"]:
+        """Latents of pictures in [-1, 1], float32; `params` are those of the editor's `image_params`."""
+
     def decode(self, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
-        """Pictures in [-1, 1], float32; `params` are the decoder's."""
+        """Pictures in [-1, 1], float32; `params` are the editor's `decoder_params`, or its `image_params`."""
 
     def with_maps(self) -> Family:
         """These networks, whose masses have their map, over the target's keys alone; `report` draws it.

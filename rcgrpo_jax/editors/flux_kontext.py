@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from rcgrpo_jax.editors import model
 from rcgrpo_jax.editors.base import Masses
 from rcgrpo_jax.editors.model import EditorOptions, Sizes, to_unit
-from rcgrpo_jax.flow import latents, schedule
+from rcgrpo_jax.flow import latents, matching, schedule
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.clip import CLIPTextEncoder
 from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, MMDiT, sown_masses
@@ -44,6 +44,9 @@ class Networks:
     def sigmas(self, num_steps, num_image_tokens):
         return schedule.sigmas(num_steps, num_image_tokens, **dict(self.shift_options))
 
+    def sample_sigma(self, key, num_image_tokens, extra_shift):
+        return matching.sample_sigmas(key, (), num_image_tokens, extra_shift, **dict(self.shift_options))
+
     def condition(self, encoded, guidance):
         reference = encoded["reference"]
         scale = jnp.full(reference.shape[:-2], guidance, jnp.float32)  # of the distilled model
@@ -64,6 +67,10 @@ class Networks:
         names = ("acd_inside", "acd_total", *(["acd_map"] if options.acd_map else []))
         return v, Masses(*(sown_masses(sown["intermediates"], name, options.acd_layers) for name in names))
 
+    def encode_image(self, params, pictures):
+        """Packed, normalised latents: the mode, no sampling."""
+        return latents.pack(self.vae.apply({"params": params}, pictures, method="encode")).astype(jnp.float32)
+
     def decode(self, params, tokens, grid):
         pictures = self.vae.apply({"params": params}, latents.unpack(tokens, grid), method="decode")
         return pictures.astype(jnp.float32)
@@ -71,10 +78,6 @@ class Networks:
     def with_maps(self):
         attention = self.transformer.attention._replace(acd_map=True, acd_reference_keys=False)
         return replace(self, transformer=self.transformer.clone(attention=attention))
-
-    def encode_image(self, params: dict, pictures: Float[Array, "*b H W 3"]) -> Float[Array, "*b N C"]:
-        """Packed, normalised latents (the mode, no sampling) of pictures in [-1, 1], float32."""
-        return latents.pack(self.vae.apply({"params": params}, pictures, method="encode")).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,10 @@ class Editor(model.Editor):
 
     @property
     def decoder_params(self) -> dict:
-        return {"decoder": self.vae_params["decoder"]}
+        return {"decoder": self.image_params["decoder"]}
 
     @cached_property
-    def vae_params(self) -> dict:
+    def image_params(self) -> dict:
         return self._load("vae")
 
     @property
@@ -168,7 +171,7 @@ class Editor(model.Editor):
         return tokenizers, params, jax.jit(clip.apply), jax.jit(t5.apply)
 
     def load_encoders(self) -> None:
-        _ = self._text, self.vae_params
+        _ = self._text, self.image_params
 
     def encode_text(self, instructions: Sequence[str]) -> TextEncoding:
         """T5 sequence and pooled CLIP vector of each instruction, in the compute dtype."""
@@ -182,7 +185,7 @@ class Editor(model.Editor):
 
     def encode_image(self, pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P N C"]:
         """Packed, normalised latents (the mode, no sampling) of images, float32."""
-        return _encode(self.family, self.vae_params, to_unit(pixels))
+        return _encode(self.family, self.image_params, to_unit(pixels))
 
     def encode(self, pixels: UInt8[np.ndarray, "P H W 3"], instructions: Sequence[str]) -> dict[str, Array]:
         """What the transformer reads of sources and instructions, by name.

@@ -95,8 +95,13 @@ class Editor(ABC):
 
     @property
     @abstractmethod
+    def image_params(self) -> dict:
+        """Those of the network between pictures and latents."""
+
+    @property
+    @abstractmethod
     def decoder_params(self) -> dict:
-        """Those of the decoder."""
+        """Those of them that the way to pictures takes: all that stays in memory while a LoRA is post-trained."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What `rcgrpo sft` can train: the autoencoder, the flow with its text encoders, or an adapter alone.
+"""What `rcgrpo sft` can train: FLUX's autoencoder, its flow with its text encoders, or an adapter of any family.
 
 Each stage gives the loss of one example; `sft.train` maps it over the batch and the mesh.
 """
@@ -6,7 +6,7 @@ Each stage gives the loss of one example; `sft.train` maps it over the batch and
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.base import sample
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
-from rcgrpo_jax.editors.model import to_unit
+from rcgrpo_jax.editors.model import Model, to_unit
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.triples import SUPERVISED, TripleBatches
@@ -39,12 +39,12 @@ class Stage:
 
     Args:
         options: The run's, validated.
-        folder: The model that training starts from.
+        folder: The model that training starts from; the stages `vae` and `flow` train FLUX's networks alone.
         mesh: The mesh.
         workdir: Directory of the run.
     """
 
-    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
+    def __init__(self, options: Options, folder: FluxKontext | Model, mesh: Mesh, workdir: Path):
         self.options, self.folder, self.mesh, self.workdir = options, folder, mesh, workdir
         self.editor = load_editor(options.model, folder, mesh)
         self.grid = self.editor.grid(*options.data.size)
@@ -138,27 +138,27 @@ class VAEStage(Stage):
 class FlowStage(Stage):
     """Flow matching of the transformer, with its text encoders (Lipman et al. 2023; Esser et al. 2024)."""
 
-    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
-        super().__init__(options, folder, mesh, workdir)
-        dtype = jnp.dtype(options.model.dtype)
-        self.clip = CLIPTextEncoder(folder.config("text_encoder"), dtype=dtype)
-        self.t5 = T5Encoder(folder.config("text_encoder_2"), dtype=dtype)
-        self.shift_options = folder.schedule_options()
+    @cached_property
+    def text_encoders(self) -> tuple[CLIPTextEncoder, T5Encoder]:
+        """The networks without their parameters."""
+        dtype, config = jnp.dtype(self.options.model.dtype), self.folder.config
+        return CLIPTextEncoder(config("text_encoder"), dtype=dtype), T5Encoder(config("text_encoder_2"), dtype=dtype)
 
     def initial(self, key):
         return {name: self._float32(name) for name in ("transformer", "text_encoder", "text_encoder_2")}
 
     def frozen(self):
-        return {"vae": self.editor.vae_params}
+        return {"vae": self.editor.image_params}
 
     def networks(self, trained: dict, frozen: dict) -> tuple[dict, dict]:
         """All networks' parameters, and the adapter."""
         return frozen | trained, {}
 
     def condition(self, params: dict, example: Any) -> tuple[Any, Array]:
-        """What the transformer reads of one example, and the packed latents of its target."""
-        pooled = self.clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
-        text = self.t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
+        """The condition of one example, and the packed latents of its target."""
+        clip, t5 = self.text_encoders
+        pooled = clip.apply({"params": params["text_encoder"]}, example.clip[None])[0]
+        text = t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
         reference, target = self.encode(params, jnp.stack([example.source, example.target]))
         encoded = {"text": text, "pooled": pooled, "reference": reference}
         return self.editor.family.condition(encoded, self.options.model.guidance), target
@@ -171,7 +171,7 @@ class FlowStage(Stage):
         params, lora = self.networks(trained, frozen)
         condition, data = self.condition(params, example)
         key_sigma, key_noise = jax.random.split(key)
-        sigma = matching.sample_sigmas(key_sigma, (), len(data), self.options.flow.extra_shift, **self.shift_options)
+        sigma = self.editor.family.sample_sigma(key_sigma, len(data), self.options.flow.extra_shift)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
         predicted, _ = self.editor.family.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
         region = token_region(example.mask, self.grid)
@@ -182,7 +182,8 @@ class FlowStage(Stage):
     def picture(self, trained, frozen, example):
         params, lora = self.networks(trained, frozen)
         condition, _ = self.condition(params, example)
-        family, noise = self.editor.family, jax.random.normal(jax.random.key(0), condition.reference.shape)
+        family = self.editor.family
+        noise = jax.random.normal(jax.random.key(0), family.source(condition).shape)
         sigmas = family.sigmas(self.options.flow.picture_steps, len(noise))
         states = sample(family, params["transformer"], lora, noise, condition, sigmas, self.grid)
         return family.decode(params["vae"], states[-1], self.grid)
@@ -202,9 +203,12 @@ class Encoded(NamedTuple):
 
 
 class LoRAStage(FlowStage):
-    """Flow matching of an adapter alone: supervised fine-tuning. Texts and sources are encoded once and cached."""
+    """Flow matching of an adapter alone: supervised fine-tuning of any family.
 
-    def __init__(self, options: Options, folder: FluxKontext, mesh: Mesh, workdir: Path):
+    Texts and sources are encoded once and cached.
+    """
+
+    def __init__(self, options: Options, folder: Model, mesh: Mesh, workdir: Path):
         super().__init__(options, folder, mesh, workdir)
         target_kernels(folder.param_shapes, options.lora.targets)
 
@@ -224,7 +228,7 @@ class LoRAStage(FlowStage):
         return jax.device_put(adapter, replicated(self.mesh))
 
     def frozen(self):
-        return {"transformer": self.editor.params, "vae": self.editor.vae_params}
+        return {"transformer": self.editor.params, "vae": self.editor.image_params}
 
     def networks(self, trained, frozen):
         return frozen, scale_adapter(trained, self.options.lora.scale)

@@ -19,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
+from rcgrpo_jax.editors.model import Model
+from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.options import read_options
@@ -92,16 +94,21 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
         return _save(stage, state, batches)
 
 
-def open_folder(options: Options, workdir: Path) -> FluxKontext:
-    """The model that training starts from; without a path, a new small editor in `workdir/start`."""
+def open_folder(options: Options, workdir: Path) -> Model:
+    """The model that training starts from; without a path, a new small editor in `workdir/start`.
+
+    Raises:
+        UserError: If a stage that trains FLUX's own networks starts from another family, or a converted directory.
+    """
     if not options.model.path:
         path = workdir / "start"
         with together():
             if is_main() and not (path / "model_index.json").is_file():  # written last
                 random_folder.build(path, options.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
         return FluxKontext(path)
-    folder = FluxKontext(options.model.path)
-    if options.stage != "lora" and folder.converted:
+    if options.stage == "lora":
+        folder = open_model(options.model.path)
+    elif (folder := FluxKontext(options.model.path)).converted:
         raise UserError(
             f"model.path: {folder.path} is a converted model; stage {options.stage} writes a diffusers folder.",
             "Give the diffusers folder that it was converted from.",

@@ -117,6 +117,6 @@ class ModelIndex(Config):
         if not str(name := config.get("_class_name", "Flux")).startswith("Flux"):
             raise UserError(
                 f"{cls.file}: _class_name is {shorten(name)}; a pipeline of FLUX was wanted.",
-                "Give a folder of FLUX.1-Kontext: convert, sft and plan know no other family.",
+                "Give a folder of FLUX.1-Kontext: plan, convert and the stages vae and flow know no other family.",
             )
         return cls()
