@@ -81,6 +81,14 @@ def test_each_example_is_encoded_once(calls, tmp_path):
             np.testing.assert_array_equal(value, second[i][key])
 
 
+def test_what_lies_in_a_cache_of_before_is_found(calls, monkeypatch, tmp_path):
+    """An entry is named by a hash of all that it depends on: hashed in another way, all data would be encoded anew."""
+    monkeypatch.setattr(Editor, "load_encoders", lambda self: None)
+    editor = Editor(FluxKontext("small-editor"), EditorOptions("bfloat16"))
+    EncodedSource([make_example()], editor, SIZE, tmp_path)
+    assert entries(tmp_path) == {"3ded6313ce07f3ad31535904178986a8.safetensors"}
+
+
 def test_encoded_together_is_encoded_alone(tmp_path):
     """The last of three, two at a time, is filled up; of two equal ones one is encoded."""
     source = EditFolder(small_run.data_folder())
