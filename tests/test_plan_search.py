@@ -142,7 +142,7 @@ ON_TPU = {"mesh.data": 2, "mesh.fsdp": 2, "model.max_text_tokens": 128, "data.si
 def test_an_update_for_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu")
     options = changed(small_run.make_options(), ON_TPU)
-    workload = Workload(options, open_model(options.model.path), open_topology("v5e:2x2"))
+    workload = Workload(options, open_flux(options.model.path), open_topology("v5e:2x2"))
     update = workload.compile("update")
     assert workload.attention == "splash"
     assert update.fits
