@@ -16,7 +16,8 @@ GROUND = ("borders", "errors", "filetypes", "options", "orbax", "progress")
 LAYERS = [
     ("method",),
     ("flow", "models", "data"),
-    ("rewards", "parallel", "weights"),
+    ("parallel", "weights"),
+    ("rewards",),
     ("editors",),
     ("encoding",),
     ("evaluation", "runs"),

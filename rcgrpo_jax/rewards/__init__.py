@@ -13,13 +13,16 @@ from rcgrpo_jax.rewards.base import (
     register,
     registered,
 )
+from rcgrpo_jax.rewards.change import Change
+from rcgrpo_jax.rewards.clip import CLIPDirection, CLIPText
 from rcgrpo_jax.rewards.colour import Colour
+from rcgrpo_jax.rewards.lpips import LPIPS
 from rcgrpo_jax.rewards.oracle import Oracle
 from rcgrpo_jax.rewards.preservation import Preservation
 from rcgrpo_jax.rewards.scoring import PendingScores, Scores, start_all, take_all
 
 __all__ = [
-    "Colour", "Local", "Oracle", "Pending", "PendingScores", "Preservation", "Reward", "RewardInputs", "Scores",
-    "Unscored", "as_reward", "make", "name_problems", "option_problems", "register", "registered",
-    "start_all", "take_all",
+    "LPIPS", "CLIPDirection", "CLIPText", "Change", "Colour", "Local", "Oracle", "Pending", "PendingScores",
+    "Preservation", "Reward", "RewardInputs", "Scores", "Unscored", "as_reward", "make", "name_problems",
+    "option_problems", "register", "registered", "start_all", "take_all",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ class RewardInputs(NamedTuple):
     mask: Float[Array, "P H W"]  # in [0, 1], 1 where the edit belongs
     instructions: tuple[str, ...]  # one a prompt
     targets: Float[Array, "P H W 3"] | None = None  # reference edits
+    captions: tuple[str, ...] | None = None  # of the edited pictures, one a prompt; given where a reward needs them
 
 
 class Pending(Protocol):
@@ -46,6 +47,7 @@ class Reward(ABC):
     """
 
     needs_target: bool = False  # whether it is given only examples with a reference edit
+    needs_caption: bool = False  # whether it is given only examples with a caption of the edited picture
 
     def validate(self, instruction: str) -> None:  # noqa: B027 (a reward may accept every instruction)
         """Raises a UserError if no edit for this instruction could be scored; called before training starts."""
@@ -57,13 +59,17 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Local(Reward):
-    """A reward that is computed here; `needs_target` and `validate` are the function's, where it has them."""
+    """A reward that is computed here; what a `Reward` says of itself is the function's, where it says so."""
 
     function: Callable[[RewardInputs], Float[Array, "P G"]]
 
     @property
     def needs_target(self) -> bool:
         return getattr(self.function, "needs_target", Reward.needs_target)
+
+    @property
+    def needs_caption(self) -> bool:
+        return getattr(self.function, "needs_caption", Reward.needs_caption)
 
     def validate(self, instruction: str) -> None:
         if hasattr(self.function, "validate"):

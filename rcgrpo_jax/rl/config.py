@@ -71,7 +71,8 @@ _RANGES = {
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
     "reward_options.preservation.cap": (1e-6, LARGE), "reward_options.colour.scale": (1e-6, LARGE),
     "reward_options.colour.lightness": (0, LARGE), "reward_options.oracle.noise": (0, LARGE),
-    "reward_options.oracle.seed": (0, 2**32 - 1),
+    "reward_options.oracle.seed": (0, 2**32 - 1), "reward_options.change.scale": (1e-6, LARGE),
+    "reward_options.clip_text.margin": (0, 1000), "reward_options.clip_direction.margin": (0, 1000),
     "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
 }  # fmt: skip
 

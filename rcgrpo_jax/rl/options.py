@@ -112,6 +112,21 @@ class Options:
                 "scale": 40.0,  # CIELAB units at which a pixel's score falls to 1 / e
                 "lightness": 0.5,  # weight of lightness differences
             },
+            "change": {
+                "scale": 12.0,  # CIELAB units at which a pixel's score is 0.63
+            },
+            "lpips": {},
+            "clip_text": {
+                "path": "",  # folder of a CLIP model, or its name on the hub
+                "margin": 0.25,  # around the region, on either side, in sides of its bounding box
+                "text": "instruction",  # what to compare with: instruction, or caption, which examples must then have
+            },
+            "clip_direction": {
+                "path": "",
+                "margin": 0.25,
+                "text": "instruction",
+                "source_text": "a photo",  # what the sources show
+            },
             "oracle": {
                 "noise": 0.0,  # standard deviation of the judge's error, in units of the reward
                 "seed": 0,  # of that error

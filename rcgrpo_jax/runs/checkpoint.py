@@ -29,6 +29,10 @@ from rcgrpo_jax.parallel.distributed import together
 ADDED = {
     "data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour",
     "train.writers": "tensorboard",
+    "reward_options.change.scale": 12.0, "reward_options.lpips": {}, "reward_options.clip_text.path": "",
+    "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
+    "reward_options.clip_direction.path": "", "reward_options.clip_direction.margin": 0.25,
+    "reward_options.clip_direction.text": "instruction", "reward_options.clip_direction.source_text": "a photo",
 }  # fmt: skip
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 

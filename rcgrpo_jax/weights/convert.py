@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.export import network_json
 from rcgrpo_jax.weights.files import TensorFiles
+from rcgrpo_jax.weights.hub import local_path
 from rcgrpo_jax.weights.leaf_reader import LeafReader, ShardingOf, on_default_device, problem_report
 from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, ModelFolder, fingerprint
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
@@ -34,9 +34,8 @@ Progress = Callable[[str, int, int], None]  # (network, leaves done, leaves in a
 
 def open_checkpoint(source: str, base: str | None) -> tuple[dict[str, LeafReader], dict[str, dict], Path | None]:
     """A reader and a `config.json` for each network of the source, and the folder with tokenizers and scheduler."""
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path = _download(source)
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model", *(f"{name}/*.safetensors" for name in NETWORKS)]
+    path = local_path(source, patterns)
     readers, configs = {}, {}
     if path.is_file():
         model = ModelFolder(base) if base else None
@@ -194,18 +193,3 @@ def _write_manifest(target: Path, source: str, dtype: Any, fingerprints: dict[st
         "fingerprints": fingerprints,
     }
     (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model", *(f"{n}/*.safetensors" for n in NETWORKS)]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name}: not a local path, and the hub did not give it ({reason}).",
-            "Check the name; for a gated model accept its licence and run `hf auth login`, or download it by hand.",
-        ) from None

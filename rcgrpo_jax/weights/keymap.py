@@ -1,6 +1,6 @@
 """Where each leaf of our parameter trees lies in a released file: diffusers' keys and BFL's single-file keys.
 
-Our modules carry diffusers' names, so one rule serves all four networks: the key of a leaf is its path joined by dots,
+Our modules carry diffusers' names, so one rule serves all networks: the key of a leaf is its path joined by dots,
 `name_3` read as `name.3`, with the layer's number after the name of its scanned stack. BFL's file of the transformer is
 a table on top of that (names of black-forest-labs/flux).
 """
@@ -21,6 +21,7 @@ STACKS = (
     ("transformer_blocks",),
     ("single_transformer_blocks",),
     ("text_model", "encoder", "layers"),
+    ("vision_model", "encoder", "layers"),
     ("encoder", "block"),
 )
 _NUMBERED = re.compile(r"^(?!linear_|wi_)(.*)_(\d+)$")

@@ -14,7 +14,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.weights import keymap
 from rcgrpo_jax.weights.files import tensor_problems
-from rcgrpo_jax.weights.networks import NETWORKS
+from rcgrpo_jax.weights.networks import ALL
 from rcgrpo_jax.weights.stored import StoredNetwork
 
 ShardingOf = Callable[[keymap.Path, tuple[int, ...]], Sharding | None]
@@ -34,7 +34,7 @@ class LeafReader:
 
     Args:
         tensors: The network's in the opened files.
-        name: A key of `NETWORKS`.
+        name: A key of `networks.ALL`.
         params: The tree to fill (arrays or shapes).
         to_source: `keymap.Source` for diffusers' files, or a map to BFL's.
     """
@@ -55,7 +55,7 @@ class LeafReader:
     def problems(self) -> list[str]:
         """A line for every tensor that is missing, unexpected, mis-shaped or not of a float dtype."""
         expected = keymap.expected_tensors(self.leaves)
-        return tensor_problems(expected, self.tensors.shapes, self.tensors.dtypes, NETWORKS[self.name].ignored)
+        return tensor_problems(expected, self.tensors.shapes, self.tensors.dtypes, ALL[self.name].ignored)
 
     def check(self) -> None:
         if problems := self.problems():

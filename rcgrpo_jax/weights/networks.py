@@ -1,4 +1,4 @@
-"""The four networks of an editor: how to build each, and the shapes of its parameters."""
+"""The four networks of an editor, and CLIP for rewards: how to build each, and the shapes of its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rcgrpo_jax.models.clip import CLIPTextEncoder
-from rcgrpo_jax.models.config import CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
+from rcgrpo_jax.models.clip_vision import CLIP
+from rcgrpo_jax.models.config import CLIPConfig, CLIPTextConfig, MMDiTConfig, T5Config, VAEConfig
 from rcgrpo_jax.models.mmdit import Condition, MMDiT
 from rcgrpo_jax.models.t5 import T5Encoder
 from rcgrpo_jax.models.vae import VAE
@@ -36,6 +37,11 @@ class Network:
     file: str  # stem of the safetensors file in a diffusers folder
     library: tuple[str, str]  # its entry in model_index.json
     ignored: frozenset[str] = frozenset()  # tensors in released files that are buffers or duplicates
+
+
+def _clip_inputs(config: CLIPConfig) -> tuple:
+    side = config.vision.image_size
+    return jnp.zeros((1, config.text.max_position_embeddings), jnp.int32), jnp.zeros((1, side, side, 3))
 
 
 NETWORKS = {
@@ -70,6 +76,19 @@ NETWORKS = {
         frozenset({"encoder.embed_tokens.weight"}),
     ),
 }
+# Those of an editor's folder, and those that have folders of their own.
+ALL = NETWORKS | {
+    "clip": Network(
+        CLIPConfig,
+        CLIP,
+        _clip_inputs,
+        "model",
+        ("transformers", "CLIPModel"),
+        frozenset({
+            "logit_scale", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids",
+        }),
+    ),
+}  # fmt: skip
 
 
 def abstract_params(name: str, config: Any) -> dict:
@@ -79,6 +98,6 @@ def abstract_params(name: str, config: Any) -> dict:
 
 @functools.cache  # loading, checking and exporting all ask, and to trace an `init` takes a while
 def _init_shapes(name: str, config: Any) -> dict:
-    network = NETWORKS[name]
+    network = ALL[name]
     module = network.module(config)
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *network.inputs(config)))["params"]

@@ -1,0 +1,91 @@
+"""A CLIP model on disk: both towers, the tokenizer, and what its processor says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Int
+
+from rcgrpo_jax.borders import check_memory, read_object
+from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.models.clip_vision import MEAN, STD
+from rcgrpo_jax.models.config import CLIPConfig
+from rcgrpo_jax.weights.files import TensorFiles
+from rcgrpo_jax.weights.hub import local_path
+from rcgrpo_jax.weights.leaf_reader import LeafReader, on_default_device
+from rcgrpo_jax.weights.networks import abstract_params
+from rcgrpo_jax.weights.stored import StoredNetwork
+from rcgrpo_jax.weights.tokenizers import load_clip_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+_PATTERNS = ("*.json", "*.txt", "*.safetensors")
+_REMEDY = "Give the folder of a CLIP model, or its name on the hub, such as openai/clip-vit-large-patch14."
+
+
+class CLIPFolder(NamedTuple):
+    """A CLIP model that was read."""
+
+    config: CLIPConfig
+    params: dict[str, Any]  # of `models.clip_vision.CLIP`, float32, on the default device
+    tokenizer: CLIPTokenizer
+    lock: Any  # held while the tokenizer is called
+
+    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B N"]:
+        """Ids of texts, int32; what is longer than the model reads is cut, and ends as every text does."""
+        length = self.config.text.max_position_embeddings
+        with self.lock:
+            found = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+        return np.asarray(found["input_ids"], np.int32)
+
+
+@lru_cache(maxsize=1)  # rewards that ask the same model share it; ViT-L/14 takes 1.7 GB
+def load_clip(path: str) -> CLIPFolder:
+    """Reads a folder as transformers' `CLIPModel` and `CLIPProcessor` save it, safetensors only.
+
+    Args:
+        path: The folder, or the model's name on the hub.
+
+    Raises:
+        UserError: For a folder of another kind, and weights or a vocabulary that are not those of its `config.json`.
+    """
+    folder = local_path(path, _PATTERNS)
+    if not path or not folder.is_dir():
+        raise UserError(f"{path or '(empty)'}: no such folder; that of a CLIP model was wanted.", _REMEDY)
+    try:
+        config = CLIPConfig.from_json(read_object(folder / CLIPConfig.file, _REMEDY))
+    except UserError as error:
+        raise UserError(f"{folder}: {error.problem.removeprefix(f'{folder}/')}", error.remedy) from None
+    _check_processor(folder)
+    tokenizer = load_clip_tokenizer(folder)
+    if (last := max(tokenizer.get_vocab().values())) >= config.text.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has token {last}; config.json has vocab_size {config.text.vocab_size}.",
+            "Copy all files of the model's release again.",
+        )
+    params = abstract_params("clip", config)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    check_memory(f"{folder} with {size:,} parameters", 4 * size, "Choose a smaller CLIP model, or add memory.")
+    reader = LeafReader(StoredNetwork(TensorFiles(folder)), "clip", params)
+    reader.check()
+    loaded = {leaf.path: reader.read(leaf, jnp.float32, on_default_device) for leaf in reader.leaves}
+    reader.check_finite()
+    return CLIPFolder(config, unflatten_dict(loaded), tokenizer, Lock())
+
+
+def _check_processor(folder: Path) -> None:
+    """Refuses a folder whose processor normalises pictures in another way."""
+    file = folder / "preprocessor_config.json"
+    said = read_object(file, _REMEDY) if file.is_file() else {}
+    for field, wanted in (("image_mean", MEAN), ("image_std", STD)):
+        if field in said and said[field] != list(wanted):
+            raise UserError(f"{file}: {field} is {said[field]}; only {list(wanted)} is implemented.", _REMEDY)
