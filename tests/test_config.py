@@ -295,7 +295,7 @@ def test_the_options_of_rewards_are_listed_with_their_defaults():
         ({"colour": {}}, []),
         ({"color": {"scale": 3.0}}, ["color: no such reward; did you mean colour?"]),
         ({"zzz": {}},
-         ["zzz: no such reward; one of change, clip_direction, clip_text, colour, lpips, oracle, preservation was wanted"]),
+         [f"zzz: no such reward; one of {', '.join(sorted(rewards.registered()))} was wanted"]),
         ({"oracle": {"nois": 0.1}}, ["oracle.nois: no such option; did you mean noise?"]),
         ({"oracle": {"zzz": 0.1}}, ["oracle.zzz: no such option; one of noise, seed was wanted"]),
         ({"oracle": {"noise": "much", "seed": 0.5}},

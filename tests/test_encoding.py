@@ -114,6 +114,21 @@ def test_masks_are_kept_as_bytes_and_come_back_as_they_were(calls, tmp_path):
     assert load_file(file)["mask"].dtype == np.uint8
 
 
+def test_captions_are_kept_where_they_are_asked_for(calls, tmp_path):
+    def encoded(caption: str, captions: bool) -> EncodedSource:
+        source = [make_example(caption=caption)]
+        return EncodedSource(source, make_editor(), SIZE, tmp_path, captions=captions)
+
+    first = encoded("A red box.", True)
+    assert Batches(first, 2, 0)[0].captions == ("A red box.",) * 2
+    assert encoded("A blue box.", True)[0]["caption"] == "A blue box."  # and no old result
+    plain = encoded("A red box.", False)
+    assert "caption" not in plain[0]
+    assert Batches(plain, 2, 0)[0].captions is None
+    assert plain.digest == encoded("A blue box.", False).digest != first.digest
+    assert len(entries(tmp_path)) == 3
+
+
 # The index: a start that finds the files unchanged reads none of them.
 
 

@@ -96,9 +96,12 @@ TARGET = replace(EXAMPLE, target=EXAMPLE.image)
             Needs(target="training", right_target="a judge"),
             "one: its target is flawed on purpose; a judge needs a right one.",
         ),
+        (EXAMPLE, Needs(caption="a judge"), "one: no caption; a judge needs one."),
+        (replace(EXAMPLE, caption=" "), Needs(caption="a judge"), "one: no caption; a judge needs one."),
+        (replace(EXAMPLE, caption="A cup."), Needs(caption="a judge"), None),
     ],
 )
-def test_a_target_is_asked_for_by_who_needs_it(example, needs, problem):
+def test_a_target_or_caption_is_asked_for_by_who_needs_it(example, needs, problem):
     if problem is None:
         check_needs(example, needs)
         return

@@ -31,6 +31,10 @@ class EditExample:
     def has_target(self) -> bool:
         return self.target is not None
 
+    @property
+    def has_caption(self) -> bool:
+        return bool(self.caption and self.caption.strip())
+
 
 def check_example(example: EditExample) -> EditExample:
     """Returns the example as it came, if an editor can be run and scored on it.
@@ -93,6 +97,7 @@ class Needs(NamedTuple):
     mask: str = ""
     target: str = ""  # also one that is flawed on purpose
     right_target: str = ""  # one that is not
+    caption: str = ""
 
 
 NOTHING = Needs()
@@ -108,10 +113,12 @@ class Described(Protocol):
     def has_target(self) -> bool: ...
     @property
     def flawed(self) -> bool: ...
+    @property
+    def has_caption(self) -> bool: ...
 
 
 def check_needs(example: Described, needs: Needs) -> None:
-    """Refuses an example without the target that is needed; sources themselves refuse those without a mask.
+    """Refuses an example without the target or caption that is needed; sources themselves refuse those without a mask.
 
     Raises:
         UserError: With the example, what it lacks, and who needs it.
@@ -125,6 +132,11 @@ def check_needs(example: Described, needs: Needs) -> None:
         raise UserError(
             f"{example.name}: its target is flawed on purpose; {needs.right_target} needs a right one.",
             "Leave such examples out; of scenes, the share of flaws.",
+        )
+    if not example.has_caption and needs.caption:
+        raise UserError(
+            f"{example.name}: no caption; {needs.caption} needs one.",
+            'Add a "caption" that describes the edited image, or choose what needs none.',
         )
 
 

@@ -102,7 +102,7 @@ class EditFolder:
         entry = self._entries[index]
         files = [(str(file.absolute()), (found := file.stat()).st_size, found.st_mtime_ns) for file in entry.files]
         text = None if isinstance(entry.instruction, Path) else entry.instruction
-        line = [entry.name, text, entry.marking, entry.mask is None, entry.flawed, entry.target is None]
+        line = [entry.name, text, entry.marking, entry.mask is None, entry.flawed, entry.target is None, entry.caption]
         return hashlib.sha256(json.dumps([line, files]).encode()).hexdigest()[:32]
 
     def __getitem__(self, index: int) -> EditExample:

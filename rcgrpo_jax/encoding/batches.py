@@ -20,6 +20,7 @@ class EditBatch(NamedTuple):
     mask: Float[np.ndarray, "P H W"]  # edit region, resized
     instructions: tuple[str, ...]
     targets: UInt8[np.ndarray, "P H W 3"] | None = None  # reference edits, where every example has one
+    captions: tuple[str, ...] | None = None  # of the edited pictures, where the entries hold them
 
 
 class Batches:
@@ -58,4 +59,5 @@ class Batches:
         encoded = {name: stack(name) for name in rows[0].keys() - EXAMPLE}
         targets = stack("target") if all("target" in row for row in rows) else None
         instructions = tuple(row["instruction"] for row in rows)
-        return EditBatch(encoded, stack("pixels"), stack("mask"), instructions, targets)
+        captions = tuple(row["caption"] for row in rows) if all("caption" in row for row in rows) else None
+        return EditBatch(encoded, stack("pixels"), stack("mask"), instructions, targets, captions)

@@ -22,7 +22,7 @@ from rcgrpo_jax.encoding.index import READING, Known, read_index, write_index
 from rcgrpo_jax.errors import UserError, everywhere
 from rcgrpo_jax.parallel import distributed
 
-EXAMPLE = {"pixels", "mask", "target", "instruction"}  # what an entry holds beside the encodings
+EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
 PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
 _SAME_DATA = "Give every process the same data, or one folder that all see."
 
@@ -32,9 +32,10 @@ class EncodedSource:
 
     Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
-    The file of an example is named by a hash of its pixels, mask, target and instruction, of the editor's
-    `encoding_key`, and of the size, so that changed inputs never meet old results. Beside them lies an index by path,
-    size and time of the examples' files: a start reads none that has been encoded and is unchanged.
+    The file of an example is named by a hash of its pixels, mask, target and instruction, its caption where that is
+    kept, of the editor's `encoding_key`, and of the size, so that changed inputs never meet old results. Beside them
+    lies an index by path, size and time of the examples' files: a start reads none that has been encoded and is
+    unchanged.
 
     Args:
         source: The examples.
@@ -43,6 +44,7 @@ class EncodedSource:
         folder: The cache; created if missing.
         validate: Called with each example, or with what the index knows of it; raises if it cannot be used.
         progress: Called after each example with (done, all).
+        captions: Whether entries hold the captions, which every example must have then.
 
     Raises:
         UserError: If an example cannot be read or differs between processes, or the cache cannot be written.
@@ -56,9 +58,10 @@ class EncodedSource:
         folder: str | Path,
         validate: Callable[[EditExample | Known], None] = lambda _: None,
         progress: Callable[[int, int], None] = lambda *_: None,
+        captions: bool = False,
     ):
-        self.folder, self._editor, self._size = Path(folder), editor, size
-        self._settings = [*editor.encoding_key, list(size)]
+        self.folder, self._editor, self._size, self._captions = Path(folder), editor, size, captions
+        self._settings = [*editor.encoding_key, list(size), *["captions"] * captions]
         sizes = distributed.gather(np.array([len(source)]))
         if sizes.min() < sizes.max():
             apart = UserError(
@@ -98,8 +101,8 @@ class EncodedSource:
             if known is None:
                 example = source[i]
                 validate(example)
-                name = _content_hash(example, self._settings)
-                known = Known(name, example.name, example.instruction, example.has_target, example.flawed)
+                about = (example.instruction, example.has_target, example.flawed, example.has_caption)
+                known = Known(self._hash(example), example.name, *about)
             else:
                 validate(known)
             if stamp:
@@ -108,6 +111,15 @@ class EncodedSource:
         if found.items() - index.items():
             write_index(self.folder, settings, jax.process_index(), index | found)
         return hashes
+
+    def _hash(self, example: EditExample) -> str:
+        """Names an example's entry."""
+        texts = [example.instruction, *[example.caption] * self._captions]
+        digest = hashlib.sha256(json.dumps([*texts, *self._settings]).encode())
+        for array in (example.image, example.mask, example.target):
+            if array is not None:
+                digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:32]
 
     def _absent(self, names: Mapping[int, str]) -> list[int]:
         """The examples, index -> name of the entry, that have none yet; of equal ones the first."""
@@ -124,7 +136,7 @@ class EncodedSource:
             chunk = indices[start : start + at_once]
             examples = [source[index] for index in chunk]
             for index, example in zip(chunk, examples, strict=True):
-                if _content_hash(example, self._settings) != self._names[index]:
+                if self._hash(example) != self._names[index]:
                     raise UserError(f"data: example {index} has changed, or is another on another process.", _SAME_DATA)
             self._write([self._names[index] for index in chunk], examples, at_once)
             done(chunk)
@@ -163,9 +175,10 @@ class EncodedSource:
             tensors = {key: x[row] for key, x in encoded.items()} | {"pixels": pixels[row], "mask": mask}
             if example.target is not None:
                 tensors["target"] = resize_image(example.target, self._size)
-            self._save(self._file(name), tensors, example.instruction)
+            texts = {"instruction": example.instruction} | ({"caption": example.caption} if self._captions else {})
+            self._save(self._file(name), tensors, texts)
 
-    def _save(self, file: Path, tensors: Mapping[str, np.ndarray], instruction: str) -> None:
+    def _save(self, file: Path, tensors: Mapping[str, np.ndarray], texts: dict[str, str]) -> None:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
@@ -173,7 +186,7 @@ class EncodedSource:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
-            save_file(in_order, partial, metadata={"instruction": instruction})
+            save_file(in_order, partial, metadata=texts)
             partial.replace(file)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
             with suppress(OSError):
@@ -181,12 +194,3 @@ class EncodedSource:
             raise UserError(
                 f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
             ) from None
-
-
-def _content_hash(example: EditExample, settings: Sequence) -> str:
-    digest = hashlib.sha256(json.dumps([example.instruction, *settings]).encode())
-    for array in (example.image, example.mask, example.target):
-        if array is None:
-            continue
-        digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:32]

@@ -29,6 +29,7 @@ def encode(
     seed: int,
     check: Callable[[EditExample | Known], None] = lambda example: None,
     needs: Needs = REGION,
+    captions: bool = False,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
 
@@ -42,6 +43,7 @@ def encode(
         seed: Of their order.
         check: Raises if an example cannot be used for another reason than `needs`.
         needs: What examples must have.
+        captions: Whether batches have captions, which every example must have then.
     """
     source = open_source(data.path, data.polarity, data.mask_value, needs)
 
@@ -58,5 +60,6 @@ def encode(
             data.cache or workdir / "cache",
             check_all,
             lambda done, _: progress.update(),
+            captions,
         )
     return Batches(encoded, batch_size, seed)

@@ -29,6 +29,7 @@ class Known(NamedTuple):
     instruction: str
     has_target: bool
     flawed: bool
+    has_caption: bool
 
 
 def read_index(folder: Path, settings: str) -> dict[str, Known]:
@@ -44,7 +45,7 @@ def read_index(folder: Path, settings: str) -> dict[str, Known]:
     for file in sorted(folder.glob(f"index-{settings}-*.json")):
         try:
             rows = parse_json(file.read_text(encoding="utf-8"))
-            conform(rows, dict[str, tuple[_Entry, str, str, bool, bool]], f"{file}", "")
+            conform(rows, dict[str, tuple[_Entry, str, str, bool, bool, bool]], f"{file}", "")
         except (OSError, ValueError, UserError):
             continue
         known |= {stamp: Known(*row) for stamp, row in rows.items()}

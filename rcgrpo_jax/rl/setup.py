@@ -46,7 +46,8 @@ class Setup:
         """The data through the encoders, in the cache of a run in `workdir`."""
         check, options = partial(check_scorable, self.rewards), self.options
         where = (options.data, options.model, self.model, workdir, self.mesh)
-        return encode(*where, options.rollout.prompts, options.seed, check)
+        captions = any(reward.needs_caption for reward in self.rewards.values())
+        return encode(*where, options.rollout.prompts, options.seed, check, captions=captions)
 
     def load_editor(self) -> Editor:
         """The model on the mesh."""
@@ -153,5 +154,5 @@ def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) 
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
-        if reward.needs_target:
-            check_needs(example, Needs(right_target=f"the reward {name!r}"))
+        who = f"the reward {name!r}"
+        check_needs(example, Needs(right_target=who * reward.needs_target, caption=who * reward.needs_caption))

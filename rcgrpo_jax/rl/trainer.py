@@ -261,7 +261,7 @@ class Trainer:
             targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
             return partial(
                 reward_registry.RewardInputs, source=source, mask=jnp.asarray(batch.mask),
-                instructions=batch.instructions, targets=targets,
+                instructions=batch.instructions, targets=targets, captions=batch.captions,
             )  # fmt: skip
 
     def start_scoring(
