@@ -283,9 +283,10 @@ def test_a_run_without_any_reward_is_refused():
 
 
 def test_the_options_of_rewards_are_listed_with_their_defaults():
-    assert default_config().reward_options.to_dict() == rewards.registered()
-    for name, options in rewards.registered().items():
-        assert rewards.option_problems(name, options) == []
+    known = rewards.factories()
+    assert default_config().reward_options.to_dict() == rewards.default_options(known)
+    for name, options in rewards.default_options(known).items():
+        assert rewards.option_problems(name, options, known) == []
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_the_options_of_rewards_are_listed_with_their_defaults():
         ({"colour": {}}, []),
         ({"color": {"scale": 3.0}}, ["color: no such reward; did you mean colour?"]),
         ({"zzz": {}},
-         [f"zzz: no such reward; one of {', '.join(sorted(rewards.registered()))} was wanted"]),
+         [f"zzz: no such reward; one of {', '.join(sorted(rewards.factories()))} was wanted"]),
         ({"oracle": {"nois": 0.1}}, ["oracle.nois: no such option; did you mean noise?"]),
         ({"oracle": {"zzz": 0.1}}, ["oracle.zzz: no such option; one of noise, seed was wanted"]),
         ({"oracle": {"noise": "much", "seed": 0.5}},

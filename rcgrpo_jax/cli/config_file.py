@@ -19,7 +19,8 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import check_for_checkpoints, check_workdir, expand_fields, expand_home, path_flag
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
-from rcgrpo_jax.rl.config import name_rewards, reward_fields
+from rcgrpo_jax.rewards import known_rewards
+from rcgrpo_jax.rl.reward_fields import name_rewards, reward_fields
 from rcgrpo_jax.runs.fields import flatten
 from rcgrpo_jax.runs.writers import writer_names
 
@@ -92,7 +93,8 @@ def parse_with_config(
     config = load_config(file, defaults) if file is not None and not {"--help", "-help", "-h"} & {*argv} else None
     if config is not None:
         fields = re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(others), re.MULTILINE)
-        name_rewards(config, fields)
+        plugins = re.findall(r"^--?config\.(plugins\.[^=\n]+)[=\n](.*)$", "\n".join(others), re.MULTILINE)
+        name_rewards(config, dict.fromkeys(fields, "") | dict(plugins))
         _check_overrides(config, fields, defaults)
 
     def define_all(values: flags.FlagValues) -> None:
@@ -129,7 +131,8 @@ def _check_overrides(config: ConfigDict, names: Sequence[str], defaults: str) ->
     fields = list(flatten(config.to_dict()))
     for name in names:
         if not any(f"{field}.".startswith(f"{name}.") for field in fields):
-            near = nearest(name, {*fields, *(reward_fields() if "rewards" in config else ())} - {name})
+            known = reward_fields(known_rewards(config.plugins)) if "rewards" in config else ()
+            near = nearest(name, {*fields, *known} - {name})
             group = name.rpartition(".")[0]
             beside = ", ".join(field.removeprefix(f"{group}.") for field in fields if field.startswith(f"{group}."))
             raise UsageError(

@@ -30,7 +30,8 @@ from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.options import ModelOptions, read_options
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import Told, count_steps, silent
-from rcgrpo_jax.rl.config import MAY_DIFFER, name_rewards
+from rcgrpo_jax.rl.config import MAY_DIFFER
+from rcgrpo_jax.rl.reward_fields import name_rewards
 from rcgrpo_jax.rl.setup import Setup, set_up
 from rcgrpo_jax.rl.step_metrics import background_drift
 from rcgrpo_jax.rl.trainer import Trainer, train_to_end

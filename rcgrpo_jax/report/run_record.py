@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.saved_runs import read_saved_config, schema_of
+from rcgrpo_jax.rl.reward_fields import FREE
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
 
@@ -93,7 +94,10 @@ def facts(record: RunRecord) -> dict[str, str]:
     if "explore" in config:
         found["Exploration"] = _EXPLORATION[config["explore"]["kind"]].format(**config)
         weights = {name: weight for name, weight in config["rewards"].items() if weight}
-        found["Rewards"] = ", ".join(f"{name} (weight {weight})" for name, weight in weights.items())
+        schedules = {name: f" x {text}" for name, text in config["reward_schedules"].items()}
+        found["Rewards"] = ", ".join(f"{name} (weight {x}{schedules.get(name, '')})" for name, x in weights.items())
+        if config["watch"]:
+            found["Watched"] = config["watch"]
     if record.metrics:
         first, last = record.metrics[0], record.metrics[-1]
         found["Steps"] = f"{last['step']} of {config['train']['num_steps']}" if config else str(last["step"])
@@ -120,7 +124,7 @@ def _changes(config: Mapping[str, Any], default: Mapping[str, Any], name: str) -
     for field, value in config.items():
         if field not in default or default[field] == value:
             continue
-        if isinstance(value, Mapping) and field not in ("rewards", "reward_options"):  # whose fields a user names
+        if isinstance(value, Mapping) and field not in FREE:  # whose fields a user names
             yield from _changes(value, default[field], f"{name}.{field}")
         elif isinstance(value, Mapping):
             yield f"{name}.{field} = ConfigDict({dict(value)!r})"

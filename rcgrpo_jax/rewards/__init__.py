@@ -7,22 +7,24 @@ from rcgrpo_jax.rewards.base import (
     RewardInputs,
     Unscored,
     as_reward,
+    default_options,
+    factories,
     make,
     name_problems,
     option_problems,
     register,
-    registered,
 )
 from rcgrpo_jax.rewards.change import Change
 from rcgrpo_jax.rewards.clip import CLIPDirection, CLIPText
 from rcgrpo_jax.rewards.colour import Colour
 from rcgrpo_jax.rewards.lpips import LPIPS
 from rcgrpo_jax.rewards.oracle import Oracle
+from rcgrpo_jax.rewards.plugins import known_rewards, try_reward
 from rcgrpo_jax.rewards.preservation import Preservation
 from rcgrpo_jax.rewards.scoring import PendingScores, Scores, start_all, take_all
 
 __all__ = [
     "LPIPS", "CLIPDirection", "CLIPText", "Change", "Colour", "Local", "Oracle", "Pending", "PendingScores",
-    "Preservation", "Reward", "RewardInputs", "Scores", "Unscored", "as_reward", "make", "name_problems",
-    "option_problems", "register", "registered", "start_all", "take_all",
+    "Preservation", "Reward", "RewardInputs", "Scores", "Unscored", "as_reward", "default_options", "factories",
+    "known_rewards", "make", "name_problems", "option_problems", "register", "start_all", "take_all", "try_reward",
 ]  # fmt: skip

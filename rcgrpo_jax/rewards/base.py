@@ -112,23 +112,30 @@ def register(name: str) -> Callable[[Factory], Factory]:
     return add
 
 
-def make(name: str, **options: Any) -> Reward:
-    """Builds a registered reward.
+def factories() -> dict[str, Factory]:
+    """Every registered reward: name -> factory."""
+    return dict(_FACTORIES)
+
+
+def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: Any) -> Reward:
+    """Builds a reward.
 
     Args:
-        name: The name it was registered under.
+        name: Its name.
+        known: Name -> factory; the registered ones by default.
         **options: Passed to its factory.
 
     Raises:
         UsageError: No reward has the name, or its factory does not take the options.
     """
-    if name not in _FACTORIES:
-        near = nearest(name, _FACTORIES)
+    known = factories() if known is None else known
+    if name not in known:
+        near = nearest(name, known)
         raise UsageError(
-            f"reward: {name!r} found; one of {', '.join(sorted(_FACTORIES))} was wanted.",
+            f"reward: {name!r} found; one of {', '.join(sorted(known))} was wanted.",
             f"Did you mean {near!r}?" if near else "Name one of these, or import the module that registers yours.",
         )
-    signature = inspect.signature(_FACTORIES[name])
+    signature = inspect.signature(known[name])
     try:
         signature.bind(**options)
     except TypeError as error:
@@ -136,35 +143,36 @@ def make(name: str, **options: Any) -> Reward:
             f"reward {name!r}: {error}; the options {', '.join(signature.parameters) or '(none)'} were wanted.",
             "Correct the options.",
         ) from None
-    return as_reward(_FACTORIES[name](**options))
+    return as_reward(known[name](**options))
 
 
-def registered() -> dict[str, dict[str, Any]]:
-    """Every registered reward: name -> option -> default, where it has one."""
-    parameters = {name: inspect.signature(factory).parameters for name, factory in _FACTORIES.items()}
+def default_options(known: Mapping[str, Factory]) -> dict[str, dict[str, Any]]:
+    """The options of rewards: name -> option -> default, where it has one."""
+    parameters = {name: inspect.signature(factory).parameters for name, factory in known.items()}
     return {
         name: {option: x.default for option, x in found.items() if x.default not in (None, x.empty)}
         for name, found in parameters.items()
     }
 
 
-def name_problems(names: Iterable[str]) -> list[str]:
-    """The names under which no reward is registered, a line each."""
-    return [f"{name}: no such reward; {_nearest(name, _FACTORIES)}" for name in names if name not in _FACTORIES]
+def name_problems(names: Iterable[str], known: Mapping[str, Factory]) -> list[str]:
+    """The names that no reward has, a line each."""
+    return [f"{name}: no such reward; {_nearest(name, known)}" for name in names if name not in known]
 
 
-def option_problems(name: str, options: Any) -> list[str]:
+def option_problems(name: str, options: Any, known: Mapping[str, Factory]) -> list[str]:
     """What is wrong with the options that a configuration gives a reward, a line each.
 
     Args:
         name: The reward's.
         options: Option -> value. A value of another type than the option's default is a problem, but an int is a float.
+        known: Name -> factory.
     """
-    if name not in _FACTORIES:
-        return [f"{name}: no such reward; {_nearest(name, _FACTORIES)}"]
+    if name not in known:
+        return name_problems([name], known)
     if not isinstance(options, Mapping):
         return [f"{name}: {options!r} found; a group of options was wanted"]
-    parameters = inspect.signature(_FACTORIES[name]).parameters
+    parameters = inspect.signature(known[name]).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     problems = []
     for option, value in options.items():

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -35,7 +36,7 @@ class PendingScores:
         NaN passes through as it is: what combines the scores decides what becomes of the group.
 
         Raises:
-            UserError: A reward failed, but for `Unscored`, or returned another shape; the message names it.
+            UserError: A reward failed, but for `Unscored`, or returned no array of the shape; the message names it.
         """
         sound = np.asarray(self.sound)
         by_reward, failures = {}, {}
@@ -45,7 +46,7 @@ class PendingScores:
                     if isinstance(pending, Unscored):
                         raise pending
                     # Copied to the host here: an error in asynchronously dispatched work surfaces now.
-                    scores = np.asarray(pending.result(), np.float32)
+                    scores = np.asarray(_checked(pending.result()), np.float32)
             except Unscored as cause:
                 failures[name] = reason(cause)
                 scores = np.full(sound.shape, np.nan, np.float32)
@@ -87,6 +88,20 @@ def take_all(parts: Sequence[PendingScores]) -> Scores:
     by_reward = {name: np.concatenate([x.by_reward[name] for x in taken], axis=1) for name in taken[0].by_reward}
     failures = {name: cause for x in reversed(taken) for name, cause in x.failures.items()}
     return Scores(by_reward, failures)
+
+
+def _checked(scores: object) -> np.ndarray | jax.Array:
+    """Scores as they are, if they are an array of numbers of ours: others may lie on another device, or be futures."""
+    numbers = (jnp.floating, jnp.integer, jnp.bool_)
+    if isinstance(scores, np.ndarray | jax.Array) and any(jnp.issubdtype(scores.dtype, kind) for kind in numbers):
+        return scores
+    kind = type(scores)
+    found = f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__
+    found += f" of {scores.dtype}" if hasattr(scores, "dtype") else ""
+    raise UserError(
+        f"scores of type {found}; a NumPy or JAX array of numbers was wanted.",
+        "Convert them: a torch tensor by scores.detach().cpu().numpy().",
+    )
 
 
 @contextmanager

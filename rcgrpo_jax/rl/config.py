@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
+from rcgrpo_jax.rewards import known_rewards
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
+from rcgrpo_jax.rl.reward_fields import FREE, reward_problems, weight_problems
 from rcgrpo_jax.runs.fields import (
     COUNT,
     LARGE,
@@ -34,8 +34,9 @@ from rcgrpo_jax.runs.fields import (
 )
 from rcgrpo_jax.runs.writers import writer_problems
 
-# Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned.
-MAY_DIFFER = ("train", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
+# Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned. Those of
+# rewards without a weight are such too: `reward_fields.unlearned`.
+MAY_DIFFER = ("train", "watch", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
               "rollout.decode_micro_batch", "surrogate.micro_batch")  # fmt: skip
 # Fields that may differ where what they name has been moved: digests are saved beside them.
 PATHS = ("model.path", "data.path")
@@ -46,7 +47,6 @@ def default_config() -> ConfigDict:
     return ConfigDict(asdict(Options()))
 
 
-FREE = ("rewards", "reward_options")  # groups whose fields depend on the rewards that are registered
 _CHOICES = {
     **MODEL_CHOICES,
     "policy": POLICIES.keys(),  # a view: later entries count
@@ -84,46 +84,8 @@ def saved_problems(values: Mapping[str, Any]) -> list[str]:
         values: Dotted field -> value, of all fields. Rewards may be others than those that are registered now.
     """
     default = flatten(default_config().to_dict())
-    problems = value_problems(values, default, _CHOICES, _RANGES, FREE) + _weight_problems(values)
+    problems = value_problems(values, default, _CHOICES, _RANGES, FREE) + weight_problems(values)
     return problems or size_problems(values["data.size"])
-
-
-def _weight_problems(values: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{field}: {shorten(weight)} found; a number from {-LARGE:g} to {LARGE:g} was wanted"
-        for field, weight in values.items()
-        if field.startswith("rewards.") and not (is_like(weight, 1.0) and abs(weight) <= LARGE)
-    ]
-
-
-def reward_fields() -> dict[str, Any]:
-    """The fields that registered rewards have in a configuration, dotted -> value where nothing else is said."""
-    options = {
-        f"reward_options.{name}.{option}": default
-        for name, known in reward_registry.registered().items()
-        for option, default in known.items()
-    }
-    return {f"rewards.{name}": 0.0 for name in reward_registry.registered()} | options
-
-
-def name_rewards(config: ConfigDict, fields: Iterable[str]) -> None:
-    """Adds the fields of registered rewards that a configuration does not name, so that they can be set.
-
-    Args:
-        config: Changed in place.
-        fields: What is to be set, dotted; others than those of rewards are left to the caller.
-    """
-    known = reward_fields() if all(isinstance(config.get(name), ConfigDict) for name in FREE) else {}
-    with config.unlocked(), config.ignore_type():
-        for field in known.keys() & set(fields):
-            *groups, name = field.split(".")
-            group = config
-            for part in groups:
-                if part not in group:
-                    group[part] = ConfigDict()
-                group = group[part]
-            value, default = group.get(name, known[field]), known[field]
-            group[name] = float(value) if is_like(value, default) and isinstance(default, float) else value
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:
@@ -136,10 +98,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     problems += [
         f"{field}: empty; a path was wanted" for field in ("model.path", "data.path") if get_field(config, field) == ""
     ]
-    problems += [f"rewards.{problem}" for problem in reward_registry.name_problems(config.rewards)]
-    problems += _weight_problems(flatten(config.to_dict()))
-    for name, options in config.reward_options.to_dict().items():
-        problems += [f"reward_options.{problem}" for problem in reward_registry.option_problems(name, options)]
+    problems += weight_problems(flatten(config.to_dict()))
+    problems += reward_problems(config, known_rewards(config.plugins))
     problems = problems or writer_problems(config.train.writers)
     if problems := problems or _spread_problems(read_options(Options, config), num_devices):
         raise refusal(problems)

@@ -100,9 +100,14 @@ class Options:
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    # Registered reward -> weight after its z-score; 0: not used.
+    # Reward -> weight after its z-score; 0: not used.
     rewards: Mapping[str, float] = field(default_factory=lambda: {"preservation": 1.0, "colour": 1.0})
-    # Registered reward -> options of its factory, where not its defaults.
+    # Reward, or acd -> factor of its weight by the steps done, linear between: "0:1,500:0.2"; not named: 1.
+    reward_schedules: Mapping[str, str] = field(default_factory=dict)
+    # Name -> MODULE:FUNCTION, a reward of your own from the working directory or what is installed.
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    watch: str = ""  # rewards that are scored and reported as watch/NAME and never learned from, with commas
+    # Reward -> options of its factory, where not its defaults.
     reward_options: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
             "preservation": {

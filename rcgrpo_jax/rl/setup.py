@@ -28,6 +28,7 @@ from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.reward_fields import names_in
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
@@ -40,7 +41,7 @@ class Setup:
     options: Options
     mesh: Mesh
     model: Model
-    rewards: Mapping[str, Reward]  # those that have a weight
+    rewards: Mapping[str, Reward]  # those that have a weight, and the watched
 
     def encode(self, workdir: Path) -> Batches:
         """The data through the encoders, in the cache of a run in `workdir`."""
@@ -89,12 +90,17 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
 
 
 def make_rewards(options: Options) -> dict[str, Reward]:
-    """The rewards that have a weight, by name."""
-    return {
-        name: reward_registry.make(name, **options.reward_options.get(name, {}))
-        for name, weight in options.rewards.items()
-        if weight
-    }
+    """The rewards that have a weight, and the watched, by name.
+
+    Raises:
+        UserError: One cannot be made, or a plug-in does not score random pictures.
+    """
+    known = reward_registry.known_rewards(options.plugins)
+    names = [*(name for name, weight in options.rewards.items() if weight), *names_in(options.watch)]
+    rewards = {name: reward_registry.make(name, known, **options.reward_options.get(name, {})) for name in names}
+    for name in options.plugins.keys() & rewards.keys():
+        reward_registry.try_reward(name, rewards[name], options.data.size)
+    return rewards
 
 
 def fresh_state(options: Options, model: Model, mesh: Mesh) -> TrainState:

@@ -1,6 +1,9 @@
-"""What a step reports of its candidates: rewards, groups that teach nothing, and how far backgrounds move."""
+"""What a step reports of its candidates: rewards, groups that teach nothing, how far region and background move."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +25,18 @@ def _mean(x: np.ndarray) -> float:
     return float(x.mean()) if x.size else float("nan")
 
 
-def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, float]:
-    """Mean, mean within-group std and share of failed candidates of each reward, and the groups that teach nothing."""
-    metrics = {}
-    for name, score in scores.items():
-        kept = _whole(score)
-        metrics[f"reward/{name}"] = _mean(kept)
-        metrics[f"reward_std/{name}"] = _mean(kept.std(axis=-1))
-        metrics[f"reward_failed/{name}"] = float(1 - np.isfinite(score).mean())
+def reward_metrics(scores: Mapping[str, np.ndarray], total: Array) -> dict[str, float]:
+    """The rewards that are learned from, each in four numbers, and the groups that teach nothing.
+
+    The numbers are a reward's mean, its mean within-group std, and the shares of candidates without a score and of
+    groups without a spread.
+
+    Args:
+        scores: Reward -> `[P, G]`, of those with a weight.
+        total: Their weighted sum, `[P, G]`.
+    """
+    metrics = _summaries("reward", scores)
+    metrics |= {f"reward_zero_std/{name}": _zero_std(x) for name, x in {**scores, "total": total}.items()}
     kept = _whole(np.asarray(total))
     metrics["reward_std/total"] = _mean(kept.std(axis=-1))
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
@@ -37,26 +44,71 @@ def reward_metrics(scores: dict[str, np.ndarray], total: Array) -> dict[str, flo
     return metrics
 
 
+def watch_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean, mean within-group std and share of failed candidates of the rewards that are not learned from."""
+    return _summaries("watch", scores)
+
+
+def correlation_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How far two rewards agree on the candidates of a group, for each two of them.
+
+    Pearson's correlation within a group, meaned over the groups in which both are known of all candidates and differ;
+    NaN where there is none.
+    """
+    return {
+        f"reward_corr/{one}-{other}": _correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)
+    }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    differ = np.asarray(~grpo.zero_std_groups(a) & ~grpo.zero_std_groups(b))
+    both = _whole(np.stack([a, b], axis=1, dtype=np.float64)[differ])  # [P', 2, G]
+    centred = both - both.mean(axis=-1, keepdims=True)
+    return _mean((centred[:, 0] * centred[:, 1]).mean(axis=-1) / both.std(axis=-1).prod(axis=-1))
+
+
+def _summaries(kind: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    metrics = {}
+    for name, score in scores.items():
+        kept = _whole(score)
+        metrics[f"{kind}/{name}"] = _mean(kept)
+        metrics[f"{kind}_std/{name}"] = _mean(kept.std(axis=-1))
+        metrics[f"{kind}_failed/{name}"] = float(1 - np.isfinite(score).mean())
+    return metrics
+
+
+def _zero_std(score: np.ndarray | Array) -> float:
+    return float(grpo.zero_std_groups(score).mean())
+
+
 @jax.jit
-def _outside(a: Array, b: Array, mask: Array) -> Array:
-    """Mean absolute difference of pictures from others, or from one a prompt, outside the mask, `[P, G]`, in [0, 1]."""
-    background = jnp.broadcast_to((1.0 - mask)[:, None, :, :, None], a.shape)
-    return (background * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(background.sum((2, 3, 4)), 1.0)
+def _difference(a: Array, b: Array, where: Array) -> Array:
+    """Mean absolute difference of pictures from others, or from one a prompt, in a part, `[P, G]`, in [0, 1]."""
+    part = jnp.broadcast_to(where[:, None, :, :, None], a.shape)
+    return (part * jnp.abs(a - b)).sum((2, 3, 4)) / jnp.maximum(part.sum((2, 3, 4)), 1.0)
 
 
-def background_drift(edits: RewardInputs) -> Float[Array, " P"]:
-    """How far the backgrounds of perturbed candidates are from each other's (Fig. 5b), mean absolute, in [0, 1].
+def _drift(edits: RewardInputs, where: Array) -> Float[Array, " P"]:
+    """How far perturbed candidates are from each other in a part of the picture, mean absolute, in [0, 1].
 
     Each is compared with the next. Candidate 0 is left out: under RDP it is the unperturbed reference, to which all
     others are nearer than to each other. NaN for a group of two.
     """
-    return _outside(edits.edited[:, 1:-1], edits.edited[:, 2:], edits.mask).mean(-1)
+    return _difference(edits.edited[:, 1:-1], edits.edited[:, 2:], where).mean(-1)
+
+
+def background_drift(edits: RewardInputs) -> Float[Array, " P"]:
+    """`_drift` outside the mask (Fig. 5b)."""
+    return _drift(edits, 1.0 - edits.mask)
 
 
 def drift_metrics(edits: RewardInputs) -> dict[str, float]:
-    """How far the background moves: from candidate to candidate, and from the source; of groups without a NaN."""
-    error = _outside(edits.edited, edits.source[:, None], edits.mask)
-    return {
-        "background/drift": _mean(_whole(gather(background_drift(edits)))),
-        "background/error": _mean(_whole(gather(error))),
+    """How far background and region move: between candidates, and from the source; of groups without a NaN."""
+    from_source = (edits.edited, edits.source[:, None])
+    measured = {
+        "background/drift": background_drift(edits),
+        "background/error": _difference(*from_source, 1.0 - edits.mask),
+        "region/drift": _drift(edits, edits.mask),
+        "region/change": _difference(*from_source, edits.mask),
     }
+    return {name: _mean(_whole(gather(x))) for name, x in measured.items()}

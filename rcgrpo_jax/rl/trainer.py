@@ -27,8 +27,9 @@ from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import shared_programs
+from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
 from rcgrpo_jax.rl.setup import set_up
-from rcgrpo_jax.rl.step_metrics import drift_metrics, reward_metrics
+from rcgrpo_jax.rl.step_metrics import correlation_metrics, drift_metrics, reward_metrics, watch_metrics
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
 from rcgrpo_jax.runs.run import finished, open_run, restore, run_steps
@@ -61,14 +62,15 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     options = setup.options
     with jax.set_mesh(setup.mesh), open_run(options.train, config.to_dict(), workdir) as checkpointer:
         config_record = config.to_dict() | {"model_digest": setup.model.trained_fingerprint()}
+        may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record))
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = setup.first_state()
         else:
-            check_same_config(saved_config(checkpointer, schema), config_record, (*MAY_DIFFER, *PATHS, "data_digest"))
+            check_same_config(saved_config(checkpointer, schema), config_record, (*may_differ, "data_digest"))
             state = setup.fresh_state()
         batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
-        state = restore(checkpointer, state, config_record, schema, (*MAY_DIFFER, *PATHS))
+        state = restore(checkpointer, state, config_record, schema, may_differ)
         if finished(state, options.train.num_steps):
             return state
         trainer = Trainer(options, setup.load_editor(), setup.mesh, setup.rewards)
@@ -145,9 +147,15 @@ class Trainer:
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.num_local_prompts = len(local_row_range(options.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
-        self.weights = {name: float(options.rewards[name]) for name in rewards}
+        self.weights = {name: float(weight) for name in rewards if (weight := options.rewards.get(name))}
         if options.acd.weight:
-            self.weights["acd"] = float(options.acd.weight)
+            self.weights[ACD] = float(options.acd.weight)
+        self.schedules = {name: Schedule.read(text) for name, text in options.reward_schedules.items()}
+
+    def weights_after(self, step: int) -> dict[str, float]:
+        """The weight of each reward that is learned from, when so many steps are done."""
+        factors = {name: schedule(step) for name, schedule in self.schedules.items()}
+        return {name: weight * factors.get(name, 1.0) for name, weight in self.weights.items()}
 
     def prepare(self, batch: EditBatch) -> PreparedBatch:
         """Copies this process' rows of a batch to the devices, and does not wait for them."""
@@ -172,15 +180,19 @@ class Trainer:
         """
         start, batch = time.monotonic(), prepared_batch.batch
         sample = self.sample(state, prepared_batch)
-        scores, times = sample.scores, [start, sample.rolled_out]
+        weights, times = self.weights_after(int(state.step)), [start, sample.rolled_out]
+        scores = {name: score for name, score in sample.scores.items() if name in weights}
+        watched = {name: score for name, score in sample.scores.items() if name not in weights}
         self._check_scored(scores)
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
-            total = grpo.combine_rewards(scores, self.weights)
+            total = grpo.combine_rewards(scores, weights)
             advantages = grpo.group_advantages(
                 total, self.options.objective.advantage_clip, self.options.objective.quasi_norm or None
             )
-            rows = grid_rows(batch, sample.images, scores) if draw else []
-            measured = reward_metrics(scores, total) | drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
+            rows = grid_rows(batch, sample.images, sample.scores) if draw else []
+            measured = reward_metrics(scores, total) | watch_metrics(watched) | correlation_metrics(sample.scores)
+            measured |= drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
+            measured |= {f"reward_weight/{name}": weights[name] for name in self.schedules}
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 
@@ -227,8 +239,8 @@ class Trainer:
             logger.warning("step %d: reward %r: %s", int(state.step) + 1, name, cause)
         rollout = join(*rollouts)
         scores = gather(scores)
-        if "acd" in self.weights:
-            scores["acd"] = np.asarray(rollout.acd)
+        if ACD in self.weights:
+            scores[ACD] = np.asarray(rollout.acd)
         with jax.set_mesh(self.local_mesh):
             images = join(*pictures)
         return Sample(prompts, exploration, rollout, images, scores, rolled_out)

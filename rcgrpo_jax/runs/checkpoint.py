@@ -28,8 +28,8 @@ from rcgrpo_jax.parallel.distributed import together
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
     "data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour",
-    "train.writers": "tensorboard",
-    "reward_options.change.scale": 12.0, "reward_options.lpips": {}, "reward_options.clip_text.path": "",
+    "train.writers": "tensorboard", "watch": "",
+    "reward_options.change.scale": 12.0, "reward_options.clip_text.path": "",
     "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
     "reward_options.clip_direction.path": "", "reward_options.clip_direction.margin": 0.25,
     "reward_options.clip_direction.text": "instruction", "reward_options.clip_direction.source_text": "a photo",
@@ -338,7 +338,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted field -> JSON text of its value; text tells `null` from an absent field and `true` from 1."""
     flat: dict[str, str] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = json.dumps(value)
