@@ -17,7 +17,7 @@ from rcgrpo_jax.rewards.base import RewardInputs
 
 def _whole(x: np.ndarray) -> np.ndarray:
     """The rows, one a group, that are finite throughout: one candidate that diverged must not hide the others."""
-    return x[np.isfinite(x).reshape(len(x), -1).all(axis=-1)]
+    return x[np.isfinite(x).all(axis=tuple(range(1, x.ndim)))]
 
 
 def _mean(x: np.ndarray) -> float:
@@ -56,7 +56,8 @@ def correlation_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     NaN where there is none.
     """
     return {
-        f"reward_corr/{one}-{other}": _correlation(scores[one], scores[other]) for one, other in combinations(scores, 2)
+        f"reward_corr/{one}-{other}": _correlation(scores[one], scores[other])
+        for one, other in combinations(sorted(scores), 2)
     }
 
 
