@@ -66,7 +66,7 @@ def gradients(trainer: Trainer, state: TrainState, sample: Sample) -> dict[str, 
     """The gradient of a batch by reward, and that of all together, up to a factor."""
     found = {}
     for name, scores, weights in (
-        (TOTAL, sample.scores, trainer.weights),
+        (TOTAL, {name: sample.scores[name] for name in trainer.weights}, trainer.weights),
         *((name, {name: score}, {name: 1.0}) for name, score in sample.scores.items()),
     ):
         rewards = grpo.combine_rewards(scores, weights)

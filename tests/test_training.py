@@ -41,9 +41,14 @@ GOLDEN = {
     "policy_entropy": 1.385,
     "ratio_deviation": 0.0,
     "ratio_mean": 1.0,
+    "region/change": 0.34745,
+    "region/drift": 0.05216,
     "reward/acd": 1.0962,
     "reward/colour": 0.10776,
     "reward/preservation": 0.11392,
+    "reward_corr/acd-colour": -0.47085,
+    "reward_corr/acd-preservation": -0.6944,
+    "reward_corr/colour-preservation": 0.66565,
     "reward_failed/acd": 0.0,
     "reward_failed/colour": 0.0,
     "reward_failed/preservation": 0.0,
@@ -51,6 +56,10 @@ GOLDEN = {
     "reward_std/colour": 0.0023173,
     "reward_std/preservation": 0.00048529,
     "reward_std/total": 0.40989,
+    "reward_zero_std/acd": 0.0,
+    "reward_zero_std/colour": 0.0,
+    "reward_zero_std/preservation": 0.0,
+    "reward_zero_std/total": 0.0,
 }
 HOW_TO_UPDATE = (
     "The first step of a run has changed. If the change is meant (another model, reward, default, random stream or "
@@ -60,7 +69,9 @@ METRICS = {
     "reward/preservation", "reward/colour", "reward/acd",  # as they came
     "reward_std/preservation", "reward_std/colour", "reward_std/acd", "reward_std/total",  # within a group
     "reward_failed/preservation", "reward_failed/colour", "reward_failed/acd",  # share of candidates
-    "background/drift", "background/error",
+    "reward_zero_std/preservation", "reward_zero_std/colour", "reward_zero_std/acd", "reward_zero_std/total",
+    "reward_corr/acd-colour", "reward_corr/acd-preservation", "reward_corr/colour-preservation",
+    "background/drift", "background/error", "region/drift", "region/change",
     "ratio_mean", "ratio_deviation", "clip_fraction", "kl", "policy_entropy", "loss", "grad_norm",
     "groups/zero_std", "groups/dropped",
     "samples_per_second", "seconds/data", "seconds/rollout", "seconds/reward", "seconds/update",
@@ -95,6 +106,7 @@ def test_every_metric_is_written_for_every_step(run):
         assert line["groups/zero_std"] == line["groups/dropped"] == 0
         assert min(x for name, x in line.items() if name.startswith("reward_std/")) > 0
         assert 0 < line["background/drift"] < line["background/error"] < 1
+        assert line["background/drift"] < line["region/drift"] < line["region/change"] < 1
 
 
 def test_tensorboard_has_the_same(run):

@@ -54,7 +54,11 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Rewards", "mean over the batch, as scored", ("reward/",)),
     Panel("Standard deviation of rewards", "within groups; total: of the weighted z-scores", ("reward_std/",)),
+    Panel("Watched rewards", "mean over the batch, as scored; not learned from", ("watch/",)),
+    Panel("Correlation of rewards", "within groups", ("reward_corr/",)),
+    Panel("Weights of rewards", "of those with a schedule", ("reward_weight/",)),
     Panel("Background", "mean absolute difference outside the mask, of 1", ("background/",)),
+    Panel("Region", "mean absolute difference inside the mask, of 1", ("region/",)),
     Panel("Loss", "", ("loss", "loss_everywhere", "loss_inside")),
     Panel("Distance to the source", "squared, of anchors, outside the mask", ("source_distance",)),
     Panel("KL divergence", "", ("kl",)),

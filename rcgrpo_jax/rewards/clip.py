@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.clip_vision import CLIP, crop, region_box
-from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards.base import RewardInputs, register
 from rcgrpo_jax.weights.clip import load_clip
 
@@ -71,17 +70,11 @@ class _Judge:
         self.folder, self.margin, self.text = load_clip(path), margin, text
         self.model = CLIP(self.folder.config)
         self.needs_caption = text == "caption"
-        self._params = {}  # mesh -> parameters there
 
     @property
     def params(self) -> dict:
-        """The parameters on every device of the mesh that is set: copied there once."""
-        mesh = jax.sharding.get_mesh()
-        if mesh not in self._params:
-            self._params[mesh] = (
-                self.folder.params if mesh.empty else jax.device_put(self.folder.params, replicated(mesh))
-            )
-        return self._params[mesh]
+        """The parameters on the mesh that is set."""
+        return self.folder.params_on(jax.sharding.get_mesh())
 
     def texts(self, inputs: RewardInputs) -> tuple[str, ...]:
         return inputs.captions if self.needs_caption else inputs.instructions

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from rcgrpo_jax.borders import check_memory, read_object
@@ -32,13 +33,30 @@ _PATTERNS = ("*.json", "*.txt", "*.safetensors")
 _REMEDY = "Give the folder of a CLIP model, or its name on the hub, such as openai/clip-vit-large-patch14."
 
 
-class CLIPFolder(NamedTuple):
-    """A CLIP model that was read."""
+@dataclass(frozen=True, eq=False)
+class CLIPFolder:
+    """A CLIP model that was read.
+
+    Attributes:
+        config: Widths and depths.
+        params: Parameters of `models.clip_vision.CLIP`, float32, on the host.
+        tokenizer: Its tokenizer.
+        lock: Held while the tokenizer is called.
+        placed: Mesh -> parameters there.
+    """
 
     config: CLIPConfig
-    params: dict[str, Any]  # of `models.clip_vision.CLIP`, float32, on the default device
+    params: dict[str, Any]
     tokenizer: CLIPTokenizer
-    lock: Any  # held while the tokenizer is called
+    lock: Lock = field(default_factory=Lock, repr=False)
+    placed: dict[Mesh, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    def params_on(self, mesh: Mesh) -> dict[str, Any]:
+        """The parameters on every device of a mesh, or on the default device for an empty one; copied there once."""
+        if mesh not in self.placed:
+            place = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+            self.placed[mesh] = jax.device_put(self.params, place)
+        return self.placed[mesh]
 
     def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B N"]:
         """Ids of texts, int32; what is longer than the model reads is cut, and ends as every text does."""
@@ -77,15 +95,15 @@ def load_clip(path: str) -> CLIPFolder:
     check_memory(f"{folder} with {size:,} parameters", 4 * size, "Choose a smaller CLIP model, or add memory.")
     reader = LeafReader(StoredNetwork(TensorFiles(folder)), "clip", params)
     reader.check()
-    loaded = {leaf.path: reader.read(leaf, jnp.float32, on_default_device) for leaf in reader.leaves}
+    loaded = {leaf.path: np.asarray(reader.read(leaf, np.float32, on_default_device)) for leaf in reader.leaves}
     reader.check_finite()
-    return CLIPFolder(config, unflatten_dict(loaded), tokenizer, Lock())
+    return CLIPFolder(config, unflatten_dict(loaded), tokenizer)
 
 
 def _check_processor(folder: Path) -> None:
     """Refuses a folder whose processor normalises pictures in another way."""
     file = folder / "preprocessor_config.json"
     said = read_object(file, _REMEDY) if file.is_file() else {}
-    for field, wanted in (("image_mean", MEAN), ("image_std", STD)):
-        if field in said and said[field] != list(wanted):
-            raise UserError(f"{file}: {field} is {said[field]}; only {list(wanted)} is implemented.", _REMEDY)
+    for name, wanted in (("image_mean", MEAN), ("image_std", STD)):
+        if name in said and said[name] != list(wanted):
+            raise UserError(f"{file}: {name} is {said[name]}; only {list(wanted)} is implemented.", _REMEDY)
