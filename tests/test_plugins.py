@@ -45,6 +45,10 @@ def captioned(inputs):
     return jnp.full(inputs.edited.shape[:2], len(inputs.captions[0]), float)
 captioned.needs_caption = True
 
+class Unmade:
+    def __init__(self, limit=0.5):
+        raise OSError("no such weights")
+
 def broken(inputs):
     return inputs.no_such_field
 def exchanged(inputs):
@@ -167,6 +171,11 @@ def test_what_is_wrong_with_its_scores_is_found_before_the_training(place, funct
         made(make(place, function))
     assert refused.value.problem.startswith("on random pictures: reward 'mine'")
     assert problem in refused.value.problem
+
+
+def test_a_class_that_cannot_be_made_is_named(place):
+    with pytest.raises(UserError, match="reward 'mine' failed: OSError: no such weights"):
+        made(make(place, "Unmade"))
 
 
 def test_one_that_has_no_answer_yet_passes(place, caplog):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.borders import is_like
-from rcgrpo_jax.errors import UsageError, nearest
+from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 
 class RewardInputs(NamedTuple):
@@ -112,6 +113,22 @@ def register(name: str) -> Callable[[Factory], Factory]:
     return add
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Says which reward failed in the block."""
+    try:
+        yield
+    except Unscored:
+        raise
+    except UserError as error:
+        raise type(error)(f"reward {name!r}: {error.problem}", error.remedy) from error
+    except Exception as error:
+        raise UserError(
+            f"reward {name!r} failed: {type(error).__name__}: {error}",
+            "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
+        ) from error
+
+
 def factories() -> dict[str, Factory]:
     """Every registered reward: name -> factory."""
     return dict(_FACTORIES)
@@ -127,6 +144,7 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
 
     Raises:
         UsageError: No reward has the name, or its factory does not take the options.
+        UserError: Its factory failed; the message names the reward.
     """
     known = factories() if known is None else known
     if name not in known:
@@ -143,7 +161,8 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
             f"reward {name!r}: {error}; the options {', '.join(signature.parameters) or '(none)'} were wanted.",
             "Correct the options.",
         ) from None
-    return as_reward(known[name](**options))
+    with named(name):
+        return as_reward(known[name](**options))
 
 
 def default_options(known: Mapping[str, Factory]) -> dict[str, dict[str, Any]]:

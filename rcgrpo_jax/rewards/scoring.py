@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rcgrpo_jax.errors import UserError, reason
-from rcgrpo_jax.rewards.base import Local, Pending, Reward, RewardInputs, Unscored
+from rcgrpo_jax.rewards.base import Local, Pending, Reward, RewardInputs, Unscored, named
 
 
 class Scores(NamedTuple):
@@ -42,7 +41,7 @@ class PendingScores:
         by_reward, failures = {}, {}
         for name, pending in self.started.items():
             try:
-                with _named(name):
+                with named(name):
                     if isinstance(pending, Unscored):
                         raise pending
                     # Copied to the host here: an error in asynchronously dispatched work surfaces now.
@@ -75,7 +74,7 @@ def start_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> PendingSco
     # Local rewards come last: one that computes on the host would keep the others waiting.
     for name in sorted(rewards, key=lambda name: isinstance(rewards[name], Local)):
         try:
-            with _named(name):
+            with named(name):
                 started[name] = rewards[name].start(inputs)
         except Unscored as cause:
             started[name] = cause
@@ -102,19 +101,3 @@ def _checked(scores: object) -> np.ndarray | jax.Array:
         f"scores of type {found}; a NumPy or JAX array of numbers was wanted.",
         "Convert them: a torch tensor by scores.detach().cpu().numpy().",
     )
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Says which reward failed."""
-    try:
-        yield
-    except Unscored:
-        raise
-    except UserError as error:
-        raise UserError(f"reward {name!r}: {error.problem}", error.remedy) from error
-    except Exception as error:
-        raise UserError(
-            f"reward {name!r} failed: {type(error).__name__}: {error}",
-            "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
-        ) from error

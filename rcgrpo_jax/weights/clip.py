@@ -94,7 +94,9 @@ def load_clip(path: str) -> CLIPFolder:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     check_memory(f"{folder} with {size:,} parameters", 4 * size, "Choose a smaller CLIP model, or add memory.")
     reader = LeafReader(StoredNetwork(TensorFiles(folder)), "clip", params)
-    reader.check()
+    if problems := reader.problems():
+        first = " ".join(problems[0].split())
+        raise UserError(f"{folder}: {len(problems)} tensors do not fit its config.json, the first: {first}.", _REMEDY)
     loaded = {leaf.path: np.asarray(reader.read(leaf, np.float32, on_default_device)) for leaf in reader.leaves}
     reader.check_finite()
     return CLIPFolder(config, unflatten_dict(loaded), tokenizer)
