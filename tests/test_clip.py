@@ -233,7 +233,7 @@ def broken(clip_folder: Path, target: Path, **changes) -> Path:
     ({"vision_config__hidden_act": "gelu"}, "config.json: vision_config: hidden_act is 'gelu'"),
     ({"vision_config__hidden_size": 33}, "config.json: vision_config: hidden_size is 33; a multiple of"),
     ({"text_config__hidden_size": "24"}, "config.json: text_config: hidden_size: '24' found"),
-    ({"vision_config__num_hidden_layers": 4}, "16 tensors do not fit its config.json, the first: missing vision"),
+    ({"vision_config__num_hidden_layers": 4}, "16 tensors do not fit its config.json, the first: missing "),
     ({"projection_dim": 21}, "2 tensors do not fit its config.json, the first: mis-shaped "),
     ({"text_config__vocab_size": 300, "text_config__eos_token_id": 2}, "config.json has vocab_size 300"),
     ({"vision_config": 3}, "config.json: vision_config"),
