@@ -169,7 +169,7 @@ def default_options(known: Mapping[str, Factory]) -> dict[str, dict[str, Any]]:
     """The options of rewards: name -> option -> default, where it has one."""
     parameters = {name: inspect.signature(factory).parameters for name, factory in known.items()}
     return {
-        name: {option: x.default for option, x in found.items() if x.default not in (None, x.empty)}
+        name: {option: x.default for option, x in found.items() if x.default is not None and x.default is not x.empty}
         for name, found in parameters.items()
     }
 
