@@ -27,6 +27,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
+        "aiohttp>=3.12",
         "annotated-types>=0.6",
         "dm-pix>=0.4.4",
         "filelock>=4.0",
@@ -46,6 +47,7 @@ setup(
         "pydantic>=2.11",
         "safetensors>=0.5",
         "scipy>=1.13",
+        "tenacity>=9.0",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "sentencepiece>=0.2",

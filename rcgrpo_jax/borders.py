@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,18 +40,24 @@ def conform(value: Any, kind: type[T] | Any, where: str, remedy: str) -> T:
     Raises:
         UserError: With a line for every field that is not of its type: its place, what was found, what was wanted.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     parts = value.items() if isinstance(value, dict) else [("the whole", value)]
     if deep := [name for name, part in parts if _is_deeper(part, DEEPEST)]:
         raise UserError(f"{where}: {deep[0]}: lists or objects in more than {DEEPEST} others found.", remedy)
-    adapter = TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
     try:
-        return adapter.validate_json(json.dumps(value), strict=True)  # as JSON, in which a tuple is a list
+        return _adapter(kind).validate_json(json.dumps(value), strict=True)  # as JSON, in which a tuple is a list
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors(include_url=False)]
         joined = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
         raise UserError(f"{where}:{joined}.", remedy) from None
+
+
+@functools.lru_cache  # to make one takes far longer than to use it
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind, config=None if hasattr(kind, "__pydantic_config__") else STRICT)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

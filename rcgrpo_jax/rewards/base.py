@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from jaxtyping import Array, Float
 
@@ -49,9 +49,21 @@ class Reward(ABC):
 
     needs_target: bool = False  # whether it is given only examples with a reference edit
     needs_caption: bool = False  # whether it is given only examples with a caption of the edited picture
+    incidental: ClassVar[tuple[str, ...]] = ()  # options that do not touch the scores: a run may resume with others
 
     def validate(self, instruction: str) -> None:  # noqa: B027 (a reward may accept every instruction)
         """Raises a UserError if no edit for this instruction could be scored; called before training starts."""
+
+    def check(self) -> None:  # noqa: B027 (what is computed here needs none)
+        """Raises a UserError if nothing could be scored, as when no server is there; called before weights are read."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the scores depend on, as JSON, where the options leave it open; a run resumes only with the same."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured of the scoring since the last call, under names that are always the same."""
+        return {}
 
     @abstractmethod
     def start(self, inputs: RewardInputs) -> Pending:
@@ -143,7 +155,7 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
         **options: Passed to its factory.
 
     Raises:
-        UsageError: No reward has the name, or its factory does not take the options.
+        UsageError: No reward has the name, or its factory does not take the options or their values.
         UserError: Its factory failed; the message names the reward.
     """
     known = factories() if known is None else known
@@ -163,6 +175,12 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
         ) from None
     with named(name):
         return as_reward(known[name](**options))
+
+
+def incidental_fields() -> list[str]:
+    """The fields of a configuration that do not touch the scores of registered rewards."""
+    named = {name: getattr(factory, "incidental", ()) for name, factory in _FACTORIES.items()}
+    return [f"reward_options.{name}.{option}" for name, options in named.items() for option in options]
 
 
 def default_options(known: Mapping[str, Factory]) -> dict[str, dict[str, Any]]:

@@ -81,6 +81,17 @@ def start_all(rewards: Mapping[str, Reward], inputs: RewardInputs) -> PendingSco
     return PendingScores({name: started[name] for name in rewards}, jnp.isfinite(inputs.edited).all((2, 3, 4)))
 
 
+def check_all(rewards: Mapping[str, Reward]) -> None:
+    """Calls the `check` of every reward.
+
+    Raises:
+        UserError: One could not score; the message names it.
+    """
+    for name, reward in rewards.items():
+        with named(name):
+            reward.check()
+
+
 def take_all(parts: Sequence[PendingScores]) -> Scores:
     """Waits for the scores of all parts `[P, g]` of a batch, and puts them side by side."""
     taken = [part.result() for part in parts]

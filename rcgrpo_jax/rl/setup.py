@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -49,6 +50,12 @@ class Setup:
         where = (options.data, options.model, self.model, workdir, self.mesh)
         captions = any(reward.needs_caption for reward in self.rewards.values())
         return encode(*where, options.rollout.prompts, options.seed, check, captions=captions)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the parts, beside the configuration."""
+        learned = {name: reward for name, reward in self.rewards.items() if self.options.rewards.get(name)}
+        judges = {name: described for name, reward in learned.items() if (described := reward.describe())}
+        return {"model_digest": self.model.trained_fingerprint()} | ({"judges": judges} if judges else {})
 
     def load_editor(self) -> Editor:
         """The model on the mesh."""

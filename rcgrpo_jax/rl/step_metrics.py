@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.distributed import gather
-from rcgrpo_jax.rewards.base import RewardInputs
+from rcgrpo_jax.rewards.base import Reward, RewardInputs
 
 
 def _whole(x: np.ndarray) -> np.ndarray:
@@ -42,6 +42,12 @@ def reward_metrics(scores: Mapping[str, np.ndarray], total: Array) -> dict[str, 
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
     metrics["groups/dropped"] = float(len(total) - len(kept))
     return metrics
+
+
+def judge_metrics(rewards: Mapping[str, Reward]) -> dict[str, float]:
+    """What the rewards have measured of their scoring; of several processes, the largest value of each."""
+    found = {f"judge/{name}/{key}": x for name, reward in rewards.items() for key, x in reward.metrics().items()}
+    return {name: float(x) for name, x in zip(found, gather(np.array([[*found.values()]])).max(0), strict=True)}
 
 
 def watch_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:

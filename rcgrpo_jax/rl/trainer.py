@@ -29,7 +29,13 @@ from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import shared_programs
 from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
 from rcgrpo_jax.rl.setup import set_up
-from rcgrpo_jax.rl.step_metrics import correlation_metrics, drift_metrics, reward_metrics, watch_metrics
+from rcgrpo_jax.rl.step_metrics import (
+    correlation_metrics,
+    drift_metrics,
+    judge_metrics,
+    reward_metrics,
+    watch_metrics,
+)
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
 from rcgrpo_jax.runs.run import finished, open_run, restore, run_steps
@@ -61,13 +67,16 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     setup = set_up(config, devices)
     options = setup.options
     with jax.set_mesh(setup.mesh), open_run(options.train, config.to_dict(), workdir) as checkpointer:
-        config_record = config.to_dict() | {"model_digest": setup.model.trained_fingerprint()}
-        may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record))
+        config_record = config.to_dict() | setup.record()
+        may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record), *reward_registry.incidental_fields())
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = setup.first_state()
         else:
             check_same_config(saved_config(checkpointer, schema), config_record, (*may_differ, "data_digest"))
             state = setup.fresh_state()
+        if (checkpointer.latest_step() or 0) < options.train.num_steps:
+            with together():
+                reward_registry.check_all(setup.rewards)
         batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, config_record, schema, may_differ)
@@ -193,6 +202,7 @@ class Trainer:
             measured = reward_metrics(scores, total) | watch_metrics(watched) | correlation_metrics(sample.scores)
             measured |= drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
             measured |= {f"reward_weight/{name}": weights[name] for name in self.schedules}
+        measured |= judge_metrics(self.rewards)
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 

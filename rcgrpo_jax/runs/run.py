@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rcgrpo_jax.data.images import save_image
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
 from rcgrpo_jax.options import TrainOptions
 from rcgrpo_jax.parallel.distributed import any_process, gather, is_main, report_lost_process, text_of_main, together
 from rcgrpo_jax.progress import Progress
@@ -166,7 +166,14 @@ def run_steps(
     ):
         for step in traced(range(first + 1, last + 1), name, workdir / "profile", options.profile_steps):
             draw = step % options.image_every == 0 or step == last
-            state, metrics, picture = step_function(state, step - 1, draw)
+            try:
+                state, metrics, picture = step_function(state, step - 1, draw)
+            except UserError as error:
+                # As a judge that is gone: all processes still have the state of the step before, unless it was donated.
+                whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+                if is_everywhere(error) and whole and step > first + 1:
+                    checkpointer.save(step - 1, state, config_record, force=True)
+                raise
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             with together():  # process 0 alone writes, and the save under way is to end on all
                 writer.scalars(step, metrics)
