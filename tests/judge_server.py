@@ -1,4 +1,4 @@
-"""A chat server in a thread, over real connections, that answers and fails as a test says."""
+"""A chat server in a thread, over real connections, that answers and fails as a test says, and a judge to ask it."""
 
 import contextlib
 import hashlib
@@ -8,8 +8,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from tenacity.wait import wait_random_exponential
+
+from rcgrpo_jax.rewards import RewardInputs, chat
+from rcgrpo_jax.rewards.editscore import read_score
+from rcgrpo_jax.rewards.judge import Judge, Question, SampledJudge
 
 
 class Reply(NamedTuple):
@@ -140,3 +149,34 @@ def serving(reply: Callable[[dict[str, Any], int], Reply] = rate, port: int = 0)
         yield server
     finally:
         server.die()
+
+
+def be_quick(patch: pytest.MonkeyPatch) -> None:
+    """Cuts down what a server is given to recover."""
+    patch.setattr(chat, "REST", 0.01)
+    patch.setattr(chat, "_BACKOFF", wait_random_exponential(multiplier=0.005, max=0.05))
+
+
+@dataclass(frozen=True)
+class Pairs(SampledJudge):
+    """EditScore's form without its prompts."""
+
+    def questions(self):
+        return Question("{source}{edited}Did it {instruction}?", read_score), Question(
+            "{edited}How good is it?", read_score
+        )
+
+
+def make_judge(server: JudgeServer, cls: type[Judge] = Pairs, **options: Any) -> Judge:
+    """A judge that asks the server."""
+    return cls(**{"urls": server.url, "model": "tiny", "patience": 20.0, **options})
+
+
+def batch(prompts: int = 2, candidates: int = 3, side: int = 8) -> RewardInputs:
+    """Edits of noise."""
+    rng = np.random.default_rng(0)
+    source, edited = rng.random((prompts, side, side, 3)), rng.random((prompts, candidates, side, side, 3))
+    mask = np.zeros((prompts, side, side), np.float32)
+    mask[:, 2:4, 2:4] = 1
+    instructions = tuple(f"edit {p}" for p in range(prompts))
+    return RewardInputs(source.astype(np.float32), edited.astype(np.float32), mask, instructions)
