@@ -1,10 +1,11 @@
 """The client of chat servers: every fault of a server is waited out or told, and none changes an answer."""
 
-import asyncio
 import json
 import socket
 import threading
+import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from judge_server import Reply, digest, message, scores, serving
@@ -85,7 +86,7 @@ ELSEWHERE = "http://elsewhere"  # replaced by another server
     Reply(b"\xff\xfe"),
     Reply(b" " * 65536, endless=True),
     Reply(b"", 307, {"Location": ELSEWHERE}),
-    Reply(FINE.content, delay=1.5),
+    Reply(FINE.content, delay=2.5),
 ], ids=["500", "503", "429", "429-later", "cut", "truncated", "html", "empty", "nested", "bytes", "endless", "redirect",
         "time-out"])  # fmt: skip
 def test_a_request_that_a_server_fails_at_is_sent_again(fault):
@@ -93,7 +94,7 @@ def test_a_request_that_a_server_fails_at_is_sent_again(fault):
         headers = {name: value.replace(ELSEWHERE, elsewhere.url) for name, value in fault.headers.items()}
         fault = fault._replace(headers=headers)
         with serving(lambda body, attempt: fault if attempt == 1 else FINE) as server:
-            client = connect(server.url, token="secret", timeout=1.0 if fault.delay else 20.0)
+            client = connect(server.url, token="secret", timeout=2.0 if fault.delay else 20.0)
             assert json.loads(ask(client))["score"] == [20, 22]
             assert client.metrics(["retries"])["retries"] == 1
             assert server.bodies[0] == server.bodies[1]
@@ -148,21 +149,32 @@ def test_a_request_that_servers_always_fail_at_is_given_up():
         assert len(server.bodies) == 1 + 4
 
 
-def test_a_request_that_no_server_has_room_for_is_given_up_if_others_were_answered():
-    def reply(body: dict, attempt: int) -> Reply:
-        return Reply(status=503) if body["number"] == 1 else named(body, attempt)
+def test_a_request_that_no_server_has_room_for_waits_as_long_as_others_are_answered(monkeypatch):
+    """Longer than the patience, which counts from the last answer."""
+    clock, opened = [0.0], threading.Event()
+    monkeypatch.setattr(chat, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + clock[0]))
 
-    async def both(client: Chat) -> list:
-        stuck = asyncio.create_task(client.complete({"number": 1}))
-        while not stuck.done():
-            await client.complete({"number": 0})
-        return await asyncio.gather(stuck, return_exceptions=True)
+    def reply(body: dict, attempt: int) -> Reply:
+        return Reply(status=503) if body["number"] == 1 and not opened.is_set() else named(body, attempt)
 
     with serving(reply) as server:
-        client = connect(server.url, patience=0.5)
-        (found,) = client.run(both(client)).result()
-    assert not isinstance(found, UserError)
-    assert found.status == 503
+        client = connect(server.url, patience=1000.0)
+        stuck = client.run(client.complete({"number": 1}))
+        for i in range(3):
+            clock[0] += 600.0
+            assert ask(client, 2 + i) == f"answer {2 + i}"
+            asked = len(server.bodies)
+            while len(server.bodies) < asked + 2:  # it is refused at this time too
+                time.sleep(0.001)
+        opened.set()
+        assert stuck.result()["message"]["content"] == "answer 1"
+
+
+def test_servers_that_take_requests_and_never_answer_are_gone():
+    with serving(lambda *_: Reply(delay=1.0)) as server:
+        client = connect(server.url, timeout=0.1, attempts=3, patience=0.3)
+        with pytest.raises(UserError, match=r"no server has answered for .* no whole answer in 0\.1 s"):
+            ask(client)
 
 
 def test_answers_do_not_depend_on_the_faults_of_servers():

@@ -205,7 +205,7 @@ def test_a_judge_by_digits_asks_for_one_token_with_its_probabilities():
 
 @pytest.mark.parametrize(("text", "score"), [
     ('Well: {"score": 4}', 0.5),
-    ('{"note": {"score": 1}} {"score": 7, "x": [1]} so.', 1.0),
+    ('{"score": 1} {"note": {"score": 1}} {"score": 7, "x": [1]} so.', 1.0),
     ('```json\n{"score": 1.0}\n```', 0.0),
 ])  # fmt: skip
 def test_a_field_of_the_last_object_is_scaled(text, score):

@@ -16,13 +16,13 @@ from typing import Annotated, Any, TypeVar
 import aiohttp
 import numpy as np
 from annotated_types import MinLen
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, stop_after_delay
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, parse_json
 from rcgrpo_jax.errors import UserError, reason
-from rcgrpo_jax.rewards.endpoint import Busy, Fault
+from rcgrpo_jax.rewards.endpoint import Busy, Fault, Unanswered
 
 LARGEST = 4 << 20  # bytes of an answer
 CONNECT = 10.0  # seconds to open a connection
@@ -63,7 +63,8 @@ class Chat:
         in_flight: Most requests under way.
         timeout: Seconds that one attempt may take.
         attempts: How often a request is sent to servers that fail at it.
-        patience: Seconds to wait for a server while none is there or has room.
+        patience: Seconds without any answer after which the servers count as gone. Until then a request waits for one
+            that is there and has room.
     """
 
     def __init__(
@@ -78,15 +79,15 @@ class Chat:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
         thread.start()
-        self._session = self.run(self._open(in_flight)).result()
+        self._session = self.run(self._open()).result()
         weakref.finalize(self, _close, self._session, self._loop, thread)
 
-    async def _open(self, in_flight: int) -> aiohttp.ClientSession:
+    async def _open(self) -> aiohttp.ClientSession:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         return aiohttp.ClientSession(
             headers=headers | ({"Authorization": f"Bearer {self._token}"} if self._token else {}),
             timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(CONNECT, self._timeout)),
-            connector=aiohttp.TCPConnector(limit=in_flight, keepalive_timeout=KEPT_ALIVE),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_ALIVE),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
@@ -107,19 +108,24 @@ class Chat:
         """The first choice of the answer to a request.
 
         Raises:
-            Unanswered: It could not be had, while servers answered other requests.
+            Unanswered: Servers have failed at it `attempts` times.
             UserError: No server has answered anything for `patience` seconds.
         """
+        start = time.monotonic()
+
+        def gone(state: RetryCallState | None = None) -> bool:
+            return time.monotonic() - max(start, self._answered) >= self._patience
+
         shared: Any = {"wait": self._wait, "before_sleep": self._count, "reraise": True}
-        patient = AsyncRetrying(retry=retry_if_exception_type(Busy), stop=stop_after_delay(self._patience), **shared)
+        patient = AsyncRetrying(retry=retry_if_exception_type(Busy), stop=gone, **shared)
         tries = AsyncRetrying(retry=retry_if_exception_type(Fault), stop=stop_after_attempt(self._attempts), **shared)
         try:
             return await tries(patient.wraps(self._send), body)
-        except Busy as busy:
-            if time.monotonic() - self._answered < self._patience:
+        except Unanswered as cause:
+            if not gone():
                 raise
             raise UserError(
-                f"no server has answered for {self._patience:g} s; the last cause: {busy}.",
+                f"no server has answered for {self._patience:g} s; the last cause: {cause}.",
                 "Start the servers again; the same command goes on from the last checkpoint.",
             ) from None
 
