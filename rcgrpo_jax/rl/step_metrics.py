@@ -47,6 +47,8 @@ def reward_metrics(scores: Mapping[str, np.ndarray], total: Array) -> dict[str, 
 def judge_metrics(rewards: Mapping[str, Reward]) -> dict[str, float]:
     """What the rewards have measured of their scoring; of several processes, the largest value of each."""
     found = {f"judge/{name}/{key}": x for name, reward in rewards.items() for key, x in reward.metrics().items()}
+    if not found:
+        return {}
     return {name: float(x) for name, x in zip(found, gather(np.array([[*found.values()]])).max(0), strict=True)}
 
 
