@@ -73,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure(judge, 1, 1, args.side)  # threads and imports
     judge.metrics()
     count = args.prompts * args.candidates
+    work = time.process_time()
     seconds = measure(judge, args.prompts, args.candidates, args.side)
+    work = time.process_time() - work
     ideal = count / SLOTS * SECONDS
     waves = math.ceil(count / SLOTS) * SECONDS
     print(
         f"{count} candidates of {args.side} x {args.side}: {seconds:.2f} s, {seconds / ideal:.3f} x the ideal "
-        f"{ideal:.3f} s (whole waves: {waves:.1f} s)"
+        f"{ideal:.3f} s (whole waves: {waves:.1f} s), {work:.2f} s of a processor"
     )
     print(", ".join(f"{name} {value:.3g}" for name, value in judge.metrics().items()))
     server.terminate()

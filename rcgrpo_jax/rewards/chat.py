@@ -119,8 +119,12 @@ class Chat:
         shared: Any = {"wait": self._wait, "before_sleep": self._count, "reraise": True}
         patient = AsyncRetrying(retry=retry_if_exception_type(Busy), stop=gone, **shared)
         tries = AsyncRetrying(retry=retry_if_exception_type(Fault), stop=stop_after_attempt(self._attempts), **shared)
+
+        async def wait_for_room() -> dict[str, Any]:
+            return await patient(self._send, body)
+
         try:
-            return await tries(patient.wraps(self._send), body)
+            return await tries(wait_for_room)
         except Unanswered as cause:
             if not gone():
                 raise

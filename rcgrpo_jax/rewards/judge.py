@@ -144,24 +144,26 @@ class Judge(Reward):
         scores, causes, questions = np.full(edited.shape[:2], np.nan, np.float32), [], self.questions()
         boxes = [region_box(x, self.margin) if self.view == "region" else (slice(None),) * 2 for x in mask]
 
+        room = asyncio.Semaphore(self.in_flight)  # candidates at work: the PNGs of all would take much memory
+
         async def score(p: int, g: int, before: asyncio.Task[str]) -> None:
-            after = await asyncio.to_thread(data_url, edited[p, g][boxes[p]])
-            contents = [
-                content_parts(question.template, instructions[p], await before, after) for question in questions
-            ]
-            answers = [
-                self._ask(self._chat.complete, question, content, i)
-                for i in range(self.num_pass)
-                for question, content in zip(questions, contents, strict=True)
-            ]
-            found = await asyncio.gather(*answers, return_exceptions=True)
-            if lost := [x for x in found if isinstance(x, BaseException)]:
-                gone = next((x for x in lost if not isinstance(x, Unanswered)), None)
-                if gone is not None:
-                    raise gone
+            async with room:
+                after = await asyncio.to_thread(data_url, edited[p, g][boxes[p]])
+                contents = [content_parts(x.template, instructions[p], await before, after) for x in questions]
+                answers = [
+                    self._ask(self._chat.complete, question, content, i)
+                    for i in range(self.num_pass)
+                    for question, content in zip(questions, contents, strict=True)
+                ]
+                found = await asyncio.gather(*answers, return_exceptions=True)
+            lost = [x for x in found if isinstance(x, BaseException)]
+            for error in lost:
+                if not isinstance(error, Unanswered):
+                    raise error
+            if lost:
                 causes.append(str(lost[0]))
-                return
-            scores[p, g] = self.combine(np.array(found).reshape(self.num_pass, len(questions)))
+            else:
+                scores[p, g] = self.combine(np.array(found).reshape(self.num_pass, len(questions)))
 
         try:
             async with asyncio.TaskGroup() as group:
