@@ -238,6 +238,7 @@ def refuses(status: int, text: str) -> Reply:
     (refuses(404, "The model `tiny` does not exist."), "status 404: .*The model `tiny` does not exist", "/v1/models"),
     (refuses(400, "tiny is not a multimodal model"), "status 400: .*not a multimodal model", "two pictures"),
     (refuses(401, "no key"), "status 401: .*no key", "token_variable"),
+    (Reply(b"loading", 503), "status 503: loading", "is ready"),
     (Reply(b"<html>Welcome</html>"), "no chat completion: <html>Welcome", "up to and with /v1"),
     (Reply(status=302, headers={"Location": "/login"}), "status 302: an empty answer", "at `urls` itself"),
     (message("What a nice picture!"), "no answer of 3 can be read, .*What a nice picture", "this reward was made for"),

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from rcgrpo_jax.rewards.chat import Chat
 
 logger = logging.getLogger(__name__)
+_LATER = "Start again when the server is ready and has room."
 _TOKEN = "Name in `token_variable` the environment variable that holds a token of this server."
 _REMEDIES = {  # HTTP status of the first request -> what to do
     None: "Start the server, or correct `urls`; docs/judges.md says how to serve a judge.",
     200: "Serve the model that this reward was made for; a sampled answer may need more max_tokens.",
     401: _TOKEN,
     403: _TOKEN,
+    **dict.fromkeys((429, 502, 503), _LATER),
     404: "Write `urls` up to and with /v1, and as `model` a name that the server's /v1/models lists.",
 }
 _REFUSED = "Serve a model that sees two pictures a request, at `urls` itself; some servers want top_k=0."
@@ -143,7 +145,6 @@ class Judge(Reward):
         """
         scores, causes, questions = np.full(edited.shape[:2], np.nan, np.float32), [], self.questions()
         boxes = [region_box(x, self.margin) if self.view == "region" else (slice(None),) * 2 for x in mask]
-
         room = asyncio.Semaphore(self.in_flight)  # candidates at work: the PNGs of all would take much memory
 
         async def score(p: int, g: int, before: asyncio.Task[str]) -> None:
