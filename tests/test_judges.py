@@ -236,12 +236,12 @@ def refuses(status: int, text: str) -> Reply:
 
 @pytest.mark.parametrize(("reply", "problem", "remedy"), [
     (refuses(404, "The model `tiny` does not exist."), "status 404: .*The model `tiny` does not exist", "/v1/models"),
-    (refuses(400, "tiny is not a multimodal model"), "status 400: .*not a multimodal model", "two pictures"),
+    (refuses(400, "tiny is not a multimodal model"), "status 400: .*not a multimodal model", "sees two pictures"),
     (refuses(401, "no key"), "status 401: .*no key", "token_variable"),
     (Reply(b"loading", 503), "status 503: loading", "is ready"),
     (Reply(b"<html>Welcome</html>"), "no chat completion: <html>Welcome", "up to and with /v1"),
     (Reply(status=302, headers={"Location": "/login"}), "status 302: an empty answer", "at `urls` itself"),
-    (message("What a nice picture!"), "no answer of 3 can be read, .*What a nice picture", "this reward was made for"),
+    (message("What a nice picture!"), "http://.*: no answer of 3 can be read, .*What a nice", "this reward was made for"),
 ])  # fmt: skip
 def test_a_server_that_cannot_judge_is_told_before_the_run(reply, problem, remedy):
     with serving() as good, serving(lambda *_: reply) as bad:
@@ -265,7 +265,10 @@ def test_a_wrong_path_and_no_server_are_told_before_the_run():
 
 
 def test_a_server_without_probabilities_cannot_rate_by_digits():
-    with serving(lambda *_: message("4")) as server, pytest.raises(UserError, match=r"can be read, .*logprobs"):
+    with (
+        serving(lambda *_: message("4")) as server,
+        pytest.raises(UserError, match=r"can be read, .*no log-probabilities"),
+    ):
         make_judge(server, rewards.VLMDigits).check()
 
 

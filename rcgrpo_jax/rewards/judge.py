@@ -24,7 +24,7 @@ from rcgrpo_jax.rewards.endpoint import Unanswered, parse_urls, read_token
 from rcgrpo_jax.rewards.pictures import content_parts, data_url, region_box
 
 if TYPE_CHECKING:
-    from rcgrpo_jax.rewards.chat import Chat
+    from rcgrpo_jax.rewards.chat import Chat, Server
 
 logger = logging.getLogger(__name__)
 _LATER = "Start again when the server is ready and has room."
@@ -37,7 +37,7 @@ _REMEDIES = {  # HTTP status of the first request -> what to do
     **dict.fromkeys((429, 502, 503), _LATER),
     404: "Write `urls` up to and with /v1, and as `model` a name that the server's /v1/models lists.",
 }
-_REFUSED = "Serve a model that sees two pictures a request, at `urls` itself; some servers want top_k=0."
+_REFUSED = "Serve at `urls` itself a model that is named `model` and sees two pictures; some servers want top_k=0."
 
 Temperature, Probability = Annotated[float, Ge(0), Le(2)], Annotated[float, Gt(0), Le(1)]
 Count, NotNegative = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
@@ -104,7 +104,7 @@ class Judge(Reward):
 
     def check(self) -> None:
         for server in self._chat.servers:
-            self._chat.run(self._check(partial(self._chat.send_to, server))).result()
+            self._chat.run(self._check(server)).result()
         self.metrics()  # a step does not count these answers
 
     def metrics(self) -> dict[str, float]:
@@ -124,14 +124,15 @@ class Judge(Reward):
         limits = {name: getattr(self, name) for name in ("in_flight", "timeout", "attempts", "patience")}
         return Chat(parse_urls(self.urls), read_token(self.token_variable), **limits)
 
-    async def _check(self, send: Send) -> None:
-        """Asks every question about two grey pictures."""
-        grey = data_url(np.full((256, 256, 3), 0.5, np.float32))
+    async def _check(self, server: Server) -> None:
+        """Asks one server every question, about two grey pictures."""
+        send, grey = partial(self._chat.send_to, server), data_url(np.full((256, 256, 3), 0.5, np.float32))
         for question in self.questions():
             try:
                 await self._ask(send, question, content_parts(question.template, "Change nothing.", grey, grey), 0)
             except Unanswered as cause:
-                raise UserError(f"{cause}.", _REMEDIES.get(cause.status, _REFUSED)) from None
+                where = f"{server.url}: " if cause.status == 200 else ""
+                raise UserError(f"{where}{str(cause).rstrip('.')}.", _REMEDIES.get(cause.status, _REFUSED)) from None
 
     async def _score(
         self, source: Float[np.ndarray, "P H W 3"], edited: Float[np.ndarray, "P G H W 3"],

@@ -48,6 +48,8 @@ def expected_digit(choice: Mapping[str, Any]) -> float:
     Raises:
         ValueError: No digit is among them, or the server sends no log-probabilities.
     """
+    if not choice.get("logprobs"):
+        raise ValueError("the server sends no log-probabilities")
     tokens = matching(choice, _Rated)["logprobs"]["content"][0]["top_logprobs"]
     digits = {str(digit): digit for digit in range(HIGHEST + 1)}
     rated = [(digits[x["token"]], math.exp(min(x["logprob"], 0))) for x in tokens if x["token"] in digits]
