@@ -4,15 +4,17 @@ import base64
 import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+import small_run
 from judge_server import Pairs, Reply, batch, be_quick, digest, make_judge, message, rate, scores, serving
 from PIL import Image
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.rewards import judge, pictures
+from rcgrpo_jax.rewards import base, judge, pictures
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +243,7 @@ def refuses(status: int, text: str) -> Reply:
     (Reply(b"loading", 503), "status 503: loading", "is ready"),
     (Reply(b"<html>Welcome</html>"), "no chat completion: <html>Welcome", "up to and with /v1"),
     (Reply(status=302, headers={"Location": "/login"}), "status 302: an empty answer", "at `urls` itself"),
-    (message("What a nice picture!"), "http://.*: no answer of 3 can be read, .*What a nice", "this reward was made for"),
+    (message("What a nice picture!"), "http://.*: no answer of 3 can be read, .*a nice", "this reward was made for"),
 ])  # fmt: skip
 def test_a_server_that_cannot_judge_is_told_before_the_run(reply, problem, remedy):
     with serving() as good, serving(lambda *_: reply) as bad:
@@ -270,6 +272,15 @@ def test_a_server_without_probabilities_cannot_rate_by_digits():
         pytest.raises(UserError, match=r"can be read, .*no log-probabilities"),
     ):
         make_judge(server, rewards.VLMDigits).check()
+
+
+def test_the_judge_that_the_document_shows_works(monkeypatch):
+    monkeypatch.setattr(base, "_FACTORIES", {**base._FACTORIES})
+    *_, code = re.findall(r"```python\n(.*?)```", (small_run.ROOT / "docs" / "judges.md").read_text(), re.DOTALL)
+    exec(compile(code, "docs/judges.md", "exec", dont_inherit=True), {"__name__": "rcgrpo_jax.shown"})
+    with serving(lambda body, attempt: message("7" if body["seed"] > 42 else "seven")) as server:
+        judge = rewards.make("natural", urls=server.url, model="tiny")
+        np.testing.assert_allclose(judge.start(batch(1, 1)).result(), [[7 / 9]], rtol=1e-6)
 
 
 def test_what_the_check_asks_is_not_counted():
