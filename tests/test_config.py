@@ -284,7 +284,8 @@ def test_a_run_without_any_reward_is_refused():
 
 
 def test_the_options_of_rewards_are_listed_with_their_defaults():
-    known = {name: x for name, x in rewards.factories().items() if not issubclass(x, Judge)}  # whose model has no default
+    # A judge's model has no default.
+    known = {name: x for name, x in rewards.factories().items() if not issubclass(x, Judge)}
     assert default_config().reward_options.to_dict() == rewards.default_options(known)
     for name, options in rewards.default_options(known).items():
         assert rewards.option_problems(name, options, known) == []
