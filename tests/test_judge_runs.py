@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ from ml_collections import ConfigDict
 from test_resume import assert_bit_equal
 
 from rcgrpo_jax.errors import UserError, everywhere
-from rcgrpo_jax.options import TrainOptions
+from rcgrpo_jax.options import TrainOptions, read_options
 from rcgrpo_jax.rewards import VLMDigits
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import Setup
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.runs.checkpoint import Checkpointer
@@ -181,6 +183,8 @@ def test_a_run_records_its_judge():
     with serving() as server:
         config = judged(server)
         judge = VLMDigits(**config.reward_options.vlm_digits)
-        setup = Setup(None, None, type("Folder", (), {"fingerprint": lambda self, part: "f"})(), {"vlm_digits": judge})
-    assert setup.record() == {"model_digest": "f", "judges": {"vlm_digits": judge.describe()}}
-    assert Setup(None, None, setup.folder, {}).record() == {"model_digest": "f"}
+    model, rewards = SimpleNamespace(trained_fingerprint=lambda: "f"), {"vlm_digits": judge}
+    learned, watched = (read_options(Options, small_run.make_config(**x)) for x in ({"rewards__vlm_digits": 1.0}, {}))
+    described = {"vlm_digits": judge.describe()}
+    assert Setup(learned, None, model, rewards).record() == {"model_digest": "f", "judges": described}
+    assert Setup(watched, None, model, rewards).record() == {"model_digest": "f"}  # it may differ at the next start

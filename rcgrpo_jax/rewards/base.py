@@ -156,7 +156,7 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
 
     Raises:
         UsageError: No reward has the name, or its factory does not take the options or their values.
-        UserError: Its factory failed; the message names the reward.
+        UserError: Its factory failed in another way.
     """
     known = factories() if known is None else known
     if name not in known:
@@ -174,7 +174,10 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
             "Correct the options.",
         ) from None
     with named(name):
-        return as_reward(known[name](**options))
+        try:
+            return as_reward(known[name](**options))
+        except UserError as error:
+            raise UsageError(error.problem, error.remedy) from error
 
 
 def incidental_fields() -> list[str]:
