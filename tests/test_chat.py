@@ -193,7 +193,7 @@ def test_the_token_is_sent_and_never_told(caplog):
     caplog.set_level("DEBUG")
 
     def refuse(body: dict, attempt: int) -> Reply:
-        return Reply(f"Incorrect key: {server.headers[-1]['Authorization']}".encode(), 401)
+        return Reply(f"{'':770}Incorrect key: {server.headers[-1]['Authorization']}".encode(), 401)
 
     with serving(refuse) as server:
         client = connect(server.url, token="sk-12345", attempts=2)

@@ -180,6 +180,14 @@ def test_without_any_answer_there_are_no_scores():
         make_judge(server, attempts=2).start(batch(1, 2)).result()
 
 
+def test_a_token_that_is_answered_is_not_told(monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "sk-12345")
+    with serving(lambda *_: message("Your token is sk-12345.")) as server:
+        asking = make_judge(server, token_variable="JUDGE_TOKEN")
+        with pytest.raises(rewards.Unscored, match=r"Your token is \*\*\*\."):
+            asking.start(batch(1, 1)).result()
+
+
 def test_servers_that_are_gone_are_the_users_business():
     with serving() as server:
         url = server.url

@@ -165,7 +165,7 @@ class Chat:
         except TimeoutError:
             raise Fault(f"{server.url}: no whole answer in {self._timeout:g} s") from None
         except aiohttp.ClientError as error:
-            raise Fault(f"{server.url}: {type(error).__name__}: {reason(error)}") from None
+            raise Fault(f"{server.url}: {type(error).__name__}: {self._excerpt(str(error).encode())}") from None
         except (UserError, ValueError):
             raise Fault(f"{server.url}: no chat completion: {self._excerpt(content)}", 404) from None
         finally:
@@ -191,10 +191,13 @@ class Chat:
     def _count(self, state: RetryCallState) -> None:
         self.counts["retries"] += 1
 
+    def redact(self, text: str) -> str:
+        """A text that may come from a server, without the token, which servers may repeat."""
+        return text.replace(self._token, "***") if self._token else text
+
     def _excerpt(self, content: bytes, length: int = 200) -> str:
-        """The start of an answer in one line, without the token, which a server may repeat."""
-        text = content[: 4 * length].decode(errors="replace")
-        text = text.replace(self._token, "***") if self._token else text
+        """The start of an answer in one line."""
+        text = self.redact(content.decode(errors="replace"))
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:length] or "an empty answer"
 
 

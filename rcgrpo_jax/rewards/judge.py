@@ -18,7 +18,7 @@ from jaxtyping import Float
 from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform
-from rcgrpo_jax.errors import UserError, reason
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.rewards.base import Reward, RewardInputs, Unscored
 from rcgrpo_jax.rewards.endpoint import Unanswered, parse_urls, read_token
 from rcgrpo_jax.rewards.pictures import content_parts, data_url, region_box
@@ -196,7 +196,7 @@ class Judge(Reward):
                 return question.read(choice)
             except ValueError as error:
                 cause = error
-        raise Unanswered(f"no answer of {self.asks} can be read, the last for {reason(cause)}", 200)
+        raise Unanswered(f"no answer of {self.asks} can be read, the last for {self._chat.redact(str(cause))}", 200)
 
 
 @dataclass(frozen=True)
