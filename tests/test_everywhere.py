@@ -26,7 +26,7 @@ def test_rewards_that_all_failed():
     trainer = object.__new__(rl_trainer.Trainer)
     trainer.unscored = rl_trainer.UNSCORED_STEPS - 1
     with pytest.raises(UserError, match="no group of the last") as lost:
-        trainer._check_scored({"judge": np.full((2, 3), np.nan)})
+        trainer._check_scored({"judge": np.full((2, 3), np.nan)}, np.full((2, 3), np.nan))
     assert is_everywhere(lost.value)
 
 

@@ -43,6 +43,29 @@ def test_a_failed_reward_drops_its_group_from_the_statistics_of_all(bad):
     np.testing.assert_allclose(combined[[0, 2]], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_group_goes_on_without_the_candidates_that_have_no_score():
+    """As long as the share of the others is large enough, and the statistics are theirs."""
+    a, b = normal(1, 3, 4), normal(2, 3, 4)
+    a[0, 1] = b[1, 3] = a[2, 0] = b[2, 2] = np.nan
+    combined = np.asarray(combine({"a": a, "b": b}, {"a": 1.0, "b": 2.0}, 0.75))
+    kept = np.array([[1, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    np.testing.assert_array_equal(np.isfinite(combined), kept)
+    expected = sum(w * (x[kept] - x[kept].mean()) / x[kept].std() for w, x in ((1.0, a), (2.0, b)))
+    np.testing.assert_allclose(combined[kept], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quasi_norm", [None, 0.8])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_candidate_without_a_reward_has_no_advantage_and_the_others_have_theirs(quasi_norm, bad):
+    rewards = normal(3, 2, 5)
+    rewards[0, 2] = bad
+    advantages = np.asarray(advantages_of(rewards, quasi_norm=quasi_norm))
+    assert advantages[0, 2] == 0
+    others = np.delete(rewards[0], 2)[None]
+    np.testing.assert_allclose(np.delete(advantages[0], 2), advantages_of(others, quasi_norm=quasi_norm)[0], rtol=1e-5)
+    np.testing.assert_allclose(advantages[1:], advantages_of(rewards[1:], quasi_norm=quasi_norm), rtol=1e-6)
+
+
 def test_without_a_single_valid_group_everything_is_nan():
     assert np.isnan(combine({"a": jnp.full((2, 3), jnp.nan)}, {"a": 1.0})).all()
 
@@ -90,15 +113,15 @@ def test_groups_without_signal_get_zeros(quasi_norm):
             jnp.full(12, 7.3),
             jnp.full(12, 1234.567),
             jnp.zeros(12).at[3].set(1e-8),
-            jnp.arange(12.0).at[5].set(jnp.nan),
-            jnp.arange(12.0).at[5].set(jnp.inf),
+            jnp.full(12, jnp.nan),
+            jnp.full(12, jnp.nan).at[5].set(2.0),
             jnp.arange(12.0),
         ]
     )
     advantages = advantages_of(rewards, quasi_norm=quasi_norm)
     np.testing.assert_array_equal(advantages[:5], 0)
     assert (advantages[5] != 0).all()
-    np.testing.assert_array_equal(grpo.zero_std_groups(rewards), [True, True, True, False, False, False])
+    np.testing.assert_array_equal(grpo.zero_std_groups(rewards), [True, True, True, False, True, False])
 
 
 def test_the_clipped_objective_takes_the_worse_of_the_two_gains():

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = {
     "background/drift": 0.020897,
     "background/error": 0.29066,
+    "candidates/missing": 0.0,
     "clip_fraction": 0.0,
     "grad_norm": 0.0038667,
     "groups/dropped": 0.0,
@@ -73,7 +74,7 @@ METRICS = {
     "reward_corr/acd-colour", "reward_corr/acd-preservation", "reward_corr/colour-preservation",
     "background/drift", "background/error", "region/drift", "region/change",
     "ratio_mean", "ratio_deviation", "clip_fraction", "kl", "policy_entropy", "loss", "grad_norm",
-    "groups/zero_std", "groups/dropped",
+    "groups/zero_std", "groups/dropped", "candidates/missing",
     "samples_per_second", "seconds/data", "seconds/rollout", "seconds/reward", "seconds/update",
 }  # fmt: skip
 
@@ -242,11 +243,21 @@ def one_lost(scores: np.ndarray) -> None:
     scores[0, 1] = np.nan
 
 
+def most_lost(scores: np.ndarray) -> None:
+    scores[0, 1:] = np.nan
+
+
 @pytest.mark.parametrize(
-    ("fails", "share", "dropped", "warnings"),
-    [(one_lost, 1 / 8, 1, []), (no_answer, 1, 2, ["step 1: reward 'judge': 503 Service Unavailable"])],
+    ("fails", "share", "dropped", "missing", "warnings"),
+    [
+        (one_lost, 1 / 8, 0, 1, []),
+        (most_lost, 3 / 8, 1, 0, []),
+        (no_answer, 1, 2, 0, ["step 1: reward 'judge': 503 Service Unavailable"]),
+    ],
 )
-def test_a_step_goes_on_without_what_a_server_has_not_scored(monkeypatch, caplog, fails, share, dropped, warnings):
+def test_a_step_goes_on_without_what_a_server_has_not_scored(
+    monkeypatch, caplog, fails, share, dropped, missing, warnings
+):
     trainer = small_run.make_trainer()
     judge = Judge(1, fails)
     monkeypatch.setattr(trainer, "rewards", trainer.rewards | {"judge": judge})
@@ -255,7 +266,7 @@ def test_a_step_goes_on_without_what_a_server_has_not_scored(monkeypatch, caplog
     _, metrics, _ = small_run.take_step(trainer, small_run.make_state(trainer), small_run.make_batch(trainer))
     assert metrics["reward_failed/judge"] == share
     assert metrics["reward_failed/colour"] == 0
-    assert metrics["groups/dropped"] == dropped
+    assert (metrics["groups/dropped"], metrics["candidates/missing"]) == (dropped, missing)
     assert caplog.messages == warnings
 
 

@@ -181,10 +181,10 @@ def test_correlations_are_those_within_groups_that_differ():
 def test_groups_without_a_spread_are_counted_for_each_reward():
     a = np.float32([[1, 1, 1], [1, 2, 3], [1, np.nan, 1], [0, 0, 0]])
     found = reward_metrics({"a": a}, jnp.asarray(a + np.float32([0, 0, 1]).reshape(1, 3)))
-    assert found["reward_zero_std/a"] == 0.5
+    assert found["reward_zero_std/a"] == 0.75
     assert found["reward_zero_std/total"] == 0
     assert watch_metrics({"a": a}) == {
-        "watch/a": pytest.approx(1), "watch_std/a": pytest.approx(np.sqrt(2 / 3) / 3),
+        "watch/a": pytest.approx(1), "watch_std/a": pytest.approx(np.sqrt(2 / 3) / 4),
         "watch_failed/a": pytest.approx(1 / 12),
     }  # fmt: skip
 

@@ -26,7 +26,9 @@ def _z_score(reward: Float[Array, "P G"], valid: Bool[Array, "P G"]) -> Float[Ar
     return jnp.where(flat, 0.0, (reward - mean) / jnp.where(flat, 1.0, std))
 
 
-def combine_rewards(rewards: Mapping[str, Float[Array, "P G"]], weights: Mapping[str, float]) -> Float[Array, "P G"]:
+def combine_rewards(
+    rewards: Mapping[str, Float[Array, "P G"]], weights: Mapping[str, float], least_scored: float = 1.0
+) -> Float[Array, "P G"]:
     """The weighted sum of the rewards, each first z-scored over the whole minibatch (Section 5.1).
 
     The statistics are those of all P x G entries, not of a group: they settle how much one reward counts against
@@ -35,10 +37,12 @@ def combine_rewards(rewards: Mapping[str, Float[Array, "P G"]], weights: Mapping
     Args:
         rewards: A [P, G] array for each reward; P counts the prompts of all devices.
         weights: A weight for each reward, under the same names.
+        least_scored: Share of its candidates that a group must have all rewards of.
 
     Returns:
-        [P, G] float32. A group in which any reward has a NaN or an infinity is left out of all statistics and comes out
-        as a row of NaN. A reward that is the same for the whole minibatch contributes zeros.
+        [P, G] float32. A candidate without one of its rewards, which is NaN or infinite there, is left out of all
+        statistics and comes out as NaN; so is a group with fewer scored candidates than `least_scored`. A reward that
+        is the same for the whole minibatch contributes zeros.
 
     Raises:
         ValueError: A reward has no weight, or a weight no reward.
@@ -48,22 +52,27 @@ def combine_rewards(rewards: Mapping[str, Float[Array, "P G"]], weights: Mapping
         raise ValueError(
             f"weights and rewards differ: rewards without a weight {missing}, weights without one {unknown}"
         )
-    finite = jnp.stack([jnp.isfinite(reward) for reward in rewards.values()])
-    valid = jnp.broadcast_to(jnp.all(finite, axis=(0, 2))[:, None], finite.shape[1:])
+    valid = jnp.all(jnp.stack([jnp.isfinite(reward) for reward in rewards.values()]), axis=0)
+    valid &= (valid.mean(axis=-1) >= least_scored)[:, None]
     total = sum(weights[name] * _z_score(reward, valid) for name, reward in rewards.items())
     return jnp.where(valid, total, jnp.nan)
 
 
 def zero_std_groups(rewards: Float[Array, "... G"]) -> Bool[Array, "..."]:
-    """Which groups have rewards that do not differ: population std <= 1e-6 max(1, max |r|).
+    """Which groups have rewards that do not differ: population std <= 1e-6 max(1, max |r|), over those that are finite.
 
     Args:
         rewards: [..., G].
 
     Returns:
-        [...]; false for a group with a NaN or an infinity, which failed and is no tie.
+        [...]; false for a group without a finite reward, which failed and is no tie.
     """
-    return _negligible(jnp.std(rewards, axis=-1), jnp.max(jnp.abs(rewards), axis=-1))
+    finite = jnp.isfinite(rewards)
+    std, largest = (
+        jnp.std(rewards, axis=-1, where=finite),
+        jnp.max(jnp.abs(rewards), axis=-1, where=finite, initial=0.0),
+    )
+    return _negligible(std, largest) & finite.any(axis=-1)
 
 
 def group_advantages(
@@ -80,13 +89,16 @@ def group_advantages(
         quasi_norm: p > 0 (Neighbor GRPO: 0.8), or None for the population standard deviation.
 
     Returns:
-        [..., G] float32, always finite. Groups without signal are zeros: those of `zero_std_groups` (so no epsilon is
-        needed in the denominator), and those with a NaN or an infinity.
+        [..., G] float32, always finite. Rewards that are not finite are left out of the statistics, and their
+        candidates have an advantage of zero. Groups without signal are zeros: those of `zero_std_groups` (so no epsilon
+        is needed in the denominator), and those without a finite reward.
     """
-    usable = jnp.all(jnp.isfinite(rewards), axis=-1, keepdims=True) & ~zero_std_groups(rewards)[..., None]
-    centred = jnp.where(usable, rewards - jnp.mean(rewards, axis=-1, keepdims=True), 0.0)
+    finite = jnp.isfinite(rewards)
+    usable = finite.any(axis=-1, keepdims=True) & ~zero_std_groups(rewards)[..., None]
+    mean = jnp.mean(rewards, axis=-1, keepdims=True, where=finite)
+    centred = jnp.where(usable & finite, rewards - mean, 0.0)
     if quasi_norm is None:
-        scale = jnp.std(rewards, axis=-1, keepdims=True)
+        scale = jnp.std(rewards, axis=-1, keepdims=True, where=finite)
     else:
         scale = jnp.sum(jnp.abs(centred) ** quasi_norm, axis=-1, keepdims=True) ** (1.0 / quasi_norm)
     return jnp.clip(centred / jnp.where(usable, scale, 1.0), -clip, clip)

@@ -67,7 +67,7 @@ _RANGES = {
     "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
     "surrogate.micro_batch": (0, COUNT),
     "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
-    "objective.quasi_norm": (0, 10), "objective.kl_weight": (0, LARGE),
+    "objective.quasi_norm": (0, 10), "objective.least_scored": (0, 1), "objective.kl_weight": (0, LARGE),
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
     "reward_options.preservation.cap": (1e-6, LARGE), "reward_options.colour.scale": (1e-6, LARGE),
     "reward_options.colour.lightness": (0, LARGE), "reward_options.oracle.noise": (0, LARGE),

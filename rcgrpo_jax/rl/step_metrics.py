@@ -26,7 +26,7 @@ def _mean(x: np.ndarray) -> float:
 
 
 def reward_metrics(scores: Mapping[str, np.ndarray], total: Array) -> dict[str, float]:
-    """The rewards that are learned from, each in four numbers, and the groups that teach nothing.
+    """The rewards that are learned from, each in four numbers, and the groups and candidates that teach nothing.
 
     The numbers are a reward's mean, its mean within-group std, and the shares of candidates without a score and of
     groups without a spread.
@@ -37,10 +37,11 @@ def reward_metrics(scores: Mapping[str, np.ndarray], total: Array) -> dict[str, 
     """
     metrics = _summaries("reward", scores)
     metrics |= {f"reward_zero_std/{name}": _zero_std(x) for name, x in {**scores, "total": total}.items()}
-    kept = _whole(np.asarray(total))
-    metrics["reward_std/total"] = _mean(kept.std(axis=-1))
+    scored = np.isfinite(total)
+    metrics["reward_std/total"] = _mean(_group_std(np.asarray(total)))
     metrics["groups/zero_std"] = float(grpo.zero_std_groups(total).sum())
-    metrics["groups/dropped"] = float(len(total) - len(kept))
+    metrics["groups/dropped"] = float((~scored.any(axis=-1)).sum())
+    metrics["candidates/missing"] = float((~scored[scored.any(axis=-1)]).sum())  # of the other groups
     return metrics
 
 
@@ -79,11 +80,15 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 def _summaries(kind: str, scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     metrics = {}
     for name, score in scores.items():
-        kept = _whole(score)
-        metrics[f"{kind}/{name}"] = _mean(kept)
-        metrics[f"{kind}_std/{name}"] = _mean(kept.std(axis=-1))
+        metrics[f"{kind}/{name}"] = _mean(score[np.isfinite(score)])
+        metrics[f"{kind}_std/{name}"] = _mean(_group_std(score))
         metrics[f"{kind}_failed/{name}"] = float(1 - np.isfinite(score).mean())
     return metrics
+
+
+def _group_std(score: np.ndarray) -> np.ndarray:
+    """Standard deviations within groups, of the candidates that have a score; none of a group without any."""
+    return np.ma.masked_invalid(score).std(axis=-1).compressed()
 
 
 def _zero_std(score: np.ndarray | Array) -> float:

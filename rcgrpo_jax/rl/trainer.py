@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
@@ -192,12 +192,14 @@ class Trainer:
         weights, times = self.weights_after(int(state.step)), [start, sample.rolled_out]
         scores = {name: score for name, score in sample.scores.items() if name in weights}
         watched = {name: score for name, score in sample.scores.items() if name not in weights}
-        self._check_scored(scores)
+        objective = self.options.objective
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
-            total = grpo.combine_rewards(scores, weights)
-            advantages = grpo.group_advantages(
-                total, self.options.objective.advantage_clip, self.options.objective.quasi_norm or None
-            )
+            # Candidates are compared with each other, so that one whose states have diverged takes its group along.
+            whole = np.asarray(_finite_groups(sample.rollout.states))[:, None]
+            usable = {name: np.where(whole, score, np.nan) for name, score in scores.items()}
+            total = grpo.combine_rewards(usable, weights, objective.least_scored)
+            self._check_scored(scores, total)
+            advantages = grpo.group_advantages(total, objective.advantage_clip, objective.quasi_norm or None)
             rows = grid_rows(batch, sample.images, sample.scores) if draw else []
             measured = reward_metrics(scores, total) | watch_metrics(watched) | correlation_metrics(sample.scores)
             measured |= drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
@@ -216,14 +218,13 @@ class Trainer:
         metrics["samples_per_second"] = total.size / (times[-1] - times[0])
         return state, metrics, rows, following
 
-    def _check_scored(self, scores: Mapping[str, np.ndarray]) -> None:
-        """Gives up after `UNSCORED_STEPS` steps in a row in which no group has all its scores."""
-        scored = {name: np.isfinite(score).all(axis=-1) for name, score in scores.items()}  # [P]
-        self.unscored = 0 if np.all([*scored.values()], axis=0).any() else self.unscored + 1
+    def _check_scored(self, scores: Mapping[str, np.ndarray], total: Float[Array, "P G"]) -> None:
+        """Gives up after `UNSCORED_STEPS` steps in a row in which all groups were dropped."""
+        self.unscored = 0 if np.isfinite(total).any() else self.unscored + 1
         if self.unscored == UNSCORED_STEPS:
-            failed = ", ".join(name for name, groups in scored.items() if not groups.all())
+            failed = ", ".join(name for name, score in scores.items() if not np.isfinite(score).all())
             lost = UserError(
-                f"rewards: no group of the last {UNSCORED_STEPS} steps has all its scores; {failed} failed.",
+                f"rewards: no group of the last {UNSCORED_STEPS} steps has enough scores; {failed} failed.",
                 "Look at what computes them; the same command resumes from the last checkpoint.",
             )
             raise everywhere(lost)  # scores are those of all processes
@@ -292,6 +293,12 @@ class Trainer:
         """Starts every reward on candidates of this process."""
         with jax.set_mesh(self.local_mesh):
             return reward_registry.start_all(self.rewards, reward_inputs(edited=images))
+
+
+@jax.jit
+def _finite_groups(states: Float[Array, "P G K+1 N C"]) -> Bool[Array, " P"]:
+    """Whether all candidates of a group have ended with finite latents."""
+    return jnp.isfinite(states[:, :, -1]).all((1, 2, 3))
 
 
 def join(*parts: Any) -> Any:

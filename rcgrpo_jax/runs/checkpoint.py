@@ -27,7 +27,7 @@ from rcgrpo_jax.parallel.distributed import together
 
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
-    "data.mask_value": "", "lora.init": "", "optimizer.eps": 1e-8, "policy": "neighbour",
+    "data.mask_value": "", "lora.init": "", "objective.least_scored": 1.0, "optimizer.eps": 1e-8, "policy": "neighbour",
     "train.writers": "tensorboard", "watch": "",
     "reward_options.change.scale": 12.0, "reward_options.clip_text.path": "",
     "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
