@@ -26,7 +26,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.experiments.ablation import Variant, configure, parse_variant, untrained
+from rcgrpo_jax.experiments.ablation import Variant, configure, parse_variant, untrained_run
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.plan.text import align
 from rcgrpo_jax.rl import recipes
@@ -84,7 +84,7 @@ def measure(config: ConfigDict, count: int, cache: Path) -> tuple[dict[str, floa
     config.objective.updates = 1
     setup = set_up(config, jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
-        trainer, state, batches = untrained(setup, cache)
+        trainer, state, batches = untrained_run(setup, cache)
         stds, found = [], []
         for step in range(count):
             sample = trainer.sample(state.replace(step=jnp.int32(step)), trainer.prepare(batches[step]))

@@ -18,7 +18,7 @@ from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.mmdit import Condition
-from rcgrpo_jax.options import changed, read_options
+from rcgrpo_jax.options import read_options, with_changes
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.plan import flops
@@ -112,7 +112,8 @@ class Step:
     def about(self) -> dict:
         """Device, versions and FLOPs, and the device's peak by data sheet if it is listed."""
         text, target = self.options.model.max_text_tokens, self.exploration.noise.shape[2]
-        once = changed(self.options, {"model.remat": "none"})  # what checkpointing repeats is no work of the model's
+        # What checkpointing repeats is no work of the model's.
+        once = with_changes(self.options, {"model.remat": "none"})
         dtype, chip = jnp.dtype(self.options.model.dtype), chip_of(self.device.device_kind)
         return {
             "platform": self.device.platform,

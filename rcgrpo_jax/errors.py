@@ -33,7 +33,7 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def everywhere(error: Exception) -> Exception:
+def mark_everywhere(error: Exception) -> Exception:
     """Marks an error that every process of a run raises at the same place, and returns it.
 
     After such an error all processes are still there, so that collective operations can be used to clean up.
@@ -43,7 +43,7 @@ def everywhere(error: Exception) -> Exception:
 
 
 def is_everywhere(error: BaseException | None) -> bool:
-    """Whether `everywhere` has marked the error."""
+    """Whether `mark_everywhere` has marked the error."""
     return getattr(error, "everywhere", False)
 
 

@@ -91,7 +91,7 @@ def read_options(kind: type[T], config: Mapping[str, Any]) -> T:
     return kind(**{field.name: read(field.name) for field in fields(kind)})
 
 
-def changed(options: T, changes: Mapping[str, Any]) -> T:
+def with_changes(options: T, changes: Mapping[str, Any]) -> T:
     """Options with other values.
 
     Args:
@@ -100,5 +100,5 @@ def changed(options: T, changes: Mapping[str, Any]) -> T:
     """
     for field, value in changes.items():
         name, _, rest = field.partition(".")
-        options = replace(options, **{name: changed(getattr(options, name), {rest: value}) if rest else value})
+        options = replace(options, **{name: with_changes(getattr(options, name), {rest: value}) if rest else value})
     return options

@@ -10,17 +10,17 @@ from typing import Any, Protocol, Self, TextIO
 from tqdm import tqdm
 
 
-class Told(Protocol):
+class ProgressCallback(Protocol):
     """Is told of each step of long jobs: how functions below the command line say how far they are."""
 
     def __call__(self, job: str, done: int, total: int) -> None: ...
 
 
-def silent(job: str, done: int, total: int) -> None:
+def no_progress(job: str, done: int, total: int) -> None:
     """Tells nobody."""
 
 
-def count_steps(progress: Told, job: str, total: int) -> Callable[[], None]:
+def count_steps(progress: ProgressCallback, job: str, total: int) -> Callable[[], None]:
     """What is called after each step of one job, counts the calls, and tells of them."""
     done = 0
 
@@ -33,7 +33,7 @@ def count_steps(progress: Told, job: str, total: int) -> Callable[[], None]:
 
 
 class Jobs:
-    """Shows each job that it is told of (`Told`) by a `Progress` of its own.
+    """Shows each job that it is told of (`ProgressCallback`) by a `Progress` of its own.
 
     Args:
         lines: Lines that a whole job may print where there is no terminal; None: one a step.

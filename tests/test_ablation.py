@@ -12,7 +12,7 @@ from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.experiments import ablation
-from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, Protocol, Variant, configure, parse_variant
+from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, EvaluationSettings, Variant, configure, parse_variant
 from rcgrpo_jax.rl import trainer as rl_trainer
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.runs.metrics import read_metrics
@@ -195,7 +195,7 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
     monkeypatch.setattr(ablation, "open_source", lambda *named, **options: heard.append((*named, options)) or [])
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: SimpleNamespace(averaged={}))
     config = small_run.make_config(acd__layers=2, data__polarity="black", data__mask_value="15")
-    ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, Protocol("here"), tmp_path)
+    ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, EvaluationSettings("here"), tmp_path)
     assert heard == [("here", "black", {"mask_value": "15"}), 2]
 
 
@@ -214,7 +214,7 @@ def test_runs_and_evaluations_are_on_the_mesh_of_the_configuration(tmp_path, mon
     monkeypatch.setattr(ablation, "open_source", lambda *_, **__: [])
     monkeypatch.setattr(ablation, "train_to_end", train)
     config, devices = small_run.make_config(mesh__fsdp=2), jax.local_devices()[:4]
-    ablation.run_variant(config, Variant("x", {}), 0, Protocol("here"), tmp_path, devices)
+    ablation.run_variant(config, Variant("x", {}), 0, EvaluationSettings("here"), tmp_path, devices)
     assert heard == {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "devices": devices}
 
 

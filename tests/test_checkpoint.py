@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.orbax import ocp
 from rcgrpo_jax.runs import checkpoint
 from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
@@ -111,7 +111,7 @@ def placed(x: jax.Array, mesh: Mesh, axis: str | None) -> NamedSharding:
 )
 def test_arrays_may_be_donated_while_they_are_being_saved(checkpointer, monkeypatch, shape, axis, slice_bytes):
     """Orbax writes from the memory of CPU arrays, which XLA then must not give to the update that donates them."""
-    monkeypatch.setattr(checkpoint, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr("rcgrpo_jax.orbax._SLICE_BYTES", slice_bytes)
     mesh = make_mesh(*shape)
     state = jax.tree.map(lambda x: jax.device_put(x, placed(x, mesh, axis)), make_state(1, size=4096))
     wanted = jax.tree.map(jnp.copy, state)
@@ -355,7 +355,7 @@ def test_of_several_processes_a_save_is_finished_if_all_end_with_the_same_error(
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(Checkpointer, "close", lambda self: closed.append(self))
     with pytest.raises(KeyError), Checkpointer(tmp_path, save_every=1, keep=1) as opened:
-        raise everywhere(KeyError("judge")) if agreed else KeyError("gone")
+        raise mark_everywhere(KeyError("judge")) if agreed else KeyError("gone")
     assert closed == [opened] * agreed
 
 

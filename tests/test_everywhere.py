@@ -11,7 +11,7 @@ import small_run
 from flax import struct
 
 from rcgrpo_jax.encoding import cache as pipeline
-from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
+from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import trainer as rl_trainer
 from rcgrpo_jax.runs import run
@@ -58,7 +58,7 @@ def test_records_that_process_0_cannot_write_and_a_lost_loss(monkeypatch, tmp_pa
 
 def test_a_disk_that_is_full_for_all(tmp_path):
     checkpointer = Checkpointer(tmp_path, save_every=1, keep=1)
-    for error in (OSError("No space left on device"), everywhere(OSError("No space left on device"))):
+    for error in (OSError("No space left on device"), mark_everywhere(OSError("No space left on device"))):
         with pytest.raises(UserError, match="are free") as lost, checkpointer._disk_errors():
             raise error
         assert is_everywhere(lost.value) == is_everywhere(error)

@@ -127,7 +127,7 @@ def test_the_medians_of_the_findings_are_those_that_are_kept():
 
 def test_the_base_measures_today_what_is_kept_of_it(tmp_path):
     """Scenes, noise, solver and measures are still those that the findings were made with."""
-    found = ablation.run_base(small_editor(), ablation.Protocol("scenes:heldout:2", 28, 0), tmp_path)
+    found = ablation.run_base(small_editor(), ablation.EvaluationSettings("scenes:heldout:2", 28, 0), tmp_path)
     kept = Evaluation.load(small_run.ROOT / "docs" / "evaluations" / "recipe" / "evaluations" / "base.npz")
     assert found.names == kept.names[:2]
     assert found.measures.keys() == kept.measures.keys()

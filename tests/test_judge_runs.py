@@ -15,7 +15,7 @@ from judge_server import JudgeServer, Reply, be_quick, digest, make_judge, rate,
 from ml_collections import ConfigDict
 from test_resume import assert_bit_equal
 
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.options import TrainOptions, read_options
 from rcgrpo_jax.rewards import VLMDigits
 from rcgrpo_jax.rl.options import Options
@@ -120,7 +120,7 @@ def test_a_step_that_ends_the_run_costs_no_step_before_it(tmp_path):
 
     def step(state: Counted, index: int, draw: bool):
         if index == 2:
-            raise everywhere(UserError("the judge is gone.", "Start it."))
+            raise mark_everywhere(UserError("the judge is gone.", "Start it."))
         return Counted(state.step + 1), {}, None
 
     options = TrainOptions(num_steps=5, save_every=100)

@@ -14,7 +14,7 @@ from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.lora import LoRAConfig
-from rcgrpo_jax.options import changed, read_options
+from rcgrpo_jax.options import read_options, with_changes
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan import flops, topology
 from rcgrpo_jax.plan.chips import TPUS, Chip, chip_of
@@ -63,11 +63,11 @@ def test_a_step_is_its_samples_and_units():
     assert found["rollout"] == 4 * 12 * 8 * (one.forward + one.concentration)
     assert found["update"] == 4 * 4 * 4 * unit  # of 8 steps, the noisier half
     assert found["decode"] == 4 * 12 * flops.vae_decoder(sizes[1], 64 * 64)
-    every = flops.step(changed(options, {"surrogate.steps": "all"}), *sizes)
+    every = flops.step(with_changes(options, {"surrogate.steps": "all"}), *sizes)
     assert every["update"] == 2 * found["update"]
     integrate = {"surrogate.anchor_mode": "integrate"}
     for steps, count in (("early", 4), ("all", 8)):
-        integrated = flops.step(changed(options, integrate | {"surrogate.steps": steps}), *sizes)
+        integrated = flops.step(with_changes(options, integrate | {"surrogate.steps": steps}), *sizes)
         assert integrated["update"] == 4 * 4 * count * (unit + one.forward)
 
 

@@ -11,7 +11,7 @@ import pytest
 import small_run
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.options import changed
+from rcgrpo_jax.options import with_changes
 from rcgrpo_jax.parallel.mesh import AXES
 from rcgrpo_jax.plan.chips import TPUS
 from rcgrpo_jax.plan.cost import Cost
@@ -141,7 +141,7 @@ ON_TPU = {"mesh.data": 2, "mesh.fsdp": 2, "model.max_text_tokens": 128, "data.si
 
 def test_an_update_for_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu")
-    options = changed(small_run.make_options(), ON_TPU)
+    options = with_changes(small_run.make_options(), ON_TPU)
     workload = Workload(options, open_flux(options.model.path), open_topology("v5e:2x2"))
     update = workload.compile("update")
     assert workload.attention == "splash"

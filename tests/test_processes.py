@@ -159,12 +159,12 @@ def test_micro_batches_take_from_every_device_what_it_has(micro):
 
 
 def test_an_error_in_a_block_that_all_share_is_raised_as_it_is():
-    with pytest.raises(KeyError) as caught, distributed.together():
+    with pytest.raises(KeyError) as caught, distributed.raise_together():
         raise KeyError("own")
     assert is_everywhere(caught.value)
-    with pytest.raises(KeyError), distributed.together():
+    with pytest.raises(KeyError), distributed.raise_together():
         raise KeyError("caf\udce9.png")  # a file name that is not UTF-8
-    with distributed.together():
+    with distributed.raise_together():
         pass
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import profile
-from rcgrpo_jax.runs.run import traced
+from rcgrpo_jax.runs.run import trace_steps
 
 
 def write_metrics(folder, steps: int) -> None:
@@ -42,7 +42,7 @@ def test_a_trace_names_the_programs_of_the_steps_after_the_first(tmp_path):
     def triple(x):
         return 3 * jnp.sort(x)
 
-    for step in traced(range(1, 5), "train", tmp_path, 2):
+    for step in trace_steps(range(1, 5), "train", tmp_path, 2):
         if step == 1:
             jax.jit(lambda x: x + 1)(jnp.ones(3)).block_until_ready()
         triple(jnp.arange(100_000.0)).block_until_ready()

@@ -17,7 +17,7 @@ from rcgrpo_jax.cli.paths import (
     path_fields,
     path_flag,
 )
-from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, Protocol, Variant, parse_variant
+from rcgrpo_jax.experiments.ablation import COMPONENTS, TAUS, EvaluationSettings, Variant, parse_variant
 from rcgrpo_jax.progress import Jobs
 from rcgrpo_jax.report.ablation import WRITTEN, ablate
 
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     check_apart("--out", out, {"--data": values.data, **path_fields(config), "data.cache": None}, WRITTEN)
     devices = open_devices()
     variants = [*TABLES.get(values.table, ()), *map(read_variant, values.variant)]
-    protocol = Protocol(values.data, values.steps, values.eval_seed)
+    protocol = EvaluationSettings(values.data, values.steps, values.eval_seed)
     keep_compilations(out)  # seeds share their programs
     with Jobs(lines=5) as progress:
         ablate(

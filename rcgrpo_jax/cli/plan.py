@@ -15,7 +15,7 @@ from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.paths import check_file, expand_fields, path_flag
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.options import changed, read_options
+from rcgrpo_jax.options import read_options, with_changes
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.gpu import cudnn_errors
@@ -108,7 +108,7 @@ def _search(config: ConfigDict, model: FluxKontext, topology: Topology, values: 
     print(ranking(found, topology) + "\n")
     reports = []
     for item in found:
-        chosen = changed(options, item.changes)
+        chosen = with_changes(options, item.changes)
         step = step_estimate(chosen, item.plans, topology, values.efficiency, values.price)
         workload = Workload(chosen, model, topology)
         if not reports:

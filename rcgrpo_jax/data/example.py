@@ -104,7 +104,7 @@ NOTHING = Needs()
 REGION = Needs(mask="an edit by region")
 
 
-class Described(Protocol):
+class ExampleDescription(Protocol):
     """What can be known of an example without its pictures."""
 
     @property
@@ -117,7 +117,7 @@ class Described(Protocol):
     def has_caption(self) -> bool: ...
 
 
-def check_needs(example: Described, needs: Needs) -> None:
+def check_needs(example: ExampleDescription, needs: Needs) -> None:
     """Refuses an example without the target or caption that is needed; sources themselves refuse those without a mask.
 
     Raises:

@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 from rcgrpo_jax.data.example import EditExample, Source, stamp_of
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editors.model import Editor
-from rcgrpo_jax.encoding.index import READING, Known, read_index, write_index
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.encoding.index import READING, KnownExample, read_index, write_index
+from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.parallel import distributed
 
 EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
@@ -56,7 +56,7 @@ class EncodedSource:
         editor: Editor,
         size: tuple[int, int],
         folder: str | Path,
-        validate: Callable[[EditExample | Known], None] = lambda _: None,
+        validate: Callable[[EditExample | KnownExample], None] = lambda _: None,
         progress: Callable[[int, int], None] = lambda *_: None,
         captions: bool = False,
     ):
@@ -67,14 +67,14 @@ class EncodedSource:
             apart = UserError(
                 f"data: the processes find different numbers of examples, {', '.join(map(str, sizes))}.", _SAME_DATA
             )
-            raise everywhere(apart)
+            raise mark_everywhere(apart)
         own, counted = distributed.local_job_range(len(source)), itertools.count(1)
 
         def count(indices: Sequence[int]) -> None:
             for _ in indices:
                 progress(next(counted), len(own))
 
-        with distributed.together():
+        with distributed.raise_together():
             hashes = self._find(source, own, validate)
             hashed = {index: hashes[index].tobytes().hex() for index in own}
             missing = self._absent(hashed)
@@ -83,13 +83,13 @@ class EncodedSource:
         self._names = [row.tobytes().hex() for row in hashes]
         if distributed.any_process(bool(self._absent(dict(enumerate(self._names))))):
             editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
-        with distributed.together():
+        with distributed.raise_together():
             self._encode(source, missing, count)
-        with distributed.together():  # those of the others, where they have disks of their own
+        with distributed.raise_together():  # those of the others, where they have disks of their own
             self._encode(source, self._absent(dict(enumerate(self._names))))
 
     def _find(
-        self, source: Source, own: range, validate: Callable[[EditExample | Known], None]
+        self, source: Source, own: range, validate: Callable[[EditExample | KnownExample], None]
     ) -> UInt8[np.ndarray, "examples 16"]:
         """The hashes of this process' examples; those whose files are as they were before are not read."""
         settings = hashlib.sha256(json.dumps([READING, *self._settings]).encode()).hexdigest()[:16]
@@ -102,7 +102,7 @@ class EncodedSource:
                 example = source[i]
                 validate(example)
                 about = (example.instruction, example.has_target, example.flawed, example.has_caption)
-                known = Known(self._hash(example), example.name, *about)
+                known = KnownExample(self._hash(example), example.name, *about)
             else:
                 validate(known)
             if stamp:

@@ -13,7 +13,7 @@ from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
-from rcgrpo_jax.encoding.index import Known
+from rcgrpo_jax.encoding.index import KnownExample
 from rcgrpo_jax.options import DataOptions, ModelOptions
 from rcgrpo_jax.parallel.distributed import local_job_range
 from rcgrpo_jax.progress import Progress
@@ -27,7 +27,7 @@ def encode(
     mesh: Mesh,
     batch_size: int,
     seed: int,
-    check: Callable[[EditExample | Known], None] = lambda example: None,
+    check: Callable[[EditExample | KnownExample], None] = lambda example: None,
     needs: Needs = REGION,
     captions: bool = False,
 ) -> Batches:
@@ -47,7 +47,7 @@ def encode(
     """
     source = open_source(data.path, data.polarity, data.mask_value, needs)
 
-    def check_all(example: EditExample | Known) -> None:
+    def check_all(example: EditExample | KnownExample) -> None:
         check_needs(example, needs)
         check(example)
 

@@ -21,7 +21,7 @@ READING = 1
 _Entry = Annotated[str, Predicate(re.compile(r"[0-9a-f]{32}").fullmatch)]
 
 
-class Known(NamedTuple):
+class KnownExample(NamedTuple):
     """What is kept of an example that was read: enough to check it again without its pictures."""
 
     entry: str  # name of its file in the cache, without the suffix
@@ -32,7 +32,7 @@ class Known(NamedTuple):
     has_caption: bool
 
 
-def read_index(folder: Path, settings: str) -> dict[str, Known]:
+def read_index(folder: Path, settings: str) -> dict[str, KnownExample]:
     """Stamp (`data.example.Source.stamp`) -> what is known, of all processes that wrote into the folder.
 
     A file that is damaged counts for nothing: its examples are read again.
@@ -41,18 +41,18 @@ def read_index(folder: Path, settings: str) -> dict[str, Known]:
         folder: The cache.
         settings: Names what entries depend on besides their examples, `READING` among it.
     """
-    known: dict[str, Known] = {}
+    known: dict[str, KnownExample] = {}
     for file in sorted(folder.glob(f"index-{settings}-*.json")):
         try:
             rows = parse_json(file.read_text(encoding="utf-8"))
             conform(rows, dict[str, tuple[_Entry, str, str, bool, bool, bool]], f"{file}", "")
         except (OSError, ValueError, UserError):
             continue
-        known |= {stamp: Known(*row) for stamp, row in rows.items()}
+        known |= {stamp: KnownExample(*row) for stamp, row in rows.items()}
     return known
 
 
-def write_index(folder: Path, settings: str, process: int, known: dict[str, Known]) -> None:
+def write_index(folder: Path, settings: str, process: int, known: dict[str, KnownExample]) -> None:
     """Keeps what a process found, whole or not at all; the next start is slower where it cannot be written."""
     file = folder / f"index-{settings}-{process}.json"
     partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")

@@ -84,7 +84,7 @@ def edit_all(
     if not 0 <= rank < count:
         raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
     own = indices[rank::count]
-    with distributed.together():
+    with distributed.raise_together():
         names, digest = [], Digest()
         for index in indices:
             example = read_example(source, index, size)

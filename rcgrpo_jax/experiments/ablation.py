@@ -29,7 +29,7 @@ from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.options import ModelOptions, read_options
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.progress import Told, count_steps, silent
+from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
 from rcgrpo_jax.rl.config import MAY_DIFFER
 from rcgrpo_jax.rl.reward_fields import name_rewards
 from rcgrpo_jax.rl.setup import Setup, set_up
@@ -68,7 +68,7 @@ _INCIDENTAL = (
 )
 
 
-class Protocol(NamedTuple):
+class EvaluationSettings(NamedTuple):
     """How variants are evaluated: fresh noise, no perturbation."""
 
     data: str  # held-out examples with targets, as `data.path` names them
@@ -124,7 +124,7 @@ def configure(config: ConfigDict, variant: Variant, seed: int) -> ConfigDict:
 def check_variants(
     config: ConfigDict,
     variants: Sequence[Variant],
-    protocol: Protocol,
+    protocol: EvaluationSettings,
     seeds: int,
     batches: int,
     devices: Sequence[jax.Device],
@@ -179,10 +179,10 @@ def run_variant(
     config: ConfigDict,
     variant: Variant,
     seed: int,
-    protocol: Protocol,
+    protocol: EvaluationSettings,
     out: Path,
     devices: Sequence[jax.Device] | None = None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Evaluation:
     """Trains one variant from one seed and evaluates its adapter.
 
@@ -211,10 +211,10 @@ def run_variant(
 
 def run_base(
     config: ConfigDict,
-    protocol: Protocol,
+    protocol: EvaluationSettings,
     out: Path,
     devices: Sequence[jax.Device] | None = None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Evaluation:
     """Evaluates the model without an adapter; arguments as for `run_variant`."""
     file, origin = out / "evaluations" / f"{BASE}.npz", _origin(config, protocol)
@@ -223,7 +223,7 @@ def run_base(
     return _evaluate(config, protocol, file, BASE, origin, make_mesh(config.mesh, devices), progress)
 
 
-def _origin(config: ConfigDict, protocol: Protocol, run: ConfigDict | None = None) -> dict[str, Any]:
+def _origin(config: ConfigDict, protocol: EvaluationSettings, run: ConfigDict | None = None) -> dict[str, Any]:
     """What an evaluation is an evaluation of, and how it is made."""
     common = {name: config[name].to_dict() for name in ("model", "data", "acd")}
     model = {"fingerprint": open_model(config.model.path).whole_fingerprint()}
@@ -249,12 +249,12 @@ def _load(file: Path, origin: Mapping[str, Any]) -> Evaluation:
 
 def _evaluate(
     config: ConfigDict,
-    protocol: Protocol,
+    protocol: EvaluationSettings,
     file: Path,
     name: str,
     origin: Mapping[str, Any],
     mesh: Mesh,
-    progress: Told,
+    progress: ProgressCallback,
     lora: dict | None = None,
 ) -> Evaluation:
     source = open_source(protocol.data, config.data.polarity, mask_value=config.data.mask_value)
@@ -276,7 +276,7 @@ def _evaluate(
     return evaluation
 
 
-def untrained(setup: Setup, cache: Path) -> tuple[Trainer, TrainState, Batches]:
+def untrained_run(setup: Setup, cache: Path) -> tuple[Trainer, TrainState, Batches]:
     """What the first step of a run starts from: its trainer, its state, and its prompts, encoded.
 
     Args:
@@ -285,7 +285,7 @@ def untrained(setup: Setup, cache: Path) -> tuple[Trainer, TrainState, Batches]:
     """
     batches = setup.encode(cache)
     trainer = Trainer(setup.options, setup.load_editor(), setup.mesh, setup.rewards)
-    return trainer, setup.first_state(), batches
+    return trainer, setup.initial_state(), batches
 
 
 class GroupStatistics(NamedTuple):
@@ -320,7 +320,7 @@ def group_statistics(
     drifts, stds = [], []
     setup = set_up(config, devices)
     with jax.set_mesh(setup.mesh):
-        trainer, state, batches = untrained(setup, out)
+        trainer, state, batches = untrained_run(setup, out)
         for step in range(num_batches):
             prepared_batch = trainer.prepare(batches[step])
             sample = trainer.sample(state.replace(step=jnp.int32(step)), prepared_batch)

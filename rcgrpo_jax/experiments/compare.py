@@ -23,7 +23,7 @@ from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import Table, make_tables, markdown, notes, plain
 from rcgrpo_jax.parallel.mesh import make_mesh
-from rcgrpo_jax.progress import Told, count_steps, silent
+from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.runs.workdir import write_text
 from rcgrpo_jax.weights.lora import adapter_fingerprint
@@ -85,7 +85,7 @@ def evaluate_adapters(
     dtype: str = "bfloat16",
     edits: Path | None = None,
     devices: Sequence[jax.Device] | None = None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
     **editor_options: Any,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Edits all examples with each adapter, from the same noise, and measures the edits.
@@ -138,7 +138,7 @@ def measure_folders(
     *,
     batch: int = 8,
     size: tuple[int, int] | None = None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measures the pictures in folders, whoever made them; arguments, results and errors as `evaluate_adapters`.
 

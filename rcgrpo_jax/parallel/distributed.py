@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
-from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
+from rcgrpo_jax.errors import UsageError, UserError, mark_everywhere, reason
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
 
@@ -138,7 +138,7 @@ def any_process(flag: bool) -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """Raises an error on every process if the block raises one on any of them.
 
     Without it the other processes would wait for ever for the one that has failed. The block must hold no collective
@@ -154,16 +154,16 @@ def together() -> Iterator[None]:
         error = raised
     causes = gather(_cause(error)[None])
     if isinstance(error, UserError) and jax.process_count() > 1:
-        raise everywhere(type(error)(f"process {jax.process_index()}: {error.problem}", error.remedy)) from error
+        raise mark_everywhere(type(error)(f"process {jax.process_index()}: {error.problem}", error.remedy)) from error
     if error is not None:
-        raise everywhere(error)
+        raise mark_everywhere(error)
     if (failed := np.flatnonzero(causes.any(axis=1))).size:
         cause = causes[failed[0]].tobytes().rstrip(b"\0").decode(errors="ignore")
         stops = UserError(
             f"process {failed[0]} failed, so this one stops: {cause}",
             "Its own log says more. The same command on all processes resumes from the last checkpoint.",
         )
-        raise everywhere(stops)
+        raise mark_everywhere(stops)
 
 
 def _cause(error: Exception | None) -> UInt8[np.ndarray, " bytes"]:

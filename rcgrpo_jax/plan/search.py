@@ -19,7 +19,7 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
-from rcgrpo_jax.options import changed
+from rcgrpo_jax.options import with_changes
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import Chip
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     needed: float  # bytes a device, at least
 
 
-class Found(NamedTuple):
+class FittingSettings(NamedTuple):
     """Settings under which all programs fit."""
 
     changes: dict[str, Any]
@@ -121,7 +121,7 @@ class Search:
             shape: Of the mesh.
             options: Say how many candidates are decoded, and how many at a time; all by default.
         """
-        options = options or changed(self.options, dict.fromkeys(MICRO_BATCH.values(), 0))
+        options = options or with_changes(self.options, dict.fromkeys(MICRO_BATCH.values(), 0))
         mesh = self._mesh(shape)
         weights = place(self.base, mesh, jnp.dtype(self.options.model.dtype), self.options.model.quantization)
         held = sum(device_bytes(leaf) for leaf in jax.tree.leaves(weights))
@@ -156,7 +156,7 @@ class Search:
             samples: Samples of one on a device.
             whole: Bytes of the weights that a device works with, gathered.
         """
-        options = changed(self.options, {"model.remat": remat})
+        options = with_changes(self.options, {"model.remat": remat})
         sizes = self.sizes, self.model.config("vae")
         work = flops.step(options, *sizes, self.text, self.target, self.attention)[name]
         if name == "decode":
@@ -189,7 +189,7 @@ class Search:
             if any(self._hopeless(setting, *other) for other in refused):
                 continue
             self.limit -= 1
-            workload = Workload(changed(options, setting.changes), self.model, self.topology)
+            workload = Workload(with_changes(options, setting.changes), self.model, self.topology)
             plan = workload.compile(name)
             self.say(f"{describe(setting.changes)}: {summary(plan)}")
             if plan.fits:
@@ -203,13 +203,13 @@ class Search:
         grown = other.needed + (plan.needed - other.needed) * min(1.0, setting.micro_batch / other.micro_batch)
         return same and grown > plan.available
 
-    def run(self) -> list[Found]:
+    def run(self) -> list[FittingSettings]:
         """All settings found under which every program fits, the fastest first, and the first of each mesh shape."""
         found = []
         for shape in self.shapes():
             changes, plans = dict.fromkeys(MICRO_BATCH.values(), 0), {}
             for name in ("update", "rollout", "decode"):  # the update asks for most; what is decoded was rolled out
-                options = changed(self.options, changes)
+                options = with_changes(self.options, changes)
                 pair = self.first_that_fits(name, self.settings(name, shape, options), options)
                 if pair is None:
                     break
@@ -217,7 +217,7 @@ class Search:
                 plans[name] = pair[1]
             if len(plans) == len(NAMES):
                 ordered = [plans[name] for name in NAMES]
-                found.append(Found(changes, ordered, step_seconds(self.options, ordered, self.topology.chip)))
+                found.append(FittingSettings(changes, ordered, step_seconds(self.options, ordered, self.topology.chip)))
         return sorted(found, key=lambda item: item.seconds)
 
     def nearest(self, failed: list[Plan], shape: Shape) -> tuple[dict[str, Any], list[Plan]] | None:
@@ -234,7 +234,7 @@ class Search:
             pair = self.first_that_fits(name, list(self._nearer(name, bounds[name], shape, options)), options)
             if pair is None:
                 return None
-            options = changed(options, pair[0].changes)
+            options = with_changes(options, pair[0].changes)
             plans.append(pair[1])
             if name == "rollout":  # it holds more while it decodes
                 bounds["decode"] = min(micro_batches(options)["decode"], bounds.get("decode", math.inf))

@@ -11,7 +11,7 @@ from typing import Any
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.programs import Plan, Workload
 from rcgrpo_jax.plan.roofline import roofline
-from rcgrpo_jax.plan.search import Found, describe, step_seconds
+from rcgrpo_jax.plan.search import FittingSettings, describe, step_seconds
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.options import Options
 
@@ -166,7 +166,7 @@ def _step(step: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def ranking(found: Sequence[Found], topology: Topology) -> str:
+def ranking(found: Sequence[FittingSettings], topology: Topology) -> str:
     """Settings that fit, the fastest first."""
     rows = [["", "roofline s", *(f"{plan.name} GiB" for plan in found[0].plans), "settings"]]
     for i, item in enumerate(found):

@@ -16,15 +16,15 @@ from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import differences, group_table, make_tables, markdown, notes, plain
 from rcgrpo_jax.experiments.ablation import (
     BASE,
+    EvaluationSettings,
     GroupStatistics,
-    Protocol,
     Variant,
     check_variants,
     group_statistics,
     run_base,
     run_variant,
 )
-from rcgrpo_jax.progress import Told, silent
+from rcgrpo_jax.progress import ProgressCallback, no_progress
 from rcgrpo_jax.report.page import Report, write_report
 from rcgrpo_jax.report.plots import as_file, distributions
 from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, write_text
@@ -40,13 +40,13 @@ def ablate(
     config: ConfigDict,
     variants: Sequence[Variant],
     out: Path,
-    protocol: Protocol,
+    protocol: EvaluationSettings,
     *,
     seeds: int = 5,
     batches: int = 0,
     devices: Sequence[jax.Device] | None = None,
     say: Say = lambda text: None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Report:
     """Makes the runs and evaluations that are missing, and writes all results.
 
@@ -95,8 +95,8 @@ def ablate(
 
 
 def _evaluated(
-    config: ConfigDict, variants: Sequence[Variant], seeds: int, protocol: Protocol, out: Path,
-    devices: Sequence[jax.Device], say: Say, progress: Told,
+    config: ConfigDict, variants: Sequence[Variant], seeds: int, protocol: EvaluationSettings, out: Path,
+    devices: Sequence[jax.Device], say: Say, progress: ProgressCallback,
 ) -> dict[str, list[Evaluation]]:  # fmt: skip
     """Trains and evaluates what is not there yet, and writes and tells the tables; row -> evaluations."""
     rows = {BASE: [run_base(config, protocol, out, devices, progress)], **{variant.name: [] for variant in variants}}

@@ -14,7 +14,7 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.experiments.compare import Comparison, compare, evaluate_adapters, summary
 from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.experiments.saved_runs import read_saved_config
-from rcgrpo_jax.progress import Told, silent
+from rcgrpo_jax.progress import ProgressCallback, no_progress
 from rcgrpo_jax.report.page import write_report
 from rcgrpo_jax.report.run_page import describe_run
 from rcgrpo_jax.report.run_record import read_run
@@ -33,7 +33,7 @@ def run_demo(
     *,
     devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] = lambda text: None,
-    progress: Told = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Comparison:
     """Post-trains the small editor, exports the LoRA, compares it with the base, and writes `report.html`.
 

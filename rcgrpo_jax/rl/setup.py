@@ -19,7 +19,7 @@ from rcgrpo_jax.editors.model import Editor, Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.encode import encode
-from rcgrpo_jax.encoding.index import Known
+from rcgrpo_jax.encoding.index import KnownExample
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.lora import target_kernels
@@ -66,7 +66,7 @@ class Setup:
         """The state of an adapter that does nothing, on every device."""
         return fresh_state(self.options, self.model, self.mesh)
 
-    def first_state(self) -> TrainState:
+    def initial_state(self) -> TrainState:
         """The state before the first step, with the LoRA of `lora.init` if there is one.
 
         Raises:
@@ -163,7 +163,7 @@ def check_rollout(options: Options, model: Model) -> None:
     check_lora(options.lora, bool(options.optimizer.ema_decay), model)
 
 
-def check_scorable(rewards: Mapping[str, Reward], example: EditExample | Known) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: EditExample | KnownExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.method import grpo
-from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows, to_mesh, together
+from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows, raise_together, to_mesh
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.options import Options
@@ -38,7 +38,7 @@ from rcgrpo_jax.rl.step_metrics import (
 )
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
-from rcgrpo_jax.runs.run import finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.run import is_finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
 from rcgrpo_jax.runs.state import TrainState
 
@@ -70,17 +70,17 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         config_record = config.to_dict() | setup.record()
         may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record), *reward_registry.incidental_fields())
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
-            state = setup.first_state()
+            state = setup.initial_state()
         else:
             check_same_config(saved_config(checkpointer, schema), config_record, (*may_differ, "data_digest"))
             state = setup.fresh_state()
         if (checkpointer.latest_step() or 0) < options.train.num_steps:
-            with together():
+            with raise_together():
                 reward_registry.check_all(setup.rewards)
         batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, config_record, schema, may_differ)
-        if finished(state, options.train.num_steps):
+        if is_finished(state, options.train.num_steps):
             return state
         trainer = Trainer(options, setup.load_editor(), setup.mesh, setup.rewards)
         prepared_batch = None
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
             nonlocal prepared_batch
             start = time.monotonic()
-            with together():  # a thread has read it during the step before
+            with raise_together():  # a thread has read it during the step before
                 batch = batches[index] if prepared_batch is None else prepared_batch.batch
                 upcoming = batches[index + 1] if index + 1 < options.train.num_steps else None
             metrics = {"seconds/data": time.monotonic() - start}
@@ -227,7 +227,7 @@ class Trainer:
                 f"rewards: no group of the last {UNSCORED_STEPS} steps has enough scores; {failed} failed.",
                 "Look at what computes them; the same command resumes from the last checkpoint.",
             )
-            raise everywhere(lost)  # scores are those of all processes
+            raise mark_everywhere(lost)  # scores are those of all processes
 
     def sample(self, state: TrainState, prepared_batch: PreparedBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
@@ -239,7 +239,7 @@ class Trainer:
         for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
             rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
             pictures.append(self.local_pictures(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
-        with together():  # all is dispatched: the devices roll out the next part while one is scored
+        with raise_together():  # all is dispatched: the devices roll out the next part while one is scored
             started = []
             for images in pictures:
                 jax.block_until_ready(images)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree, UInt32
 
 from rcgrpo_jax.borders import shorten
-from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
+from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
 from rcgrpo_jax.orbax import is_of_files, ocp, saving
-from rcgrpo_jax.parallel.distributed import together
+from rcgrpo_jax.parallel.distributed import raise_together
 
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
@@ -84,7 +84,7 @@ class Checkpointer:
             if self.latest_step() == step:
                 return False
             self._pending = step, sum(x.nbytes for x in jax.tree.leaves(state))
-            with together():
+            with raise_together():
                 if self._pending[1] > self._free_bytes():
                     raise self._disk_full(_FULL_DISK[0])
             about = {"config": config, "checksums": _checksums(state)}
@@ -214,7 +214,7 @@ class Checkpointer:
             if reason is None:
                 raise
             full = self._disk_full(reason)
-            raise (everywhere(full) if is_everywhere(error) else full) from error
+            raise (mark_everywhere(full) if is_everywhere(error) else full) from error
 
     @contextmanager
     def _read_errors(self, path: Path) -> Iterator[None]:

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, parse_json
-from rcgrpo_jax.errors import UserError, everywhere
+from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.runs.writers import WRITERS, Writer, check_installed
 
 METRICS = "metrics.jsonl"
@@ -184,4 +184,4 @@ def check_finite(metrics: Mapping[str, Any], step: int) -> None:
                 "Start a new --workdir with a lower optimizer.learning_rate; the checkpoints of this one stay, and "
                 "JAX_DEBUG_NANS=True finds the operation.",
             )
-            raise everywhere(lost)  # metrics are those of all processes
+            raise mark_everywhere(lost)  # metrics are those of all processes

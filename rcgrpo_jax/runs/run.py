@@ -16,9 +16,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rcgrpo_jax.data.images import save_image
-from rcgrpo_jax.errors import UserError, everywhere, is_everywhere
+from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
 from rcgrpo_jax.options import TrainOptions
-from rcgrpo_jax.parallel.distributed import any_process, gather, is_main, report_lost_process, text_of_main, together
+from rcgrpo_jax.parallel.distributed import (
+    any_process,
+    gather,
+    is_main,
+    raise_together,
+    report_lost_process,
+    text_of_main,
+)
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
 from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite
@@ -53,7 +60,7 @@ def open_run(
     """
     with ExitStack() as stack:
         stack.enter_context(report_lost_process())
-        with together():
+        with raise_together():
             make_folder(workdir, "workdir")
             if is_main():
                 steps = [f"checkpoints/{x.name}" for x in workdir.glob("checkpoints/[0-9]*") if x.name.isdecimal()]
@@ -69,7 +76,7 @@ def open_run(
                 "one directory for all was wanted.",
                 "Choose a folder that all processes share.",
             )
-            raise everywhere(apart)
+            raise mark_everywhere(apart)
         _check_same_command(config_record)
         yield checkpointer
 
@@ -77,7 +84,7 @@ def open_run(
 def _check_same_command(config: Mapping[str, Any]) -> None:
     """Raises a `UserError` if the configuration of this process is not that of process 0."""
     main = json.loads(text_of_main(json.dumps(config)))
-    with together():
+    with raise_together():
         if differences := config_differences(main, config, saved_as="process 0"):
             raise UserError(
                 f"The configuration is not that of process 0: {'; '.join(differences)}.",
@@ -116,7 +123,7 @@ def restore(
     return state
 
 
-def finished(state: State, num_steps: int) -> bool:
+def is_finished(state: State, num_steps: int) -> bool:
     """Whether the run has no step left. If so, it logs that."""
     if int(state.step) < num_steps:
         return False
@@ -156,7 +163,7 @@ def run_steps(
         UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
     """
     first, last = int(state.step), options.num_steps
-    with together():  # process 0 alone opens them, and may fail
+    with raise_together():  # process 0 alone opens them, and may fail
         names = writer_names(options.writers)
         metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=config_record)
     with (
@@ -164,7 +171,7 @@ def run_steps(
         Progress(last, first, name) as progress,
         termination() as stop,
     ):
-        for step in traced(range(first + 1, last + 1), name, workdir / "profile", options.profile_steps):
+        for step in trace_steps(range(first + 1, last + 1), name, workdir / "profile", options.profile_steps):
             draw = step % options.image_every == 0 or step == last
             try:
                 state, metrics, picture = step_function(state, step - 1, draw)
@@ -175,12 +182,12 @@ def run_steps(
                     checkpointer.save(step - 1, state, config_record, force=True)
                 raise
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
-            with together():  # process 0 alone writes, and the save under way is to end on all
+            with raise_together():  # process 0 alone writes, and the save under way is to end on all
                 writer.scalars(step, metrics)
             stopped = any_process(stop.is_set())  # a preemption may reach the processes in different steps
             checkpointer.save(step, state, config_record, force=step == last or stopped)
             if picture is not None:  # after saving: one that cannot be written costs no step
-                with together():
+                with raise_together():
                     if is_main():
                         save_image(workdir / "images" / f"step_{step:06d}.png", picture)
                         writer.images(step, {"pictures": picture})
@@ -192,7 +199,7 @@ def run_steps(
     return state
 
 
-def traced(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
+def trace_steps(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:
     """Yields the steps, and traces `count` of them on process 0, from the second on, since the first compiles.
 
     Args:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, start_from
 from rcgrpo_jax.options import OptimizerOptions
-from rcgrpo_jax.parallel.distributed import from_main, to_host, to_mesh, together
+from rcgrpo_jax.parallel.distributed import from_main, raise_together, to_host, to_mesh
 from rcgrpo_jax.weights.lora import load_loras
 
 
@@ -87,7 +87,7 @@ def start_lora(state: TrainState, lora: LoRAConfig, params: dict, mesh: Mesh) ->
     """
     if not lora.init:
         return state
-    with together():
+    with raise_together():
         given = load_loras([lora.init], [1.0], params)
         started = start_from(to_host(state.params), given, lora)
     started = to_mesh(from_main(started), mesh)

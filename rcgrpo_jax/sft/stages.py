@@ -193,7 +193,7 @@ class FlowStage(Stage):
         return save_folder(self.folder.path, self.workdir / "model", networks, self.options.save_dtype)
 
 
-class Encoded(NamedTuple):
+class EncodedTriples(NamedTuple):
     """What the device reads of an `EditBatch`; texts and sources were encoded before."""
 
     source: Array
@@ -220,8 +220,8 @@ class LoRAStage(FlowStage):
     def identity(self, batches):
         return {"data_digest": batches.source.digest, "model_digest": self.folder.trained_fingerprint()}
 
-    def arrays(self, batch: EditBatch) -> Encoded:
-        return Encoded(batch.pixels, batch.targets, batch.mask, batch.encoded)
+    def arrays(self, batch: EditBatch) -> EncodedTriples:
+        return EncodedTriples(batch.pixels, batch.targets, batch.mask, batch.encoded)
 
     def initial(self, key):
         adapter = init_adapter(key, self.editor.params, self.options.lora)

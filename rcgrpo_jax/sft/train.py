@@ -21,16 +21,16 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
-from rcgrpo_jax.errors import UsageError, UserError, everywhere, reason
+from rcgrpo_jax.errors import UsageError, UserError, mark_everywhere, reason
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.options import read_options
-from rcgrpo_jax.parallel.distributed import from_main, gather, is_main, text_of_main, to_host, to_mesh, together
+from rcgrpo_jax.parallel.distributed import from_main, gather, is_main, raise_together, text_of_main, to_host, to_mesh
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, candidate_pixels, comparison_grid
-from rcgrpo_jax.runs.run import StepFunction, finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.run import StepFunction, is_finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
 from rcgrpo_jax.runs.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.sft import config as schema
@@ -85,7 +85,7 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
         config_record = config_record | stage.identity(batches)
         shardings = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
         state = restore(checkpointer, jax.device_put(state, shardings), config_record, schema, MAY_DIFFER)
-        if not finished(state, options.train.num_steps):
+        if not is_finished(state, options.train.num_steps):
             step = make_step(options, stage, mesh, batches, shardings)
             samples = (options.stage, options.batch.size)
             state = run_steps(state, step, options.train, config_record, workdir, checkpointer, *samples, _shown)
@@ -102,7 +102,7 @@ def open_folder(options: Options, workdir: Path) -> Model:
     """
     if not options.model.path:
         path = workdir / "start"
-        with together():
+        with raise_together():
             if is_main() and not (path / "model_index.json").is_file():  # written last
                 random_folder.build(path, options.seed, random_folder.EDITOR, random_folder.EDITOR_TEXT_TOKENS)
         return FluxKontext(path)
@@ -156,7 +156,7 @@ def make_step(options: Options, stage: Stage, mesh: Mesh, batches: Any, sharding
 
     def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
         start = time.monotonic()
-        with together():
+        with raise_together():
             batch = batches[index]
         examples = stage.arrays(batch)
         state, metrics = update(state, frozen, to_mesh(examples, mesh, PartitionSpec(SAMPLE_AXES)))
@@ -186,7 +186,7 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
 
     try:
         trained, examples = to_host(state.averaged), gather(stage.arrays(batches[0]))
-        with together(), jax.set_mesh(stage.mesh.local_mesh):  # a program of one process
+        with raise_together(), jax.set_mesh(stage.mesh.local_mesh):  # a program of one process
             written = stage.save(trained, examples) if is_main() else ""
         return Path(text_of_main(str(written)))
     except (OSError, SafetensorError) as error:  # a full disk is either
@@ -194,4 +194,4 @@ def _save(stage: Stage, state: TrainState, batches: Any) -> Path:
             f"workdir: the result cannot be written to {stage.workdir} ({reason(error)}).",
             "Free some space, then run the same command: training is done and its last checkpoint kept.",
         )
-        raise everywhere(unwritten) from error  # the others have been told
+        raise mark_everywhere(unwritten) from error  # the others have been told

@@ -25,7 +25,7 @@ class Exploration(NamedTuple):
     steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
 
 
-class Stored(NamedTuple):
+class StoredStates(NamedTuple):
     """What a unit reads of the rollout."""
 
     path: Float[Array, "K+1 N C"]  # the anchor's states
@@ -126,13 +126,13 @@ class Neighbour:
         steps = num_compared_steps(self.options) if self._integrates else 1
         return self.num_units(self.options), steps, _num_members(self.options)
 
-    def read(self, states: Float[Array, "P G K+1 N C"], unit: tuple[Array, Array, Array]) -> Stored:
+    def read(self, states: Float[Array, "P G K+1 N C"], unit: tuple[Array, Array, Array]) -> StoredStates:
         """The anchor's path, and the group after the compared steps."""
         prompt, anchor, steps = unit
-        return Stored(states[prompt, anchor], states[prompt, :, steps])
+        return StoredStates(states[prompt, anchor], states[prompt, :, steps])
 
     def log_policy(
-        self, velocity: Velocity, prompt: Prompts, stored: Stored, unit: tuple[Array, Array, Array]
+        self, velocity: Velocity, prompt: Prompts, stored: StoredStates, unit: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
         """The softmax over members by their distance to the anchor under theta (Eq. 14)."""
         settings, steps = self.options.surrogate, unit[2]

@@ -109,13 +109,13 @@ def load_loras(paths: Sequence[str | Path], strengths: Sequence[float], params: 
     Returns:
         The adapter with every scale folded in.
     """
-    together: dict[keymap.Path, list[np.ndarray]] = {}
+    joined: dict[keymap.Path, list[np.ndarray]] = {}
     for path, strength in zip(paths, strengths, strict=True):
         adapter, config = load_lora(path, params)
         for leaf, factor in flatten_dict(_scaled(path, adapter, config.scale * strength)).items():
-            together.setdefault(leaf, []).append(factor)
+            joined.setdefault(leaf, []).append(factor)
     # A is [..., in, r] and B [..., r, out].
-    return unflatten_dict({p: np.concatenate(x, axis=-1 if p[-1] == "A" else -2) for p, x in together.items()})
+    return unflatten_dict({p: np.concatenate(x, axis=-1 if p[-1] == "A" else -2) for p, x in joined.items()})
 
 
 @np.errstate(over="ignore", invalid="ignore")
