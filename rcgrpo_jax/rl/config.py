@@ -34,10 +34,11 @@ from rcgrpo_jax.runs.fields import (
 )
 from rcgrpo_jax.runs.writers import writer_problems
 
-# Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned. Those of
-# rewards without a weight are such too: `reward_fields.unlearned`.
+# Fields that may differ between a checkpoint and the run that resumes it: they do not touch what is learned, or, as
+# `least_scored`, only where a reward has failed. Those of rewards without a weight are such too:
+# `reward_fields.unlearned`.
 MAY_DIFFER = ("train", "watch", "mesh", "model.attention", "model.remat", "data.cache", "rollout.micro_batch",
-              "rollout.decode_micro_batch", "surrogate.micro_batch")  # fmt: skip
+              "rollout.decode_micro_batch", "surrogate.micro_batch", "objective.least_scored")  # fmt: skip
 # Fields that may differ where what they name has been moved: digests are saved beside them.
 PATHS = ("model.path", "data.path")
 
