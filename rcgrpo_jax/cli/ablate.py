@@ -9,11 +9,11 @@ from absl import flags
 from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import (
-    PATH_FIELDS,
     check_apart,
     check_for_checkpoints,
     expand_fields,
     expand_home,
+    is_path_field,
     path_fields,
     path_flag,
 )
@@ -67,7 +67,7 @@ def read_variant(text: str) -> Variant:
     return Variant(
         name,
         {
-            field: expand_home(f"--variant: {field}", x) if field in PATH_FIELDS and isinstance(x, str) else x
+            field: expand_home(f"--variant: {field}", x) if is_path_field(field) and isinstance(x, str) else x
             for field, x in changes.items()
         },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
@@ -17,7 +18,8 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.runs.fields import flatten
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
-PATH_FIELDS = ("model.path", "data.path", "data.cache", "lora.init")  # of a configuration, where it has them
+# Of a configuration, where it has them; in `reward_options` whatever the reward.
+_PATH_FIELD = re.compile(r"(model|data)\.path|data\.cache|lora\.init|reward_options\.\w+\.(path|template)")
 STARTS = {  # how the files begin that commands write; a plan and a search begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
@@ -76,8 +78,12 @@ def expand_fields(config: ConfigDict) -> None:
 
 def path_fields(config: ConfigDict) -> dict[str, str]:
     """The paths in a configuration, by field; those that are no text are left for its check."""
-    fields = flatten(config.to_dict())
-    return {field: fields[field] for field in PATH_FIELDS if isinstance(fields.get(field), str)}
+    return {field: x for field, x in flatten(config.to_dict()).items() if is_path_field(field) and isinstance(x, str)}
+
+
+def is_path_field(field: str) -> bool:
+    """Whether a field of a configuration, dotted, is a path."""
+    return bool(_PATH_FIELD.fullmatch(field))
 
 
 def check_writable(flag: str, path: Path) -> None:

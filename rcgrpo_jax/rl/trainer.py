@@ -193,10 +193,10 @@ class Trainer:
         scores = {name: score for name, score in sample.scores.items() if name in weights}
         watched = {name: score for name, score in sample.scores.items() if name not in weights}
         objective = self.options.objective
+        # Candidates are compared with each other, so that one whose states have diverged takes its group along.
+        whole = np.asarray(_finite_groups(sample.rollout.states))[:, None]
+        usable = {name: np.where(whole, score, np.nan) for name, score in scores.items()}
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
-            # Candidates are compared with each other, so that one whose states have diverged takes its group along.
-            whole = np.asarray(_finite_groups(sample.rollout.states))[:, None]
-            usable = {name: np.where(whole, score, np.nan) for name, score in scores.items()}
             total = grpo.combine_rewards(usable, weights, objective.least_scored)
             self._check_scored(scores, total)
             advantages = grpo.group_advantages(total, objective.advantage_clip, objective.quasi_norm or None)
