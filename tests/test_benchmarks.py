@@ -92,6 +92,7 @@ def drop_a_unit(other: torch_step.Step) -> None:
         pytest.param(drop_a_unit, {"loss", "gradient"}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_difference_is_refused_before_anything_is_timed(change, differs):
     other = torch_step.Step(TINY)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import jax
@@ -88,7 +89,9 @@ def compiled(model: MMDiT):
         return velocity, sown.get("intermediates", {})
 
     # XLA's earlier code generator (conftest.py) rounds differently where something more is sown.
-    return jax.jit(apply, static_argnums=5, compiler_options={"xla_cpu_use_fusion_emitters": True})
+    earlier = "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]
+    options = {"xla_cpu_use_fusion_emitters": True} if earlier else None
+    return jax.jit(apply, static_argnums=5, compiler_options=options)
 
 
 def velocity_of(name: str, x, sigma, condition, grid=GRID, **options) -> jax.Array:

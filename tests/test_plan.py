@@ -83,6 +83,7 @@ def test_a_step_is_its_samples_and_units():
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_compiled_flops_agree_with_the_formula(changes):
     planned = workload(**changes)
     names = NAMES if changes == {"model__remat": "full"} else ("update",)

@@ -242,6 +242,7 @@ def test_eight_devices_take_the_step_of_one():
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_int8_leaves_a_lora_of_the_same_form(tmp_path, capsys):
     config = small_run.make_config(model__quantization="int8", train__num_steps=1)
     state = train(config, tmp_path / "run", jax.devices()[:1])

@@ -150,6 +150,7 @@ def test_a_picture_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_only_the_steps_after_its_checkpoint(straight, tmp_path, taken):
     workdir = tmp_path / "run"
     body = small_run.signal_after(3, "SIGKILL", workdir / "checkpoints" / "2")

@@ -40,6 +40,7 @@ def test_pads_text_as_it_was_trained(editor):
     assert editor.options.max_text_tokens == 24
 
 
+@pytest.mark.slow
 def test_autoencoder_keeps_held_out_scenes(editor, scenes):
     images = np.stack([scenes[i].image for i in range(32)])
     decode = jax.jit(lambda params, x: editor.vae.apply({"params": params}, x))

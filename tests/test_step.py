@@ -381,6 +381,7 @@ def test_the_average_follows_the_adapter():
     assert relative_error(result.after.ema, result.before.ema) > 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_states_and_an_exact_ratio():
     trainer = small_run.make_trainer(**BASE, model__dtype="bfloat16", acd__weight=0.0)
     step = explore_and_roll_out(trainer)

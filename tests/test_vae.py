@@ -86,6 +86,7 @@ def test_encode_and_decode_match_diffusers_in_fp32(name, shape):
     assert relative_error(decoded, expected[1]) < 2e-5
 
 
+@pytest.mark.slow
 def test_bf16_stays_within_five_percent_of_fp32():
     pixels = random_pixels(1, 32, 48, 3)
     expected = torch_round_trip("flux", pixels)
