@@ -46,6 +46,14 @@ def test_values_that_are_not_finite_are_null_in_valid_json(tmp_path):
     assert entry["loss"] == 0.25
 
 
+def test_values_that_are_not_finite_are_gaps_in_tensorboard(tmp_path, caplog):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        for step, value in enumerate((1.0, math.nan, math.inf, 2.0), start=1):
+            writer.scalars(step, {"reward/judge": value})
+    assert [(event.step, event.value) for event in events(tmp_path).Scalars("reward/judge")] == [(1, 1.0), (4, 2.0)]
+    assert not caplog.records
+
+
 def test_a_resumed_run_repeats_no_step(tmp_path):
     write(tmp_path, range(1, 8), run=0)
     write(tmp_path, range(5, 10), resume_step=4, run=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,10 @@ from rcgrpo_jax.runs.writers.base import Writer
 
 
 class TensorBoard(Writer):
-    """Writes an event file a start; that of a resumed run purges the steps after its checkpoint from earlier ones."""
+    """Writes an event file a start; that of a resumed run purges the steps after its checkpoint from earlier ones.
+
+    A value that is not finite leaves a gap in its curve, as the `null` of `metrics.jsonl` does.
+    """
 
     package = "tensorboardX"
 
@@ -26,7 +30,8 @@ class TensorBoard(Writer):
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):  # tensorboardX logs a line without the name for each that is not
+                self._board.add_scalar(name, value, step)
         self._board.flush()
 
     def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:
