@@ -15,7 +15,7 @@ from skimage import data
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.models.clip_vision import CLIP, STD, crop, normalised, region_box
+from rcgrpo_jax.models.clip_vision import CLIP, STD, crop, normalised, square_window
 from rcgrpo_jax.models.config import CLIPConfig
 from rcgrpo_jax.weights.clip import load_clip
 from rcgrpo_jax.weights.networks import abstract_params
@@ -96,7 +96,7 @@ def test_pictures_are_prepared_as_transformers_processor_does(size):
     picture = np.asarray(Image.fromarray(data.coffee()).resize(size[::-1]))
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
     wanted = processor(Image.fromarray(picture), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    ours = crop(jnp.asarray(picture, jnp.float32) / 255, *region_box(jnp.ones(size), 0.25), 30)
+    ours = crop(jnp.asarray(picture, jnp.float32) / 255, *square_window(jnp.ones(size), 0.25), 30)
     assert ours.shape == wanted.shape
     in_levels = np.abs(np.asarray(ours) - wanted) * STD * 255
     assert in_levels.max() < 2
@@ -106,13 +106,13 @@ def test_pictures_are_prepared_as_transformers_processor_does(size):
 def test_the_window_around_a_region_is_square_and_lies_in_the_picture():
     mask = np.zeros((60, 90), np.float32)
     mask[20:30, 40:60] = 0.5
-    corner, side = region_box(mask, 0.25)
+    corner, side = square_window(mask, 0.25)
     assert float(side) == 30  # 20 and a quarter of that on either side
     assert corner.tolist() == [10, 35]
-    corner, side = region_box(np.roll(mask, (25, 30), (0, 1)), 0.25)  # at the lower right corner
+    corner, side = square_window(np.roll(mask, (25, 30), (0, 1)), 0.25)  # at the lower right corner
     assert float(side) == 30
     assert corner.tolist() == [30, 60]
-    corner, side = region_box(np.ones((60, 90), np.float32), 0.25)
+    corner, side = square_window(np.ones((60, 90), np.float32), 0.25)
     assert float(side) == 60
     assert corner.tolist() == [0, 15]
 
@@ -148,7 +148,7 @@ def reference_vectors(folder: Path, inputs: rewards.RewardInputs, texts) -> tupl
 
     def embed(pictures):
         windows = [
-            [crop(picture, *region_box(mask, 0.25), 30) for picture in group]
+            [crop(picture, *square_window(mask, 0.25), 30) for picture in group]
             for group, mask in zip(pictures, inputs.mask, strict=True)
         ]
         windows = np.asarray(windows)

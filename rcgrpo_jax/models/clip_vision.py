@@ -27,7 +27,7 @@ def normalised(pictures: Float[Array, "... 3"]) -> Float[Array, "... 3"]:
     return (pictures - mean) / std
 
 
-def region_box(mask: Float[Array, "H W"], margin: float) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
+def square_window(mask: Float[Array, "H W"], margin: float) -> tuple[Float[Array, " 2"], Float[Array, ""]]:
     """Finds the square window around a region: corner (row, column) and side, in pixels.
 
     The side is `(1 + 2 margin)` times the longer side of the bounding box of what is above 0 in the mask, and that of
@@ -55,9 +55,9 @@ def crop(
 ) -> Float[Array, "side side 3"]:
     """What CLIP's processor makes of a square window of a picture: resized by Pillow's bicubic, normalised.
 
-    Of the centred window as large as the picture allows, which is `region_box` of a mask of ones, it is the processor's
-    result for the picture, to 2 / 255 before normalisation: Pillow rounds to 8 bits after either axis, and this does
-    not. Where a window has a surrounding, the outermost pixels of the result see some of it.
+    Of the centred window as large as the picture allows, which is `square_window` of a mask of ones, it is the
+    processor's result for the picture, to 2 / 255 before normalisation: Pillow rounds to 8 bits after either axis, and
+    this does not. Where a window has a surrounding, the outermost pixels of the result see some of it.
 
     Args:
         picture: sRGB in [0, 1].

@@ -1,7 +1,7 @@
 """What CLIP says of a region: whether it shows what a text says, and whether it moved the way a text says.
 
 Both rewards read a CLIP model from the folder or hub name in their option `path`. They look at the square window around
-the region, `models.clip_vision.region_box`. An instruction says what to do and not what is to be seen, and CLIP was
+the region, `models.clip_vision.square_window`. An instruction says what to do and not what is to be seen, and CLIP was
 trained on descriptions: where examples have a caption of the edited picture, `text=caption` asks for that.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.models.clip_vision import CLIP, crop, region_box
+from rcgrpo_jax.models.clip_vision import CLIP, crop, square_window
 from rcgrpo_jax.rewards.base import RewardInputs, register
 from rcgrpo_jax.weights.clip import load_clip
 
@@ -33,12 +33,12 @@ def embed_regions(
         params: Its parameters.
         pictures: sRGB in [0, 1].
         mask: The edit region of each prompt, in [0, 1].
-        margin: As `region_box` has it.
+        margin: As `square_window` has it.
     """
     side = model.config.vision.image_size
 
     def windows(pictures: Float[Array, "G H W 3"], mask: Float[Array, "H W"]) -> Float[Array, "G S S 3"]:
-        corner, window = region_box(mask, margin)
+        corner, window = square_window(mask, margin)
         return jax.vmap(lambda picture: crop(picture, corner, window, side))(pictures)
 
     cut = jax.vmap(windows)(pictures, mask)
@@ -56,7 +56,7 @@ def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-class _Judge:
+class _CLIPReward:
     """A CLIP model, the window it is shown, and which text it is asked about.
 
     Raises:
@@ -87,7 +87,7 @@ class _Judge:
 
 
 @register("clip_text")
-class CLIPText(_Judge):
+class CLIPText(_CLIPReward):
     """Rewards a region that shows what the text says: the cosine of CLIP's vectors of both, in [-1, 1].
 
     It is CLIPScore (Hessel et al. 2021) without its factor and its clamp at 0, of the window around the region.
@@ -107,7 +107,7 @@ class CLIPText(_Judge):
 
 
 @register("clip_direction")
-class CLIPDirection(_Judge):
+class CLIPDirection(_CLIPReward):
     """Rewards a region that moved as the text did: the cosine of the two differences of CLIP's vectors, in [-1, 1].
 
     `cos(E(edited) - E(source), E(text) - E(source_text))`, E the unit vectors of pictures and texts: the directional
