@@ -71,6 +71,7 @@ def test_what_is_watched_is_reported_and_never_learned_from(monkeypatch):
 @pytest.mark.parametrize(("watch", "line"), [
     ("chagne", "watch: chagne: no such reward; did you mean change?"),
     ("colour", "watch: colour is learned from; a reward without a weight was wanted"),
+    ("acd", "config: watch: acd is learned from; a reward without a weight was wanted"),
     ("change, change", "watch: change found twice"),
     (3, "watch: 3 found; text was wanted"),
 ])  # fmt: skip
