@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.rewards import Unscored
+from rcgrpo_jax.rewards import Reward, Unscored
 
 def lightness(inputs, limit=0.9, power: int = 1):
     return jnp.minimum(inputs.edited.mean((2, 3, 4)) ** power, limit)
@@ -47,7 +47,7 @@ captioned.needs_caption = True
 
 class Unmade:
     def __init__(self, limit=0.5):
-        raise OSError("no such weights")
+        raise OSError("no such\\nweights")
 
 def broken(inputs):
     return inputs.no_such_field
@@ -67,6 +67,14 @@ def failing_later(inputs):
         def result(self):
             raise OSError("cut off")
     return inputs.edited.mean()
+class Gone(Reward):
+    incidental = ("url",)
+    def __init__(self, url="http://localhost:1"):
+        self.url = url
+    def check(self):
+        raise UserError(f"{self.url}: no server", "Start it.")
+    def start(self, inputs):
+        raise AssertionError("asked for scores")
 def asleep(inputs):
     raise Unscored("the server sleeps")
 needless = 3
@@ -134,6 +142,7 @@ def test_options_that_it_does_not_take_are_refused(place, options, line):
     ("{}_not:f", "plugins.mine: {}_not cannot be imported from "),
     ("{}:lightnes", "plugins.mine: {} has no function or class lightnes"),
     ("{}:needless", "has no function or class needless"),
+    ("builtins:max", "plugins.mine: builtins:max does not say what it takes"),
 ])  # fmt: skip
 def test_a_place_where_nothing_is_is_refused(place, where, problem):
     config = make(place, "lightness")
@@ -147,6 +156,12 @@ def test_a_module_that_cannot_be_imported_is_refused(place):
     Path("damaged_module.py").write_text("import json\nraise ValueError('not today')\n")
     with pytest.raises(UserError, match=r"damaged_module cannot be imported .* \(ValueError: not today\)"):
         validate(make("damaged_module", "f"), 1)
+
+
+def test_a_script_that_ends_when_it_is_imported_is_refused(place):
+    Path("script_without_guard.py").write_text("import sys\nsys.exit(5)\n")
+    with pytest.raises(UserError, match=r"script_without_guard cannot be imported .* \(SystemExit: 5\)"):
+        validate(make("script_without_guard", "f"), 1)
 
 
 @pytest.mark.parametrize("name", ["colour", "acd", "total", "my-own"])
@@ -200,6 +215,17 @@ def test_scores_that_are_no_array_are_refused_of_every_reward():
         rewards.start_all({"mine": reward}, batch()).result()
     half = rewards.as_reward(lambda inputs: jax.numpy.zeros((1, 2), "bfloat16"))
     assert rewards.start_all({"mine": half}, batch()).result().by_reward["mine"].dtype == np.float32
+
+
+def test_one_that_asks_a_server_is_checked_before_it_scores(place):
+    with pytest.raises(UserError, match="reward 'mine': http://localhost:1: no server"):
+        made(make(place, "Gone"))
+
+
+def test_its_incidental_options_may_differ_on_resume(place):
+    known = rewards.known_rewards({"mine": f"{place}:Gone"})
+    assert "reward_options.mine.url" in rewards.incidental_fields(known)
+    assert "reward_options.vlm_digits.urls" in rewards.incidental_fields(known)
 
 
 # In configurations

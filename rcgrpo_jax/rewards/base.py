@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.borders import is_like
-from rcgrpo_jax.errors import UsageError, UserError, nearest
+from rcgrpo_jax.errors import UsageError, UserError, nearest, reason
 
 
 class RewardInputs(NamedTuple):
@@ -72,7 +72,7 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Local(Reward):
-    """A reward that is computed here; what a `Reward` says of itself is the function's, where it says so."""
+    """A reward that is computed here, with the function's `needs_target`, `needs_caption` and `validate`, if any."""
 
     function: Callable[[RewardInputs], Float[Array, "P G"]]
 
@@ -136,7 +136,7 @@ def named(name: str) -> Iterator[None]:
         raise type(error)(f"reward {name!r}: {error.problem}", error.remedy) from error
     except Exception as error:
         raise UserError(
-            f"reward {name!r} failed: {type(error).__name__}: {error}",
+            f"reward {name!r} failed: {type(error).__name__}: {reason(error)}",
             "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
         ) from error
 
@@ -180,10 +180,13 @@ def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: An
             raise UsageError(error.problem, error.remedy) from error
 
 
-def incidental_fields() -> list[str]:
-    """The fields of a configuration that do not touch the scores of registered rewards."""
-    named = {name: getattr(factory, "incidental", ()) for name, factory in _FACTORIES.items()}
-    return [f"reward_options.{name}.{option}" for name, options in named.items() for option in options]
+def incidental_fields(known: Mapping[str, Factory]) -> list[str]:
+    """The fields of a configuration that do not touch the scores of rewards: name -> factory."""
+    return [
+        f"reward_options.{name}.{option}"
+        for name, factory in known.items()
+        for option in getattr(factory, "incidental", ())
+    ]
 
 
 def default_options(known: Mapping[str, Factory]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from rcgrpo_jax.errors import UsageError, UserError, nearest, reason
 from rcgrpo_jax.rewards.base import Factory, Reward, RewardInputs, factories
-from rcgrpo_jax.rewards.scoring import start_all
+from rcgrpo_jax.rewards.scoring import check_all, start_all
 
 logger = logging.getLogger(__name__)
 _TAKEN = ("acd", "total")  # names of metrics that are no reward's
@@ -52,7 +52,7 @@ def _load(name: str, place: Any) -> Factory:
     with _working_directory():
         try:
             loaded = importlib.import_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script without a guard may end by `sys.exit`
             is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
             problem = f"no module {error.name}" if is_absent else f"{type(error).__name__}: {reason(error)}"
             raise UserError(
@@ -65,6 +65,13 @@ def _load(name: str, place: Any) -> Factory:
             f"plugins.{name}: {module} has no function or class {attribute}.",
             f"Did you mean {module}:{near}?" if near else "Correct the field.",
         )
+    try:
+        inspect.signature(found)
+    except ValueError:
+        raise UsageError(
+            f"plugins.{name}: {place} does not say what it takes; a function or class written in Python was wanted.",
+            "Wrap it in a function of RewardInputs.",
+        ) from None
     return found if inspect.isclass(found) else _factory_of(found)
 
 
@@ -91,7 +98,7 @@ def _working_directory() -> Iterator[None]:
 
 
 def try_reward(name: str, reward: Reward, size: tuple[int, int]) -> None:
-    """Lets a reward score random pictures, so that what is wrong with it is found before the training.
+    """Checks a reward and lets it score random pictures, so that what is wrong is found before the training.
 
     A reward that raises `Unscored` passes, with a warning: what it asks may answer later.
 
@@ -103,6 +110,7 @@ def try_reward(name: str, reward: Reward, size: tuple[int, int]) -> None:
     Raises:
         UserError: It fails, or its scores are not finite numbers in an array of the right shape.
     """
+    check_all({name: reward})  # a judge without a server would wait for one
     prompts, group = _TRIED
     rng = np.random.default_rng(0)
 

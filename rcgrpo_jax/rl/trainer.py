@@ -68,7 +68,8 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
     options = setup.options
     with jax.set_mesh(setup.mesh), open_run(options.train, config.to_dict(), workdir) as checkpointer:
         config_record = config.to_dict() | setup.record()
-        may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record), *reward_registry.incidental_fields())
+        incidental = reward_registry.incidental_fields(reward_registry.known_rewards(options.plugins))
+        may_differ = (*MAY_DIFFER, *PATHS, *unlearned(config_record), *incidental)
         if checkpointer.latest_step() is None:  # before the data are encoded, which may take long
             state = setup.initial_state()
         else:
