@@ -28,41 +28,39 @@ class GridRow:
         source: Image to edit, uint8.
         mask: Edit region in [0, 1]; what is above 0 is outlined.
         candidates: Edited images, uint8.
-        captions: What stands above each of them.
+        labels: What stands above each of them.
     """
 
     instruction: str
     source: UInt8[np.ndarray, "h w 3"]
     mask: Float[np.ndarray, "h w"]
     candidates: UInt8[np.ndarray, "G h w 3"]
-    captions: Sequence[str]
+    labels: Sequence[str]
 
 
 def candidate_pixels(images: Float[np.ndarray, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]:
-    """Images in [0, 1], clamped, as 8-bit pictures; one that is not finite, of a group that is dropped, is `_LOST`."""
+    """Images in [0, 1], clamped, as 8-bit pictures; one that is not finite is `_LOST`."""
     images = np.asarray(images, np.float32)
     finite = np.isfinite(images).all(axis=(-3, -2, -1), keepdims=True)
     return np.where(finite, np.round(np.nan_to_num(images).clip(0, 1) * 255), _LOST).astype(np.uint8)
 
 
 def grid_rows(batch: EditBatch, images: Array, scores: dict[str, np.ndarray]) -> list[GridRow]:
-    """Up to four of this process' prompts with up to six candidates each, captioned with their raw rewards."""
+    """Up to four of this process' prompts with up to six candidates each, labelled with their raw rewards."""
     pixels = candidate_pixels(images[:4, :6])
     first = local_row_range(len(next(iter(scores.values())))).start
 
-    def caption(p: int, i: int) -> str:
+    def label(p: int, i: int) -> str:
         return "  ".join(f"{name} {score[first + p, i]:.3f}" for name, score in scores.items())
 
     return [
-        GridRow(
-            batch.instructions[p], batch.pixels[p], batch.mask[p], group, [caption(p, i) for i in range(len(group))]
-        )
+        GridRow(batch.instructions[p], batch.pixels[p], batch.mask[p], group, [label(p, i) for i in range(len(group))])
         for p, group in enumerate(pixels)
     ]
 
 
 def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarray, "H W 3"]:
-    """Draws a row a prompt: instruction, then the source with its region outlined in red and the captioned candidates.
+    """Draws a row a prompt: instruction, then the source with its region outlined in red and the labelled candidates.
 
     Images are enlarged by whole factors (nearest) until their longer side is at least 160 pixels, and reduced to at
     most 320.
@@ -76,7 +74,7 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
     """
     font = ImageFont.load_default(_TEXT_SIZE)
     cells = [_cells(row) for row in rows]
-    # An upright image may be narrower than its caption.
+    # An upright image may be narrower than its label.
     column = _GAP + max(
         DISPLAY_SIDES[0], *(max(image.width, int(font.getlength(text))) for row in cells for text, image in row)
     )
@@ -99,17 +97,17 @@ def comparison_grid(rows: Sequence[GridRow], title: str = "") -> UInt8[np.ndarra
     write(heading, _MARGIN, _MARGIN, _FAINT)
     for row, lines, height in zip(cells, texts, heights, strict=True):
         y = write(lines, _MARGIN, top, _INK)
-        for i, (caption, image) in enumerate(row):
+        for i, (label, image) in enumerate(row):
             x = _MARGIN + i * column
-            canvas.paste(image, (x, write([caption], x, y, _FAINT)))
+            canvas.paste(image, (x, write([label], x, y, _FAINT)))
         top += height
     return np.asarray(canvas)
 
 
 def _cells(row: GridRow) -> list[tuple[str, Image.Image]]:
-    """(caption, image) from left to right: the source, then the candidates."""
+    """(label, image) from left to right: the source, then the candidates."""
     pictures = [outline(for_display(row.source), row.mask), *(for_display(image) for image in row.candidates)]
-    return [(text, Image.fromarray(x)) for text, x in zip(["source", *row.captions], pictures, strict=True)]
+    return [(text, Image.fromarray(x)) for text, x in zip(["source", *row.labels], pictures, strict=True)]
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
