@@ -172,7 +172,7 @@ def test_a_candidate_without_an_answer_has_no_score_and_is_counted(caplog):
         found = asking.start(inputs).result()
         assert asking.metrics()["unscored"] == 1
     np.testing.assert_array_equal(np.isfinite(found), [[True, True, True], [True, True, False]])
-    assert caplog.messages[0].startswith("1 of 6 candidates have no score: no answer of 3 can be read, the last for")
+    assert caplog.messages[0].startswith("1 of 6 candidates have no score: no answer of 3 can be read; the last: ")
 
 
 def test_without_any_answer_there_are_no_scores():
@@ -251,7 +251,7 @@ def refuses(status: int, text: str) -> Reply:
     (Reply(b"loading", 503), "status 503: loading", "is ready"),
     (Reply(b"<html>Welcome</html>"), "no chat completion: <html>Welcome", "up to and with /v1"),
     (Reply(status=302, headers={"Location": "/login"}), "status 302: an empty answer", "at `urls` itself"),
-    (message("What a nice picture!"), "http://.*: no answer of 3 can be read, .*a nice", "this reward was made for"),
+    (message("What a nice picture!"), "http://.*: no answer of 3 can be read; .*a nice", "this reward was made for"),
 ])  # fmt: skip
 def test_a_server_that_cannot_judge_is_told_before_the_run(reply, problem, remedy):
     with serving() as good, serving(lambda *_: reply) as bad:
@@ -277,7 +277,7 @@ def test_a_wrong_path_and_no_server_are_told_before_the_run():
 def test_a_server_without_probabilities_cannot_rate_by_digits():
     with (
         serving(lambda *_: message("4")) as server,
-        pytest.raises(UserError, match=r"can be read, .*no log-probabilities"),
+        pytest.raises(UserError, match=r"can be read; .*no log-probabilities"),
     ):
         make_judge(server, rewards.VLMDigits).check()
 

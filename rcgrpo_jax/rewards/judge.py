@@ -196,7 +196,7 @@ class Judge(Reward):
                 return question.read(choice)
             except ValueError as error:
                 cause = error
-        raise Unanswered(f"no answer of {self.asks} can be read, the last for {self._chat.redact(str(cause))}", 200)
+        raise Unanswered(f"no answer of {self.asks} can be read; the last: {self._chat.redact(str(cause))}", 200)
 
 
 @dataclass(frozen=True)
