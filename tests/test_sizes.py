@@ -8,7 +8,7 @@ from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
 from rcgrpo_jax.options import OptimizerOptions, read_options
-from rcgrpo_jax.rl.setup import check_rollout
+from rcgrpo_jax.rl.setup import check_sizes
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.runs.sizes import adapter_numbers, candidate_bytes
 from rcgrpo_jax.runs.state import init_state
@@ -35,7 +35,7 @@ def test_what_is_counted_of_a_candidate_is_states_and_picture():
 
 
 def test_what_fits_is_let_through():
-    check_rollout(small_run.make_options(), open_model(small_run.model_folder()))
+    check_sizes(small_run.make_options(), open_model(small_run.model_folder()))
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,12 @@ class Setup:
 
     def encode(self, workdir: Path) -> Batches:
         """The data through the encoders, in the cache of a run in `workdir`."""
-        check, options = partial(check_scorable, self.rewards), self.options
-        where = (options.data, options.model, self.model, workdir, self.mesh)
+        options, check = self.options, partial(check_scorable, self.rewards)
         captions = any(reward.needs_caption for reward in self.rewards.values())
-        return encode(*where, options.rollout.prompts, options.seed, check, captions=captions)
+        return encode(
+            options.data, options.model, self.model, workdir, self.mesh, options.rollout.prompts, options.seed, check,
+            captions=captions,
+        )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the parts, beside the configuration."""
@@ -92,7 +94,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
     setup = Setup(options, mesh, model, make_rewards(options))
     check_mesh(options, mesh, model.sizes.num_heads)
     check_model_fits(options, model)
-    check_rollout(options, model)
+    check_sizes(options, model)
     return setup
 
 
@@ -147,7 +149,7 @@ def check_model_fits(options: Options, model: Model) -> None:
     target_kernels(model.param_shapes, options.lora.targets)
 
 
-def check_rollout(options: Options, model: Model) -> None:
+def check_sizes(options: Options, model: Model) -> None:
     """Refuses post-training whose groups or LoRA are larger than the memory of all that takes part.
 
     Raises:
