@@ -35,7 +35,7 @@ def square_window(mask: Float[Array, "H W"], margin: float) -> tuple[Float[Array
 
     Args:
         mask: In [0, 1]; one without a region is taken as a whole.
-        margin: On either side, in sides of the box.
+        margin: On either side, in longer sides of the box.
     """
     inside = mask > 0
     spans = []

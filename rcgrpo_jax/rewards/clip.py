@@ -94,7 +94,7 @@ class CLIPText(_CLIPReward):
 
     Args:
         path: Folder of a CLIP model, or its name on the hub.
-        margin: Around the region, on either side, in sides of its bounding box.
+        margin: Around the region, on either side, in longer sides of its bounding box.
         text: What to compare with: instruction, or caption, which examples must then have.
     """
 
@@ -117,7 +117,7 @@ class CLIPDirection(_CLIPReward):
 
     Args:
         path: Folder of a CLIP model, or its name on the hub.
-        margin: Around the region, on either side, in sides of its bounding box.
+        margin: Around the region, on either side, in longer sides of its bounding box.
         text: Where the edit leads: instruction, or caption, which examples must then have.
         source_text: Where it starts from.
     """

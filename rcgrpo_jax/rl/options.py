@@ -124,7 +124,7 @@ class Options:
             "lpips": {},
             "clip_text": {
                 "path": "",  # folder of a CLIP model, or its name on the hub
-                "margin": 0.25,  # around the region, on either side, in sides of its bounding box
+                "margin": 0.25,  # around the region, on either side, in longer sides of its bounding box
                 "text": "instruction",  # what to compare with: instruction, or caption, which examples must then have
             },
             "clip_direction": {
