@@ -20,10 +20,10 @@ from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
 # Of a configuration, where it has them; in `reward_options` whatever the reward.
 _PATH_FIELD = re.compile(r"(model|data)\.path|data\.cache|lora\.init|reward_options\.\w+\.(path|template)")
-STARTS = {  # how the files begin that commands write; a plan and a search begin differently
+STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
-    ".json": (b'{\n  "software": {', b'{\n  "topology": "'),
+    ".json": (b'{\n  "software": {', b'{\n  "topology": "', b'{\n  "reward": "'),
 }
 RUN = (  # what lies in the directory of a run, logs of the shell among it
     *FOLDERS, LOCK, "metrics.jsonl*", "start", "model", "lora", "evaluation", "*.html", "*.log", "*.out", "*.err", ".*",
