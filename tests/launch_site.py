@@ -62,13 +62,19 @@ while [[ $1 == --* ]]; do shift; done
 export HOME=$SITE/home0 SLURM_PROCID=0 SLURM_GPUS_ON_NODE=2
 exec "$@"
 """,
-    "sbatch": "", "scontrol": "", "sudo": "", "gcsfuse": "sleep 10 &", "curl": "exit 1",
+    "sbatch": "", "scontrol": "", "sudo": "", "gcsfuse": "sleep 10 &",
+    "curl": '[ -e "$SITE/healthy" ]',
     "mountpoint": "exit 1",
     "nvidia-smi": "",
     "python3": r"""
 [ "$1" = -m ] || exit 0
 mkdir -p "$3/bin"
-cp "$SITE/bin/pip" "$SITE/bin/rcgrpo" "$3/bin"
+cp "$SITE"/bin/{pip,rcgrpo,python,vllm} "$3/bin"
+""",
+    "python": 'mkdir "${!#}"',  # merges
+    "vllm": r"""
+echo "GPU $CUDA_VISIBLE_DEVICES"
+. "$SITE/behaviour"
 """,
     "pip": "",
     "rcgrpo": r"""
