@@ -76,6 +76,14 @@ def test_a_file_with_several_machines_has_those_and_its_header_a_row_each(stem):
     assert rows == ["name", *(name for name in MACHINES[stem] if name != "default")]
 
 
+@pytest.mark.parametrize("name", ["kontext_512_editscore.py:8xh100", "kontext_512_paper.py"])
+def test_the_papers_rewards_are_editscore_and_acd(name):
+    config = load_config(FOLDER / name, "")
+    assert config.rewards.to_dict() == {"editscore": 1.0}
+    assert config.acd.weight == 1.0
+    assert config.reward_options.editscore.model == "editscore"
+
+
 def test_the_papers_settings_do_not_follow_the_defaults():
     other = make(
         explore__kind="mixed", explore__mask_threshold=0.5, explore__mask_dilation=2, surrogate__distance="l2",

@@ -51,6 +51,17 @@ def as_in_paper(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def judge_by_editscore(config: ConfigDict) -> ConfigDict:
+    """Sets the paper's rewards: EditScore, on a server as `launch/editscore.sh` starts it, and ACD (Eq. 16-18).
+
+    Both are z-scored before they are added. Their weights are not public; equal ones are ours.
+    """
+    config.rewards = ConfigDict({"editscore": 1.0})
+    config.reward_options.editscore = ConfigDict({"urls": "http://localhost:8000/v1", "model": "editscore"})
+    config.acd.weight = 1.0
+    return config
+
+
 def kontext_512() -> ConfigDict:
     """RC-GRPO on FLUX.1-Kontext-dev at 512 x 512, its weights spread over all devices.
 
