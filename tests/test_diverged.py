@@ -35,14 +35,14 @@ def test_a_step_goes_on_without_the_group(monkeypatch, value):
     scores = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
     monkeypatch.setattr(trainer, "rewards", {"judge": rewards.as_reward(lambda inputs: scores)})
     monkeypatch.setattr(trainer, "weights", {"judge": 1.0})
-    metrics, rows = take_step(trainer, batch)
+    metrics, drawn = take_step(trainer, batch)
     assert metrics["groups/dropped"] == 1
     assert metrics["reward/judge"] == pytest.approx(np.delete(scores, 2).mean())
     assert metrics["reward_failed/judge"] == 1 / 8
     assert [name for name, x in metrics.items() if not np.isfinite(x)] == []
     assert metrics["grad_norm"] > 0
-    assert (rows[0].candidates[2] == (255, 0, 255)).all()  # magenta
-    assert "nan" in rows[0].captions[2]
+    assert (drawn.grid[0].candidates[2] == (255, 0, 255)).all()  # magenta
+    assert "nan" in drawn.grid[0].captions[2]
 
 
 def test_the_update_is_that_of_a_group_without_signal():

@@ -48,7 +48,7 @@ def test_records_that_process_0_cannot_write_and_a_lost_loss(monkeypatch, tmp_pa
 
     def step(state, index, draw):
         picture = np.zeros((4, 4, 3), np.uint8)
-        return state.replace(step=state.step + 1), {"loss": np.nan if fails == "loss" else 0.5}, picture
+        return state.replace(step=state.step + 1), {"loss": np.nan if fails == "loss" else 0.5}, {run.GRID: picture}
 
     with pytest.raises(UserError) as lost, run.open_run(options, {}, tmp_path) as checkpointer:
         run.run_steps(State(jnp.int32(0)), step, options, {}, tmp_path, checkpointer, "", 1, lambda metrics: metrics)

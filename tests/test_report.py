@@ -357,7 +357,7 @@ def test_a_run_becomes_a_page(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["region", "global", "mixed"])
 def test_facts_name_what_was_perturbed(kind):
     config = small_run.make_config(explore__kind=kind, explore__alpha_edit=0.25, explore__sigma=0.125).to_dict()
-    said = run_record.facts(run_record.RunRecord(config, [], None))["Exploration"]
+    said = run_record.facts(run_record.RunRecord(config, [], {}))["Exploration"]
     assert ("0.25 inside" in said) == (kind != "global")
     assert ("global, 0.125" in said) == (kind != "region")
 

@@ -115,14 +115,17 @@ def test_tensorboard_has_the_same(run):
     content = events.read_bytes()
     assert all(name.encode() in content for name in METRICS)
     assert b"pictures" in content
+    assert b"gallery" in content
 
 
 def test_grids_are_drawn_every_few_steps_and_at_the_end(run):
     files = sorted((run[1] / "images").iterdir())
-    assert [file.name for file in files] == ["step_000003.png", "step_000004.png"]
+    assert [file.name for file in files] == [
+        f"{name}_00000{step}.png" for name in ("gallery", "step") for step in (3, 4)
+    ]
     for file in files:
         picture = np.asarray(Image.open(file))
-        assert picture.shape[1] > 5 * 160  # source and four candidates side by side
+        assert picture.shape[1] > (5 if file.name.startswith("step") else 4) * 160  # source, candidates side by side
         assert picture.std() > 10
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rcgrpo_jax.cli.config_file import parse_run, print_records
 from rcgrpo_jax.errors import STOPPED
 from rcgrpo_jax.parallel.distributed import is_main
-from rcgrpo_jax.rl.trainer import train
+from rcgrpo_jax.rl.trainer import post_train
 
 ABOUT = f"""Post-trains a LoRA.
 
@@ -14,8 +14,8 @@ The same command resumes an interrupted run. SIGTERM saves and stops; the exit s
 
 def run(argv: list[str]) -> int:
     config, workdir = parse_run("train", ABOUT, argv, "rcgrpo_jax.rl.config")
-    state = train(config, workdir)
+    state, finished = post_train(config, workdir)
     if is_main():
         print(f"checkpoint   {workdir / 'checkpoints' / str(int(state.step))}")
         print_records(workdir, config)
-    return STOPPED if int(state.step) < config.train.num_steps else 0
+    return 0 if finished else STOPPED

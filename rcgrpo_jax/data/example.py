@@ -151,6 +151,23 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> EditExample: ...
 
 
+class First:
+    """The first examples of a source, at most `count`."""
+
+    def __init__(self, source: Source, count: int):
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> EditExample:
+        return self._source[range(self._count)[index]]
+
+    def stamp(self, index: int) -> str | None:
+        """As `stamp_of` the source."""
+        return stamp_of(self._source, index)
+
+
 def stamp_of(source: Source, index: int) -> str | None:
     """The stamp of an example; None where a source has none, or its files cannot be looked at."""
     stamp = getattr(source, "stamp", None)

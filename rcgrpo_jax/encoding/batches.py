@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,6 +22,19 @@ class EditBatch(NamedTuple):
     instructions: tuple[str, ...]
     targets: UInt8[np.ndarray, "P H W 3"] | None = None  # reference edits, where every example has one
     captions: tuple[str, ...] | None = None  # of the edited pictures, where the entries hold them
+
+
+def make_batch(rows: Sequence[Mapping[str, Any]]) -> EditBatch:
+    """A batch of entries of the cache, as `EncodedSource` gives them."""
+
+    def stack(name: str) -> np.ndarray:
+        return np.stack([row[name] for row in rows])
+
+    encoded = {name: stack(name) for name in rows[0].keys() - EXAMPLE}
+    targets = stack("target") if all("target" in row for row in rows) else None
+    instructions = tuple(row["instruction"] for row in rows)
+    captions = tuple(row["caption"] for row in rows) if all("caption" in row for row in rows) else None
+    return EditBatch(encoded, stack("pixels"), stack("mask"), instructions, targets, captions)
 
 
 class Batches:
@@ -51,13 +65,5 @@ class Batches:
         return self._prefetch[step]
 
     def _read(self, step: int) -> EditBatch:
-        rows = [self._dataset[step * self._prompts + i] for i in distributed.local_row_range(self._prompts)]
-
-        def stack(name: str) -> np.ndarray:
-            return np.stack([row[name] for row in rows])
-
-        encoded = {name: stack(name) for name in rows[0].keys() - EXAMPLE}
-        targets = stack("target") if all("target" in row for row in rows) else None
-        instructions = tuple(row["instruction"] for row in rows)
-        captions = tuple(row["caption"] for row in rows) if all("caption" in row for row in rows) else None
-        return EditBatch(encoded, stack("pixels"), stack("mask"), instructions, targets, captions)
+        own = distributed.local_row_range(self._prompts)
+        return make_batch([self._dataset[step * self._prompts + i] for i in own])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from rcgrpo_jax.data.example import REGION, EditExample, Needs, check_needs
+from rcgrpo_jax.data.example import REGION, EditExample, First, Needs, check_needs
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.encoding.batches import Batches
@@ -17,6 +18,8 @@ from rcgrpo_jax.encoding.index import KnownExample
 from rcgrpo_jax.options import DataOptions, ModelOptions
 from rcgrpo_jax.parallel.distributed import local_job_range
 from rcgrpo_jax.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def encode(
@@ -30,6 +33,7 @@ def encode(
     check: Callable[[EditExample | KnownExample], None] = lambda example: None,
     needs: Needs = REGION,
     captions: bool = False,
+    first: int = 0,
 ) -> Batches:
     """Runs the encoders over the examples that are not in the cache yet; they are freed afterwards.
 
@@ -44,8 +48,12 @@ def encode(
         check: Raises if an example cannot be used for another reason than `needs`.
         needs: What examples must have.
         captions: Whether batches have captions, which every example must have then.
+        first: How many examples there are, from the first on; 0: all.
     """
     source = open_source(data.path, data.polarity, data.mask_value, needs)
+    if first and len(source) > first:
+        logger.warning("%s: the first %d of %d examples are used", data.path, first, len(source))
+        source = First(source, first)
 
     def check_all(example: EditExample | KnownExample) -> None:
         check_needs(example, needs)

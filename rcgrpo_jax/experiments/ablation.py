@@ -64,7 +64,10 @@ TAUS = tuple(  # Table 3, of the region metric
 _INCIDENTAL = (
     *(field for field in MAY_DIFFER if field != "train"),
     "model.path",  # its fingerprint counts
-    *(f"train.{field}" for field in ("save_every", "keep", "image_every", "writers", "profile_steps")),
+    *(
+        f"train.{field}"
+        for field in ("save_every", "keep", "image_every", "samples", "sample_every", "writers", "profile_steps")
+    ),
 )
 
 

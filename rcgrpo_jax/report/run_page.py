@@ -89,9 +89,8 @@ def describe_run(
         described = {name: str(value) for name, value in flatten_dict(config, sep=".").items()}
         recipe = {"settings": described, "script": (SCRIPT, config_script(config))}
         sections |= {**recipe, "commands": commands(config, data, settings, polarity, mask_value)}
-    grids = dict([record.picture]) if record.picture else {}
     title = f"{found.get('Method', 'Training')}: {workdir.absolute().name}"
-    return Report(title, found, metrics=record.metrics, grids=grids, **sections)
+    return Report(title, found, metrics=record.metrics, grids=record.pictures, **sections)
 
 
 def read_evaluations(folder: Path) -> dict[str, Evaluation]:

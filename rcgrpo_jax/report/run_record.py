@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from rcgrpo_jax.experiments.saved_runs import read_saved_config, schema_of
 from rcgrpo_jax.rl.reward_fields import FREE
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
+from rcgrpo_jax.runs.run import FILES, GALLERY, GRID, SAMPLES
 
-_PICTURE = re.compile(r"step_[0-9]+\.png\Z")  # and not "step_000009 (1).png"
+_CAPTIONS = {GRID: "", GALLERY: "Best and worst candidates, ", SAMPLES: "Held-out samples, "}
 SCRIPT = "run.py"  # name of the configuration file in the commands
 _SHARED = {
     "Model": "{model[path]}, {model[dtype]}, quantization {model[quantization]}, guidance {model[guidance]}",
@@ -51,7 +53,7 @@ class RunRecord(NamedTuple):
 
     config: dict[str, Any]  # as saved with the latest checkpoint; empty before the first one
     metrics: list[dict[str, Any]]
-    picture: tuple[str, UInt8[np.ndarray, "_ _ 3"]] | None  # the last image grid and its name
+    pictures: dict[str, UInt8[np.ndarray, "_ _ 3"]]  # caption -> the last picture of each kind
 
 
 def read_run(workdir: Path) -> RunRecord:
@@ -70,17 +72,20 @@ def read_run(workdir: Path) -> RunRecord:
             f"--workdir: {workdir} has neither steps in metrics.jsonl nor a checkpoint; a run was wanted.",
             "Name the --workdir of `rcgrpo train` or `rcgrpo sft`, after its first step.",
         )
-    return RunRecord(config, metrics, _last_picture(workdir))
+    return RunRecord(config, metrics, dict(_last_pictures(workdir)))
 
 
-def _last_picture(workdir: Path) -> tuple[str, UInt8[np.ndarray, "_ _ 3"]] | None:
-    pictures = {int(path.stem[5:]): path for path in workdir.glob("images/step_*.png") if _PICTURE.match(path.name)}
-    for step in sorted(pictures, reverse=True):
-        try:
-            return f"step {step}", read_image(pictures[step])
-        except UserError:  # it is being written
-            continue
-    return None
+def _last_pictures(workdir: Path) -> Iterator[tuple[str, UInt8[np.ndarray, "_ _ 3"]]]:
+    for kind, start in FILES.items():
+        files = {}
+        for path in workdir.glob(f"images/{start}_*.png"):
+            if number := re.fullmatch(rf"{start}_([0-9]+)", path.stem):  # and not "step_000009 (1).png"
+                files[int(number[1])] = path
+        for step in sorted(files, reverse=True):
+            with suppress(UserError):  # it is being written
+                picture = read_image(files[step])
+                yield f"{_CAPTIONS[kind]}step {step}", picture
+                break
 
 
 def facts(record: RunRecord) -> dict[str, str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data.sources import same_examples
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
-from rcgrpo_jax.rl.reward_fields import FREE, reward_problems, weight_problems
+from rcgrpo_jax.rl.reward_fields import ACD, FREE, names_in, reward_problems, weight_problems
 from rcgrpo_jax.runs.fields import (
     COUNT,
     LARGE,
@@ -75,6 +76,7 @@ _RANGES = {
     "reward_options.oracle.seed": (0, 2**32 - 1), "reward_options.change.scale": (1e-6, LARGE),
     "reward_options.clip_text.margin": (0, 1000), "reward_options.clip_direction.margin": (0, 1000),
     "acd.layers": (1, COUNT), "acd.weight": (0, LARGE),
+    "train.sample_every": (1, math.inf), "train.patience": (0, math.inf),
 }  # fmt: skip
 
 
@@ -106,6 +108,22 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         raise refusal(problems)
 
 
+def _sample_problems(options: Options) -> list[str]:
+    """What is wrong with `train.samples`, `train.best` and `train.patience`."""
+    train, problems = options.train, []
+    if train.samples and same_examples(options.data.path, train.samples):
+        problems.append(f"train.samples: {train.samples} found, which data.path names too; held-out ones were wanted")
+    scored = [name for name, weight in options.rewards.items() if weight] + names_in(options.watch)
+    metrics = [f"samples/{name}" for name in [*scored, *[ACD] * bool(options.acd.weight)]]
+    if train.best and not train.samples:
+        problems.append(f"train.best: {train.best} without train.samples; examples to score were wanted")
+    elif train.best and train.best not in metrics:
+        problems.append(f"train.best: {train.best!r} found; one of {', '.join(metrics)} was wanted")
+    if train.patience and not train.best:
+        problems.append(f"train.patience: {train.patience} without train.best; a metric was wanted there")
+    return problems
+
+
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
     problems = policy.problems(options.step)
@@ -115,7 +133,7 @@ def _spread_problems(options: Options, num_devices: int) -> list[str]:
             "the policy of the rollout, so that two or more were wanted"
         )
     problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
-    problems += quantization_problems(options.model)
+    problems += quantization_problems(options.model) + _sample_problems(options)
     problems += schedule_problems(options.optimizer, options.train.num_steps * options.objective.updates)
     if not any(options.rewards.values()) and not options.acd.weight:
         problems.append("rewards: none with a weight, and acd.weight is 0; at least one was wanted")

@@ -73,6 +73,16 @@ class ACDOptions:
 
 
 @dataclass(frozen=True)
+class PostTrainOptions(TrainOptions):
+    """The length of a run of post-training, what it writes, and how it is judged while it goes on."""
+
+    samples: str = ""  # held-out examples, as data.path; the first 8 are edited by base and LoRA; empty: none
+    sample_every: int = 20  # steps between their edits, from step 0 on
+    best: str = ""  # metric whose best checkpoint is kept and marked, such as samples/preservation; empty: none
+    patience: int = 0  # times that the samples are edited without a better `best`, after which the run ends; 0: never
+
+
+@dataclass(frozen=True)
 class StepOptions:
     """What the programs of a step are made of, hashable: runs that are equal in it share them."""
 
@@ -141,7 +151,7 @@ class Options:
     )
     acd: ACDOptions = field(default_factory=ACDOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    train: TrainOptions = field(default_factory=TrainOptions)
+    train: PostTrainOptions = field(default_factory=PostTrainOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from rcgrpo_jax.data.example import EditExample, Needs, check_needs
 from rcgrpo_jax.editors.model import Editor, Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.batches import Batches
+from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.encoding.encode import encode
 from rcgrpo_jax.encoding.index import KnownExample
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.lora import target_kernels
-from rcgrpo_jax.options import read_options
+from rcgrpo_jax.options import DataOptions, read_options
 from rcgrpo_jax.parallel.mesh import check_parts, make_mesh
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
@@ -33,6 +34,8 @@ from rcgrpo_jax.rl.reward_fields import names_in
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
 from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
+
+MOST_SAMPLES = 8  # of `train.samples` that are edited
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,20 @@ class Setup:
 
     def encode(self, workdir: Path) -> Batches:
         """The data through the encoders, in the cache of a run in `workdir`."""
-        options, check = self.options, partial(check_scorable, self.rewards)
+        return self._encode(self.options.data, workdir)
+
+    def encode_samples(self, workdir: Path) -> EncodedSource | None:
+        """The first examples of `train.samples` through the encoders, in the same cache; None if there are none."""
+        if not self.options.train.samples:
+            return None
+        data = replace(self.options.data, path=self.options.train.samples)
+        return self._encode(data, workdir, first=MOST_SAMPLES).source
+
+    def _encode(self, data: DataOptions, workdir: Path, first: int = 0) -> Batches:
+        check, options = partial(check_scorable, self.rewards), self.options
+        where = (data, options.model, self.model, workdir, self.mesh)
         captions = any(reward.needs_caption for reward in self.rewards.values())
-        return encode(
-            options.data, options.model, self.model, workdir, self.mesh, options.rollout.prompts, options.seed, check,
-            captions=captions,
-        )  # fmt: skip
+        return encode(*where, options.rollout.prompts, options.seed, check, captions=captions, first=first)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint says of the parts, beside the configuration."""

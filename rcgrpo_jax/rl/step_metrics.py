@@ -116,13 +116,17 @@ def background_drift(edits: RewardInputs) -> Float[Array, " P"]:
     return _drift(edits, 1.0 - edits.mask)
 
 
+def background_error(edits: RewardInputs) -> Float[Array, "P G"]:
+    """How far edits are from their source outside the mask, mean absolute, in [0, 1]."""
+    return _difference(edits.edited, edits.source[:, None], 1.0 - edits.mask)
+
+
 def drift_metrics(edits: RewardInputs) -> dict[str, float]:
     """How far background and region move: between candidates, and from the source; of groups without a NaN."""
-    from_source = (edits.edited, edits.source[:, None])
     measured = {
         "background/drift": background_drift(edits),
-        "background/error": _difference(*from_source, 1.0 - edits.mask),
+        "background/error": background_error(edits),
         "region/drift": _drift(edits, edits.mask),
-        "region/change": _difference(*from_source, edits.mask),
+        "region/change": _difference(edits.edited, edits.source[:, None], edits.mask),
     }
     return {name: _mean(_whole(gather(x))) for name, x in measured.items()}

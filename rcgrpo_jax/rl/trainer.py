@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import shared_programs
 from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
+from rcgrpo_jax.rl.reward_inputs import reward_inputs
+from rcgrpo_jax.rl.samples import Samples
 from rcgrpo_jax.rl.setup import set_up
 from rcgrpo_jax.rl.step_metrics import (
     correlation_metrics,
@@ -37,8 +38,8 @@ from rcgrpo_jax.rl.step_metrics import (
     watch_metrics,
 )
 from rcgrpo_jax.runs.checkpoint import check_same_config
-from rcgrpo_jax.runs.grid import GridRow, comparison_grid, grid_rows
-from rcgrpo_jax.runs.run import is_finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.grid import GridRow, PictureRow, comparison_grid, draw_rows, gallery_rows, grid_rows
+from rcgrpo_jax.runs.run import GALLERY, GRID, SAMPLES, is_finished, open_run, read_best, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
 from rcgrpo_jax.runs.state import TrainState
 
@@ -46,7 +47,19 @@ logger = logging.getLogger(__name__)
 UNSCORED_STEPS = 3  # without a group that could be scored, in a row, before a run gives up
 
 
+class Outcome(NamedTuple):
+    """How a run came out."""
+
+    state: TrainState  # the last
+    finished: bool  # that it was not stopped on request
+
+
 def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
+    """As `post_train`; the last state."""
+    return post_train(config, workdir, devices).state
+
+
+def post_train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> Outcome:
     """Post-trains a LoRA; called again on the same `workdir` it goes on from the last checkpoint.
 
     `workdir` receives `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `images/` and (by default) `cache/`. SIGTERM
@@ -56,9 +69,6 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         config: As `rl.config.default_config` lays it out.
         workdir: Directory of the run; created if missing.
         devices: Devices of the mesh; all by default.
-
-    Returns:
-        The last state.
 
     Raises:
         UserError: For every mistake in configuration, model, data or resume that can be told.
@@ -78,31 +88,48 @@ def train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | N
         if (checkpointer.latest_step() or 0) < options.train.num_steps:
             with raise_together():
                 reward_registry.check_all(setup.rewards)
+        samples = setup.encode_samples(workdir)
         batches = setup.encode(workdir)
         config_record["data_digest"] = batches.source.digest
         state = restore(checkpointer, state, config_record, schema, may_differ)
-        if is_finished(state, options.train.num_steps):
-            return state
-        trainer = Trainer(options, setup.load_editor(), setup.mesh, setup.rewards)
+        best = read_best(workdir, checkpointer, options.train.best, options.train.patience)
+        if is_finished(state, options.train.num_steps, best):
+            return Outcome(state, finished=True)
+        parts = (options, setup.load_editor(), setup.mesh, setup.rewards)
+        trainer, judged = Trainer(*parts), None if samples is None else Samples(*parts, samples)
         prepared_batch = None
 
-        def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, np.ndarray | None]:
+        def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, dict[str, np.ndarray]]:
             nonlocal prepared_batch
             start = time.monotonic()
             with raise_together():  # a thread has read it during the step before
                 batch = batches[index] if prepared_batch is None else prepared_batch.batch
                 upcoming = batches[index + 1] if index + 1 < options.train.num_steps else None
             metrics = {"seconds/data": time.monotonic() - start}
-            state, measured, rows, prepared_batch = trainer.step(
+            state, measured, drawn, prepared_batch = trainer.step(
                 state, prepared_batch or trainer.prepare(batch), upcoming, draw
             )
-            return state, metrics | measured, comparison_grid(rows, f"step {index + 1}") if draw else None
+            title, pictures = f"step {index + 1}", {}
+            if drawn is not None:
+                pictures = {GRID: comparison_grid(drawn.grid, title), GALLERY: draw_rows(drawn.gallery, title)}
+            if judged is not None and (index + 1) % options.train.sample_every == 0:
+                scores, pictures[SAMPLES] = judged.compare(state.averaged, index + 1)
+                measured |= scores
+            return state, metrics | measured, pictures
+
+        def before(state: TrainState) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            scores, picture = judged.compare(state.averaged, 0)
+            return scores, {SAMPLES: picture}
 
         def shown(metrics: Mapping[str, float]) -> dict[str, float]:
             return {name.removeprefix("reward/"): x for name, x in metrics.items() if name.startswith("reward/")}
 
-        samples = options.rollout.prompts * options.rollout.group_size
-        return run_steps(state, step, options.train, config_record, workdir, checkpointer, "train", samples, shown)
+        count = options.rollout.prompts * options.rollout.group_size
+        state = run_steps(
+            state, step, options.train, config_record, workdir, checkpointer, "train", count, shown, best,
+            None if judged is None else before,
+        )  # fmt: skip
+        return Outcome(state, int(state.step) == options.train.num_steps or best.ends_run)
 
 
 def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Device] | None = None) -> TrainState:
@@ -111,8 +138,8 @@ def train_to_end(config: ConfigDict, workdir: str | Path, devices: list[jax.Devi
     Raises:
         UserError: Also if SIGTERM stopped the run before its last step.
     """
-    state = train(config, workdir, devices)
-    if int(state.step) < config.train.num_steps:
+    state, finished = post_train(config, workdir, devices)
+    if not finished:
         raise UserError(
             f"{workdir}: stopped on request at step {int(state.step)} of {config.train.num_steps}.",
             "The same command goes on from there.",
@@ -126,6 +153,13 @@ class PreparedBatch(NamedTuple):
     batch: EditBatch
     prompts: Prompts  # of all processes
     reward_inputs: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
+
+
+class Drawn(NamedTuple):
+    """What a step shows of this process' own prompts."""
+
+    grid: list[GridRow]  # the candidates of the first prompts
+    gallery: list[PictureRow]  # the best and the worst candidate by each reward, and by their weighted sum
 
 
 class Sample(NamedTuple):
@@ -173,17 +207,17 @@ class Trainer:
 
     def step(
         self, state: TrainState, prepared_batch: PreparedBatch, upcoming: EditBatch | None = None, draw: bool = False
-    ) -> tuple[TrainState, dict[str, float], list[GridRow], PreparedBatch | None]:
+    ) -> tuple[TrainState, dict[str, float], Drawn | None, PreparedBatch | None]:
         """Explore, roll out, score, update.
 
         Args:
             state: Donated.
             prepared_batch: The step's batch.
             upcoming: That of the next step, prepared while the devices compute the update.
-            draw: Whether to return rows for the image grid, of this process' own.
+            draw: Whether to return what the step shows.
 
         Returns:
-            The new state, metrics, the rows, and the next step's batch.
+            The new state, metrics, what the step shows, and the next step's batch.
 
         Raises:
             UserError: Rewards have failed in every group for `UNSCORED_STEPS` steps.
@@ -201,7 +235,11 @@ class Trainer:
             total = grpo.combine_rewards(usable, weights, objective.least_scored)
             self._check_scored(scores, total)
             advantages = grpo.group_advantages(total, objective.advantage_clip, objective.quasi_norm or None)
-            rows = grid_rows(batch, sample.images, sample.scores) if draw else []
+            drawn = None
+            if draw:
+                by_reward = {**sample.scores, "total": np.asarray(total)}
+                gallery = gallery_rows(batch, sample.images, by_reward)
+                drawn = Drawn(grid_rows(batch, sample.images, sample.scores), gallery)
             measured = reward_metrics(scores, total) | watch_metrics(watched) | correlation_metrics(sample.scores)
             measured |= drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
             measured |= {f"reward_weight/{name}": weights[name] for name in self.schedules}
@@ -217,7 +255,7 @@ class Trainer:
 
         metrics |= {f"seconds/{name}": b - a for name, a, b in zip(("rollout", "reward", "update"), times, times[1:])}  # noqa: B905
         metrics["samples_per_second"] = total.size / (times[-1] - times[0])
-        return state, metrics, rows, following
+        return state, metrics, drawn, following
 
     def _check_scored(self, scores: Mapping[str, np.ndarray], total: Float[Array, "P G"]) -> None:
         """Gives up after `UNSCORED_STEPS` steps in a row in which all groups were dropped."""
@@ -280,13 +318,7 @@ class Trainer:
 
     def reward_inputs(self, batch: EditBatch) -> Callable[..., reward_registry.RewardInputs]:
         """What this process' rewards compare edits with, all but `edited`."""
-        with jax.set_mesh(self.local_mesh):
-            source = jnp.asarray(batch.pixels, jnp.float32) / 255
-            targets = None if batch.targets is None else jnp.asarray(batch.targets, jnp.float32) / 255
-            return partial(
-                reward_registry.RewardInputs, source=source, mask=jnp.asarray(batch.mask),
-                instructions=batch.instructions, targets=targets, captions=batch.captions,
-            )  # fmt: skip
+        return reward_inputs(batch, self.local_mesh)
 
     def start_scoring(
         self, reward_inputs: Callable[..., reward_registry.RewardInputs], images: Float[Array, "p g H W 3"]

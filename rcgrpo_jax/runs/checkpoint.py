@@ -24,10 +24,12 @@ from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
 from rcgrpo_jax.orbax import is_of_files, ocp, saving
 from rcgrpo_jax.parallel.distributed import raise_together
+from rcgrpo_jax.runs.best import Held
 
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
     "data.mask_value": "", "lora.init": "", "objective.least_scored": 1.0, "optimizer.eps": 1e-8, "policy": "neighbour",
+    "train.best": "", "train.patience": 0, "train.samples": "", "train.sample_every": 20,
     "train.writers": "tensorboard", "watch": "",
     "reward_options.change.scale": 12.0, "reward_options.clip_text.path": "",
     "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
@@ -49,6 +51,7 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike[str], *, save_every: int, keep: int):
         self.directory = Path(directory).absolute()
         self._save_every, self._keep = save_every, keep
+        self.held = Held()  # is kept beside them
         self._pending: tuple[int, int] = (0, 0)  # step and bytes of the save under way
 
     @cached_property
@@ -57,7 +60,7 @@ class Checkpointer:
         return ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=policies.FixedIntervalPolicy(self._save_every),
-            preservation_policy=preserve.LatestN(self._keep),
+            preservation_policy=preserve.AnyPreservationPolicy([preserve.LatestN(self._keep), self.held]),
             cleanup_tmp_directories=True,  # what a killed save left behind
             context=saving(),
         )

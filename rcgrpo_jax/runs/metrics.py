@@ -150,13 +150,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _rewind(path: Path, last_step: int) -> None:
-    """Drops the steps after `last_step` and a torn last line; the file is replaced whole, or not at all."""
+    """Drops the steps after `last_step` (all if it is 0) and a torn last line; the file is replaced whole, or not."""
     if not path.exists():
         return
     partial = path.with_suffix(".jsonl.tmp")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in read_metrics(path) if entry["step"] <= last_step)
+            kept = [entry for entry in read_metrics(path) if last_step and entry["step"] <= last_step]
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):

@@ -27,16 +27,20 @@ from rcgrpo_jax.parallel.distributed import (
     text_of_main,
 )
 from rcgrpo_jax.progress import Progress
+from rcgrpo_jax.runs.best import Best, write_mark
 from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
-from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite
+from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite, read_metrics
 from rcgrpo_jax.runs.saved import Schema, saved_config
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK, hold, make_folder
 from rcgrpo_jax.runs.writers import check_installed, writer_names
 
 logger = logging.getLogger(__name__)
 State = TypeVar("State")
-# (state, step, whether to draw) -> new state, metrics, and a picture if one was asked for
-StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], UInt8[np.ndarray, "H W 3"] | None]]
+Pictures = Mapping[str, UInt8[np.ndarray, "_ _ 3"]]  # of a step, by name; empty if none was asked for
+# (state, step, whether to draw) -> new state, metrics, pictures
+StepFunction = Callable[[State, int, bool], tuple[State, Mapping[str, float], Pictures]]
+GRID, GALLERY, SAMPLES = "pictures", "gallery", "samples"  # names of pictures, as writers have them
+FILES = {GRID: "step", GALLERY: "gallery", SAMPLES: "samples"}  # how the names of their files begin
 
 
 @contextmanager
@@ -123,11 +127,37 @@ def restore(
     return state
 
 
-def is_finished(state: State, num_steps: int) -> bool:
-    """Whether the run has no step left. If so, it logs that."""
-    if int(state.step) < num_steps:
+def read_best(workdir: Path, checkpointer: Checkpointer, metric: str, patience: int) -> Best:
+    """The best checkpoint of a run that resumes, by `metrics.jsonl` as process 0 finds it; it is held and marked.
+
+    Args:
+        workdir: Of the run.
+        checkpointer: Its checkpoints.
+        metric: Of `Best`; empty: no step is the best.
+        patience: Of `Best`.
+
+    Raises:
+        UserError: `metrics.jsonl` is damaged, or the mark cannot be written.
+    """
+    with raise_together():
+        file = workdir / METRICS
+        lines = read_metrics(file) if metric and is_main() and file.exists() else []
+    known = [{"step": line["step"], metric: line[metric]} for line in lines if metric in line]
+    lines = json.loads(text_of_main(json.dumps(known)))
+    best = Best.read(metric, patience, lines, checkpointer.latest_step() or 0, checkpointer.steps())
+    checkpointer.held.step = best.step
+    with raise_together():
+        if is_main():
+            write_mark(checkpointer.directory, best)
+    return best
+
+
+def is_finished(state: State, num_steps: int, best: Best | None = None) -> bool:
+    """Whether the run has no step left, or has run out of patience. If so, it logs that."""
+    out_of_patience = best is not None and best.ends_run
+    if int(state.step) < num_steps and not out_of_patience:
         return False
-    logger.warning("nothing to do: train.num_steps is %d", num_steps)
+    logger.warning("nothing to do: %s", best if out_of_patience else f"train.num_steps is {num_steps}")
     return True
 
 
@@ -141,6 +171,8 @@ def run_steps(
     name: str,
     samples: int,
     shown: Callable[[Mapping[str, float]], Mapping[str, float]],
+    best: Best | None = None,
+    before: Callable[[State], tuple[Mapping[str, float], Pictures]] | None = None,
 ) -> State:
     """Runs the steps that are left. It saves every `train.save_every` steps, at the end and on SIGTERM.
 
@@ -155,6 +187,8 @@ def run_steps(
         name: Of the progress bar.
         samples: Samples a step, for the rate.
         shown: Picks the metrics of the progress bar.
+        best: The best checkpoint so far, of `read_best`; updated in place. It ends the run when its patience ends.
+        before: What is measured and shown of the state before the first step, as step 0.
 
     Returns:
         The state after the last step that was taken.
@@ -163,6 +197,7 @@ def run_steps(
         UserError: If the loss or the gradient is not finite; the checkpoints before it stay.
     """
     first, last = int(state.step), options.num_steps
+    best = best or Best("", 0)
     with raise_together():  # process 0 alone opens them, and may fail
         names = writer_names(options.writers)
         metrics_writer = MetricsWriter(workdir, resume_step=first, names=names, config=config_record)
@@ -171,10 +206,15 @@ def run_steps(
         Progress(last, first, name) as progress,
         termination() as stop,
     ):
+        if before is not None and first == 0:
+            metrics, pictures = before(state)
+            with raise_together():
+                writer.scalars(0, metrics)
+                save_pictures(workdir, writer, 0, pictures)
         for step in trace_steps(range(first + 1, last + 1), name, workdir / "profile", options.profile_steps):
             draw = step % options.image_every == 0 or step == last
             try:
-                state, metrics, picture = step_function(state, step - 1, draw)
+                state, metrics, pictures = step_function(state, step - 1, draw)
             except UserError as error:
                 # As a judge that is gone: all processes still have the state of the step before, unless it was donated.
                 whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
@@ -185,18 +225,35 @@ def run_steps(
             with raise_together():  # process 0 alone writes, and the save under way is to end on all
                 writer.scalars(step, metrics)
             stopped = any_process(stop.is_set())  # a preemption may reach the processes in different steps
-            checkpointer.save(step, state, config_record, force=step == last or stopped)
-            if picture is not None:  # after saving: one that cannot be written costs no step
+            better = best.metric in metrics and best.add(step, float(metrics[best.metric]))
+            due = step == last or stopped or better or best.ends_run
+            checkpointer.save(step, state, config_record, force=due)
+            if better:
+                checkpointer.wait()  # the one before stays until this one is whole, and then the mark is true
+                checkpointer.held.step = step
                 with raise_together():
                     if is_main():
-                        save_image(workdir / "images" / f"step_{step:06d}.png", picture)
-                        writer.images(step, {"pictures": picture})
+                        write_mark(checkpointer.directory, best)
+            if pictures:  # after saving: one that cannot be written costs no step
+                with raise_together():
+                    save_pictures(workdir, writer, step, pictures)
             progress.update(shown(metrics), samples=samples)
+            if best.ends_run:
+                logger.warning("ended at step %d: %s", step, best)
+                break
             if stopped:
                 logger.warning("stopped at step %d on request; the same command resumes", step)
                 break
         checkpointer.wait()
     return state
+
+
+def save_pictures(workdir: Path, writer: MetricsWriter, step: int, pictures: Pictures) -> None:
+    """Writes the pictures of a step, on process 0 alone: its own, where the processes have different ones."""
+    if is_main():
+        for name, picture in pictures.items():
+            save_image(workdir / "images" / f"{FILES[name]}_{step:06d}.png", picture)
+        writer.images(step, pictures)
 
 
 def trace_steps(steps: range, name: str, folder: Path, count: int) -> Iterator[int]:

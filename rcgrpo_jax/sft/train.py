@@ -30,7 +30,7 @@ from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, candidate_pixels, comparison_grid
-from rcgrpo_jax.runs.run import StepFunction, is_finished, open_run, restore, run_steps
+from rcgrpo_jax.runs.run import GRID, StepFunction, is_finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
 from rcgrpo_jax.runs.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.sft import config as schema
@@ -154,7 +154,7 @@ def make_step(options: Options, stage: Stage, mesh: Mesh, batches: Any, sharding
     update, frozen = make_update(options, stage, mesh, shardings), stage.frozen()
     draw_all = jax.jit(jax.vmap(stage.picture, (None, None, 0)), out_shardings=replicated(mesh))
 
-    def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], np.ndarray | None]:
+    def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict[str, float], dict[str, np.ndarray]]:
         start = time.monotonic()
         with raise_together():
             batch = batches[index]
@@ -163,7 +163,7 @@ def make_step(options: Options, stage: Stage, mesh: Mesh, batches: Any, sharding
         metrics = {name: float(x) for name, x in metrics.items()}
         metrics["samples_per_second"] = options.batch.size / (time.monotonic() - start)
         if not draw:
-            return state, metrics, None
+            return state, metrics, {}
         few = from_main(jax.tree.map(lambda x: x[:PICTURED], examples))
         pictures = candidate_pixels(draw_all(state.averaged, frozen, few).astype(np.float32) / 2 + 0.5)
         rows = [
@@ -172,7 +172,7 @@ def make_step(options: Options, stage: Stage, mesh: Mesh, batches: Any, sharding
                 batch.instructions, few.source, few.mask, few.target, pictures, strict=False
             )
         ]
-        return state, metrics, comparison_grid(rows, f"step {index + 1}")
+        return state, metrics, {GRID: comparison_grid(rows, f"step {index + 1}")}
 
     return step
 

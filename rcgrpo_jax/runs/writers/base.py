@@ -30,7 +30,7 @@ class Writer(ABC):
 
     @abstractmethod
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step, which need not be finite; steps come in ascending order, from 1."""
+        """Writes the metrics of one step, which need not be finite; steps come in ascending order, from 0 or 1."""
 
     @abstractmethod
     def images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "_ _ 3"]]) -> None:

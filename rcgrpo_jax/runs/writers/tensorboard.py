@@ -26,7 +26,7 @@ class TensorBoard(Writer):
         from tensorboardX import SummaryWriter
 
         unique = f".{time.time_ns()}"  # the file's name only counts seconds: a quick restart would overwrite it
-        self._board = SummaryWriter(str(folder), purge_step=resume_step + 1, filename_suffix=unique)
+        self._board = SummaryWriter(str(folder), purge_step=resume_step and resume_step + 1, filename_suffix=unique)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
