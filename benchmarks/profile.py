@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = parser.parse_args(argv).workdir
     if not (metrics := workdir / "metrics.jsonl").is_file():
         parser.error(f"workdir: {metrics} is missing; the directory of a run was wanted.")
-    if len(lines := read_metrics(metrics)) < 3:
+    lines = [line for line in read_metrics(metrics) if line["step"]]  # step 0 has held-out samples alone
+    if len(lines) < 3:
         parser.error(f"workdir: {len(lines)} steps found in {metrics}, 3 were wanted. Train for longer.")
     if "seconds/rollout" not in lines[0]:
         parser.error(f"workdir: {metrics} is not of `rcgrpo train`. Name the directory of such a run.")

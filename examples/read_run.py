@@ -22,8 +22,11 @@ from rcgrpo_jax.weights.lora import save_lora
 
 workdir = Path(sys.argv[1])
 
-# 1. metrics.jsonl has one JSON object for each step. A value is null where there was nothing to measure.
+# 1. metrics.jsonl has one JSON object for each step. A value is null where there was nothing to measure. Runs with
+# `train.samples` have a step 0, of their scores alone.
 for line in read_metrics(workdir / "metrics.jsonl"):
+    if line["step"] == 0:
+        continue
     rewards = {name.removeprefix("reward/"): x for name, x in line.items() if name.startswith("reward/")}
     print(f"step {line['step']}: loss {line['loss']:.3g}, " + ", ".join(f"{k} {v:.3f}" for k, v in rewards.items()))
 

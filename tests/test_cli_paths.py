@@ -80,6 +80,7 @@ def test_path_flags_and_fields_are_expanded(home):
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
     "reward", "option", "plugin",
+    "step",
 }  # fmt: skip
 
 
@@ -109,7 +110,8 @@ def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
 def test_every_path_of_a_configuration_is_known():
     defaults = (module.default_config().to_dict() for module in (config, sft_config))
     fields = [field for default in defaults for field in flatten_dict(default, sep=".")]
-    paths = {field for field in fields if field.rpartition(".")[2] in ("path", "cache", "init", "folder", "file")}
+    names = ("path", "cache", "init", "folder", "file", "samples")
+    paths = {field for field in fields if field.rpartition(".")[2] in names}
     assert all(map(is_path_field, [*paths, "reward_options.rubric.template"]))
 
 

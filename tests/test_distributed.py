@@ -139,6 +139,30 @@ def test_two_processes_are_one_run(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_judge_the_samples_as_one_does_and_end_together(tmp_path):
+    """Three samples do not divide over the devices; patience ends both processes after the same step."""
+    judging = SETTINGS | {
+        "train__samples": "scenes:heldout:3", "train__sample_every": 1,
+        "train__best": "samples/acd", "train__patience": 1,
+        "optimizer__learning_rate": 1e-6, "data__cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    train(small_run.make_config(**judging), alone)
+    config = small_run.config_file(tmp_path / "config.py", **judging)
+    ended = finish(start(config, workdir, 2), tmp_path)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    found, wanted = (small_run.metrics_without_times(path) for path in (workdir, alone))
+    assert len(found) > 1
+    for line, expected in zip(found[:2], wanted[:2], strict=True):
+        names = [name for name in expected if name.startswith("samples")]
+        assert len(names) == 8
+        for name in names:
+            assert line[name] == pytest.approx(expected[name], rel=2e-3)
+    assert sorted(path.name for path in (workdir / "images").glob("samples*"))[0] == "samples_000000.png"
+    assert (workdir / "checkpoints" / "best.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_command_goes_on(alone, tmp_path):
     workdir = tmp_path / "run"
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))

@@ -19,7 +19,9 @@ from rcgrpo_jax.runs.fields import flatten
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
 # Of a configuration, where it has them; in `reward_options` whatever the reward.
-_PATH_FIELD = re.compile(r"(model|data)\.path|data\.cache|lora\.init|reward_options\.\w+\.(path|template)")
+_PATH_FIELD = re.compile(
+    r"(model|data)\.path|data\.cache|lora\.init|train\.samples|reward_options\.\w+\.(path|template)"
+)
 STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),

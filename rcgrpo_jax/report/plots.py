@@ -49,12 +49,15 @@ class Panel(NamedTuple):
     unit: str
     names: tuple[str, ...]  # metrics; one that ends in "/" stands for all that start so
     log: bool = False  # logarithmic, where all values are positive
+    sparse: bool = False  # whether a line joins values between which there are steps without any
 
 
 PANELS = (
     Panel("Rewards", "mean over the batch, as scored", ("reward/",)),
     Panel("Standard deviation of rewards", "within groups; total: of the weighted z-scores", ("reward_std/",)),
     Panel("Watched rewards", "mean over the batch, as scored; not learned from", ("watch/",)),
+    Panel("Held-out samples", "mean, edited by the LoRA", ("samples/",), sparse=True),
+    Panel("Held-out samples, base", "mean, edited without the LoRA", ("samples_base/",), sparse=True),
     Panel("Correlation of rewards", "within groups", ("reward_corr/",)),
     Panel("Weights of rewards", "of those with a schedule", ("reward_weight/",)),
     Panel("Background", "mean absolute difference outside the mask, of 1", ("background/",)),
@@ -91,7 +94,8 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         }
         series = {name: values for name, values in series.items() if np.isfinite(values).any()}
         if series:
-            plots.append(_curve_panel(panel, steps, series))
+            shown = np.isfinite([*series.values()]).any(axis=0) if panel.sparse else np.full(len(steps), True)
+            plots.append(_curve_panel(panel, steps[shown], {name: values[shown] for name, values in series.items()}))
     return plots
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what the policy tries: rows of captioned images, each with its source."""
+"""Pictures of what the policy tries: rows of labelled images, each with its source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PictureRow(NamedTuple):
     """Images side by side under a line of text."""
 
     text: str
-    pictures: Sequence[tuple[str, UInt8[np.ndarray, "_ _ 3"]]]  # caption and image, from left to right
+    pictures: Sequence[tuple[str, UInt8[np.ndarray, "_ _ 3"]]]  # label and image, from left to right
 
 
 @dataclass(frozen=True)
