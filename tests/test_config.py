@@ -415,9 +415,9 @@ def test_options_reach_the_rewards(capsys, config_file, tmp_path, monkeypatch):
 
     def train(config, workdir):
         seen.append(config)
-        return SimpleNamespace(step=config.train.num_steps)
+        return SimpleNamespace(step=config.train.num_steps), True
 
-    monkeypatch.setattr("rcgrpo_jax.cli.train.train", train)
+    monkeypatch.setattr("rcgrpo_jax.cli.train.post_train", train)
     code, _, err = small_run.run_command(
         capsys, "train", f"--config={config_file}", f"--workdir={tmp_path}", "--config.reward_options.colour.scale=30",
         "--config.rewards.preservation=0",

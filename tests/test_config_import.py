@@ -124,9 +124,9 @@ def given(monkeypatch, tmp_path):
 
     def train(config, workdir):
         seen.append(config)
-        return SimpleNamespace(step=config.train.num_steps)
+        return SimpleNamespace(step=config.train.num_steps), True
 
-    monkeypatch.setattr("rcgrpo_jax.cli.train.train", train)
+    monkeypatch.setattr("rcgrpo_jax.cli.train.post_train", train)
 
     def call(capsys, body: str, *argv: str) -> ConfigDict:
         (tmp_path / "c.py").write_text(body)

@@ -233,8 +233,12 @@ def test_its_incidental_options_may_differ_on_resume(place):
 
 def test_flags_name_it_and_set_it(place, capsys, monkeypatch):
     seen = []
-    train = lambda config, workdir: seen.append(config) or SimpleNamespace(step=config.train.num_steps)  # noqa: E731
-    monkeypatch.setattr("rcgrpo_jax.cli.train.train", train)
+
+    def train(config, workdir):
+        seen.append(config)
+        return SimpleNamespace(step=config.train.num_steps), True
+
+    monkeypatch.setattr("rcgrpo_jax.cli.train.post_train", train)
     Path("c.py").write_text("from configs.small_editor import get_config\n")
     flags = (
         f"--config.plugins.mine={place}:lightness", "--config.rewards.mine", "2",

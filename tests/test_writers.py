@@ -151,7 +151,7 @@ def train(workdir, names, num_steps=2):
     config = small_run.make_config(train__num_steps=num_steps, train__image_every=1, train__writers=names)
 
     def step(state, index, draw):
-        return state.replace(step=state.step + 1), {"loss": 0.5}, PICTURE if draw else None
+        return state.replace(step=state.step + 1), {"loss": 0.5}, {run.GRID: PICTURE} if draw else {}
 
     options, described = read_options(TrainOptions, config.train), config.to_dict()
     with run.open_run(options, described, workdir) as checkpointer:
