@@ -22,7 +22,7 @@ from rcgrpo_jax.evaluation.pictures import picture_file
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device", "quick_compilation")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 def free_port() -> int:
