@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax import rewards as reward_registry
+from rcgrpo_jax.editors.base import Family
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.batches import make_batch
 from rcgrpo_jax.encoding.cache import EncodedSource
@@ -75,6 +76,7 @@ class Samples:
         self._programs = shared_programs(options.step, editor.family, mesh)
         self._rows = [examples[i] for i in range(len(examples))]
         self._batch = make_batch(self._rows)
+        self._noise = self._initial_noise(editor.family)
         self._zero = jax.jit(lambda lora: jax.tree.map(jnp.zeros_like, lora), out_shardings=replicated(mesh))
         self._base: Edits | None = None  # the same every time
 
@@ -96,6 +98,14 @@ class Samples:
         metrics = {f"{kind}/{name}": float(x.mean()) for kind, made in named.items() for name, x in made.scores.items()}
         return metrics, draw_rows([*self._picture_rows(edits)], f"step {step}, scores of base / LoRA")
 
+    def _initial_noise(self, family: Family) -> Float[np.ndarray, "S N C"]:
+        def source(encoded: Mapping[str, np.ndarray]) -> Array:
+            return family.source(family.condition(encoded, self._options.model.guidance))
+
+        shape = jax.eval_shape(source, self._batch.encoded).shape
+        with jax.set_mesh(self._mesh.local_mesh):  # a program of one process
+            return np.asarray(initial_noise(np.uint32(SEED), np.arange(shape[0]), shape[1:]))
+
     def _edit(self, lora: dict) -> Edits:
         programs, count, at_a_time = self._programs, len(self._rows), self._at_a_time()
         pictures, acd = [], []
@@ -103,9 +113,8 @@ class Samples:
             # What lacks to a whole part is the last sample again.
             indices = np.minimum(np.arange(start, start + at_a_time), count - 1)
             prompts = programs.prompts(make_batch([self._rows[indices[i]] for i in local_row_range(at_a_time)]))
-            shape = programs.family.source(prompts.condition).shape[1:]
-            noise = np.asarray(initial_noise(np.uint32(SEED), jnp.asarray(indices), shape))
-            rollout = programs.rollout(self._params, lora, prompts, to_mesh(noise[:, None], self._mesh))
+            noise = to_mesh(self._noise[indices][:, None], self._mesh)
+            rollout = programs.rollout(self._params, lora, prompts, noise)
             images = programs.decode(self._decoder, rollout.states[:, :, -1])
             pictures.append(gather(np.asarray(local_rows(images, self._mesh))))
             acd.append(np.asarray(rollout.acd)[:, 0])
