@@ -177,7 +177,7 @@ def test_what_was_made_otherwise_is_not_taken_for_it(run, change, field, capsys,
 def test_a_run_that_was_stopped_is_not_evaluated(run, tmp_path, monkeypatch, capsys):
     _, arguments = run
     stopped = SimpleNamespace(step=1)
-    monkeypatch.setattr(rl_trainer, "train", lambda *_, **__: stopped)
+    monkeypatch.setattr(rl_trainer, "post_train", lambda *_, **__: (stopped, False))
     assert main(small_run.last_of_each(*again(arguments), f"--out={tmp_path}")) == 1
     assert "step 1 of 2" in capsys.readouterr().err
     assert [file.name for file in (tmp_path / "evaluations").rglob("*.npz")] == ["base.npz"]
