@@ -42,7 +42,7 @@ def test_a_step_goes_on_without_the_group(monkeypatch, value):
     assert [name for name, x in metrics.items() if not np.isfinite(x)] == []
     assert metrics["grad_norm"] > 0
     assert (drawn.grid[0].candidates[2] == (255, 0, 255)).all()  # magenta
-    assert "nan" in drawn.grid[0].captions[2]
+    assert "nan" in drawn.grid[0].labels[2]
 
 
 def test_the_update_is_that_of_a_group_without_signal():
