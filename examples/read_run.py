@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from rcgrpo_jax.editors.open import open_model
+from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.runs.checkpoint import Checkpointer
@@ -32,7 +33,7 @@ for line in read_metrics(workdir / "metrics.jsonl"):
 
 # 2. A checkpoint has the configuration of the run, and the state: LoRA, optimizer, average, random key, step.
 checkpoints = Checkpointer(workdir / "checkpoints", save_every=1, keep=1)  # reading deletes nothing
-options = read_options(Options, checkpoints.saved_config())
+options = read_options(Options, read_saved_config(checkpoints))  # with today's fields, also of an older run
 params = open_model(options.model.path).param_shapes  # shapes alone
 state = checkpoints.restore(jax.eval_shape(lambda: init_state(options.lora, options.optimizer, options.seed, params)))
 print(f"checkpoints of steps {checkpoints.steps()}; the last has seen {int(state.step)}")
