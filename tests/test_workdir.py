@@ -189,7 +189,7 @@ def test_a_copied_picture_is_no_step(tmp_path, copied):
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
     (tmp_path / "images" / "step_000003.png").mkdir()
     (tmp_path / "images" / "step_000004.png").symlink_to("gone")
-    assert read_run(tmp_path).picture[0] == "step 2"
+    assert list(read_run(tmp_path).pictures) == ["step 2"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "unreadable"])
