@@ -57,7 +57,7 @@ class Step:
         model = RandomModel(preset.model) if preset.model else open_model(self.options.model.path)
         editor = load_editor(self.options.model, model, self.mesh, self.options.acd.layers)
         with jax.set_mesh(self.mesh):
-            self.programs = Programs(self.options.step, editor.family, self.mesh)
+            self.programs = Programs(self.options.step, editor.networks, self.mesh)
             self.params = editor.params
             state = fresh_state(self.options, model, self.mesh)
             self.state = state.replace(params=random_tree(state.params, jnp.float32, lambda *_: replicated(self.mesh)))
@@ -115,10 +115,11 @@ class Step:
         # What checkpointing repeats is no work of the model's.
         once = with_changes(self.options, {"model.remat": "none"})
         dtype, chip = jnp.dtype(self.options.model.dtype), chip_of(self.device.device_kind)
+        attention = self.programs.networks.transformer.attention.implementation
         return {
             "platform": self.device.platform,
             "device": self.device.device_kind,
-            "software": f"jax {jax.__version__}, attention {self.programs.family.transformer.attention.implementation}",
+            "software": f"jax {jax.__version__}, attention {attention}",
             "tokens": text + 2 * target,
             "samples": dict(zip(("rollout", "update"), counts(self.options), strict=True)),
             "flops": flops.step(once, self.sizes, VAEConfig(), text, target),

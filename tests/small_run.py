@@ -23,7 +23,7 @@ from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.encoding.encode import encode
@@ -137,12 +137,12 @@ def make_options(**changes) -> Options:
 
 
 @functools.cache
-def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[Editor, Mesh]:
+def load_editor(mesh_shape: tuple[int, ...], dtype: str) -> tuple[FluxKontextEditor, Mesh]:
     """The editor on the first devices, as `rl.trainer.train` loads it."""
     mesh = make_mesh(dict(zip(AXES, mesh_shape, strict=True)), jax.devices()[: math.prod(mesh_shape)])
     config = make_config()
     options = EditorOptions(dtype, attention="xla", remat=config.model.remat, acd_layers=config.acd.layers)
-    return Editor(FluxKontext(model_folder()), options, mesh), mesh
+    return FluxKontextEditor(FluxKontext(model_folder()), options, mesh), mesh
 
 
 @functools.cache

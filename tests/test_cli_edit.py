@@ -9,7 +9,7 @@ import small_run
 from PIL import Image
 
 from rcgrpo_jax.data.images import read_image, resize_image
-from rcgrpo_jax.editors.flux_kontext import Editor
+from rcgrpo_jax.editors.flux_kontext import FluxKontextEditor
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.weights.load import ModelFolder
@@ -96,7 +96,7 @@ def save_test_image(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["RGBA", "16-bit", "EXIF", "1-pixel"])
 def test_edit_takes_any_image(capsys, monkeypatch, edit_argv, kind):
     """The model itself is left out: what it is given is what is written."""
-    monkeypatch.setattr(Editor, "edit", lambda self, images, *_: images)
+    monkeypatch.setattr(FluxKontextEditor, "edit", lambda self, images, *_: images)
     save_test_image(kind)
     code, out, err = small_run.run_command(capsys, *edit_argv(size="32x64", out="made/here/out.PNG"))
     assert (code, err) == (0, "")
@@ -105,7 +105,7 @@ def test_edit_takes_any_image(capsys, monkeypatch, edit_argv, kind):
 
 
 def test_the_size_is_kontexts_by_default(capsys, monkeypatch, edit_argv):
-    monkeypatch.setattr(Editor, "edit", lambda self, images, *_: images)
+    monkeypatch.setattr(FluxKontextEditor, "edit", lambda self, images, *_: images)
     assert small_run.run_command(capsys, *edit_argv(size=None))[0] == 0
     assert Image.open("out.png").size == (1184, 880)
 

@@ -13,7 +13,7 @@ from references import diffusers, torch
 from skimage.data import astronaut
 
 from rcgrpo_jax.data.images import resize_image
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions, to_pixels, to_unit
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.weights.convert import convert
@@ -27,8 +27,8 @@ LORA = LoRAConfig(rank=4, alpha=8.0)
 
 
 @pytest.fixture(scope="module")
-def editor(folder) -> Editor:
-    return Editor(FluxKontext(folder), EditorOptions(max_text_tokens=64, attention="xla"))
+def editor(folder) -> FluxKontextEditor:
+    return FluxKontextEditor(FluxKontext(folder), EditorOptions(max_text_tokens=64, attention="xla"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def noise_of(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(3).standard_normal((2, height * width // 256, 64), np.float32)
 
 
-def ours(editor: Editor, height: int, width: int, lora: Path | None = None, **options) -> np.ndarray:
+def ours(editor: FluxKontextEditor, height: int, width: int, lora: Path | None = None, **options) -> np.ndarray:
     if lora is not None:
         adapter, config = load_lora(lora, editor.params)
         options["lora"] = scale_adapter(adapter, config.scale)
@@ -111,7 +111,7 @@ def test_an_edit_with_a_lora_is_that_of_diffusers(editor, pipeline, lora):
 
 @pytest.mark.slow
 def test_an_edit_with_flux_text_length_is_that_of_diffusers(monkeypatch, folder, editor, pipeline):
-    longest = Editor(FluxKontext(folder), EditorOptions()).options
+    longest = FluxKontextEditor(FluxKontext(folder), EditorOptions()).options
     assert longest.max_text_tokens == 512
     monkeypatch.setattr(editor, "options", longest)
     edited = ours(editor, 96, 160)
@@ -130,7 +130,7 @@ def test_instructions_guidance_and_noise_change_the_edit(editor):
 @pytest.mark.slow
 def test_a_converted_directory_makes_the_same_picture_bit_for_bit(tmp_path, folder, editor):
     convert(str(folder), tmp_path / "converted")
-    converted = Editor(FluxKontext(tmp_path / "converted"), editor.options)
+    converted = FluxKontextEditor(FluxKontext(tmp_path / "converted"), editor.options)
     np.testing.assert_array_equal(ours(converted, 96, 160), ours(editor, 96, 160))
 
 

@@ -12,7 +12,7 @@ import small_run
 from rcgrpo_jax.cli import evaluate as command
 from rcgrpo_jax.data.images import read_image, save_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation import edit
@@ -30,9 +30,9 @@ NAMES = [SCENES[i].name for i in range(COUNT)]
 
 
 @cache
-def editor() -> Editor:
+def editor() -> FluxKontextEditor:
     options = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=10)
-    return Editor(FluxKontext(small_run.model_folder()), options)
+    return FluxKontextEditor(FluxKontext(small_run.model_folder()), options)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,8 @@ def made(monkeypatch) -> list[int]:
         return 255 - batch.pixels, jnp.asarray(batch.indices / 8, jnp.float32)
 
     monkeypatch.setattr(edit, "_edit", negative)
-    monkeypatch.setattr(Editor, "load_encoders", lambda self: None)
-    monkeypatch.setattr(Editor, "params", {})
+    monkeypatch.setattr(FluxKontextEditor, "load_encoders", lambda self: None)
+    monkeypatch.setattr(FluxKontextEditor, "params", {})
     return indices
 
 

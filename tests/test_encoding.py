@@ -18,7 +18,7 @@ from small_run import EDITS
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext, TextEncoding
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor, TextEncoding
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
@@ -46,13 +46,13 @@ def calls(monkeypatch):
         calls.append(pixels.shape)
         return jnp.zeros((len(pixels), pixels.shape[1] * pixels.shape[2] // 256, 64))
 
-    monkeypatch.setattr(Editor, "encode_text", encode_text)
-    monkeypatch.setattr(Editor, "encode_image", encode_image)
+    monkeypatch.setattr(FluxKontextEditor, "encode_text", encode_text)
+    monkeypatch.setattr(FluxKontextEditor, "encode_image", encode_image)
     return calls
 
 
-def make_editor(dtype: str = "float32", tokens: int = 16, path=None) -> Editor:
-    return Editor(FluxKontext(path or small_run.model_folder()), EditorOptions(dtype, tokens))
+def make_editor(dtype: str = "float32", tokens: int = 16, path=None) -> FluxKontextEditor:
+    return FluxKontextEditor(FluxKontext(path or small_run.model_folder()), EditorOptions(dtype, tokens))
 
 
 def make_example(**changes) -> EditExample:
@@ -83,8 +83,8 @@ def test_each_example_is_encoded_once(calls, tmp_path):
 
 def test_what_lies_in_a_cache_of_before_is_found(calls, monkeypatch, tmp_path):
     """An entry is named by a hash of all that it depends on: hashed in another way, all data would be encoded anew."""
-    monkeypatch.setattr(Editor, "load_encoders", lambda self: None)
-    editor = Editor(FluxKontext("small-editor"), EditorOptions("bfloat16"))
+    monkeypatch.setattr(FluxKontextEditor, "load_encoders", lambda self: None)
+    editor = FluxKontextEditor(FluxKontext("small-editor"), EditorOptions("bfloat16"))
     EncodedSource([make_example()], editor, SIZE, tmp_path)
     assert entries(tmp_path) == {"3ded6313ce07f3ad31535904178986a8.safetensors"}
 

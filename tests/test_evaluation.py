@@ -16,7 +16,7 @@ from rcgrpo_jax.cli.data import write_folder
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.edit import edit_all
@@ -40,8 +40,8 @@ MISSING = note(REGISTERED["lpips"])
 
 
 @cache
-def editor(devices: int = 1) -> Editor:
-    return Editor(FluxKontext(small_run.model_folder()), OPTIONS, mesh(devices))
+def editor(devices: int = 1) -> FluxKontextEditor:
+    return FluxKontextEditor(FluxKontext(small_run.model_folder()), OPTIONS, mesh(devices))
 
 
 def mesh(devices: int = 1) -> Mesh:
@@ -170,7 +170,7 @@ def test_settings_tell_other_data_models_and_rulers(monkeypatch):
 
     first = settings()
     assert settings() == first
-    blind = Editor(FluxKontext(small_run.model_folder()), replace(OPTIONS, acd_layers=1))
+    blind = FluxKontextEditor(FluxKontext(small_run.model_folder()), replace(OPTIONS, acd_layers=1))
     assert settings(model=blind)["acd_layers"] != first["acd_layers"]
     assert settings(source=Scenes("validation", 1, SIZE))["data"] != first["data"]
     of = FluxKontext.fingerprint

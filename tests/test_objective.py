@@ -32,7 +32,7 @@ def velocity(weights: jax.Array, reference: jax.Array, x: jax.Array, sigma: jax.
 
 
 class Plain:
-    """A family of one matrix, as much of one as an update reads."""
+    """Networks of one matrix, as much of one as an update reads."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return 4, 4

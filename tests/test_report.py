@@ -19,7 +19,7 @@ from references import diffusers, torch, transformer_flux
 
 from rcgrpo_jax.cli import report as command
 from rcgrpo_jax.data.folder import EditFolder
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.edit import initial_noise
@@ -213,7 +213,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def edits() -> SimpleNamespace:
     """Two examples, and everything that an edit of them needs."""
     options = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=2)
-    editor = Editor(FluxKontext(small_run.model_folder()), options)
+    editor = FluxKontextEditor(FluxKontext(small_run.model_folder()), options)
     examples = [EditFolder(small_run.data_folder())[i] for i in range(2)]
     return SimpleNamespace(
         editor=editor,

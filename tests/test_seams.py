@@ -73,7 +73,7 @@ def test_another_solver_has_its_order_in_a_rollout(solver):
 
 
 class Matrix:
-    """A family of one matrix: its condition is the source alone, its pictures are its tokens."""
+    """Networks of one matrix: its condition is the source alone, its pictures are its tokens."""
 
     def grid(self, height, width):
         return 4, 4
@@ -104,7 +104,7 @@ class Noise(NamedTuple):
 class Gaussian:
     """A policy without anchors: `log N(x_k; one step under theta from x_(k-1), STD^2)` of each candidate and step."""
 
-    def __init__(self, options, family, sigmas):
+    def __init__(self, options, networks, sigmas):
         self.options, self.sigmas = options, jnp.asarray(sigmas)
 
     @staticmethod

@@ -7,7 +7,7 @@ from PIL import Image
 from references import diffusers, torch
 
 from rcgrpo_jax.data.scenes.source import Scenes
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions, to_pixels, to_unit
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.weights.load import SMALL_EDITOR
@@ -17,8 +17,8 @@ MEGABYTES = 24
 
 
 @pytest.fixture(scope="module")
-def editor() -> Editor:
-    return Editor(FluxKontext("small-editor"), EditorOptions(attention="xla"))
+def editor() -> FluxKontextEditor:
+    return FluxKontextEditor(FluxKontext("small-editor"), EditorOptions(attention="xla"))
 
 
 @pytest.fixture(scope="module")

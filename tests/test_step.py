@@ -164,7 +164,7 @@ def test_the_old_policy_is_that_of_the_stored_states(combination):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def closed_form_gradient(family, replay, sigmas, params, lora, scale, prompts, states, anchors, trained, pulls):
+def closed_form_gradient(networks, replay, sigmas, params, lora, scale, prompts, states, anchors, trained, pulls):
     """Of -mean_{p, k, s} <sum_i A_i W x_i, xbar> / G in the LoRA, what Eq. 5 and 13-15 come to at theta = theta_old.
 
     `pulls` `[P, K, N, C]` is sum_i A_i W x_i / G, and `trained` `[K]` is 1 at the steps that carry the loss.
@@ -177,7 +177,7 @@ def closed_form_gradient(family, replay, sigmas, params, lora, scale, prompts, s
             def euler(x, inputs):
                 stored, now, then, pull = inputs
                 x = stored if replay else x
-                x = x + (then - now) * family.velocity(params, lora, x, now, prompt.condition, (4, 4))[0]
+                x = x + (then - now) * networks.velocity(params, lora, x, now, prompt.condition, (4, 4))[0]
                 return x, jnp.sum(pull * x)
 
             own = states[anchor]
@@ -205,7 +205,7 @@ def test_the_first_gradient_is_the_closed_form(combination):
     trained = np.isin(np.arange(1, len(programs.sigmas)), exploration.steps).astype(np.float32)
     with jax.set_mesh(programs.mesh):
         wanted = closed_form_gradient(
-            programs.family, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params,
+            programs.networks, mode == "replay", jnp.asarray(programs.sigmas), result.trainer.params,
             result.before.params, lora.alpha / lora.rank, prompts, rollout.states, exploration.anchors, trained, pulls,
         )  # fmt: skip
     found = gradient(result)
@@ -214,7 +214,7 @@ def test_the_first_gradient_is_the_closed_form(combination):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def policy_of_the_source(family, replay, sigmas, params, lora, prompts, states, anchors):
+def policy_of_the_source(networks, replay, sigmas, params, lora, prompts, states, anchors):
     """Means over anchors and the first two steps: y's log-probability among the candidates, and |x - y|^2.
 
     y is on the line to the source outside the mask, and x inside.
@@ -225,7 +225,7 @@ def policy_of_the_source(family, replay, sigmas, params, lora, prompts, states, 
         for k in (0, 1):
             x = jax.lax.stop_gradient(states[anchor, k]) if replay else x
             before, share = jax.lax.stop_gradient(x), sigmas[k + 1] / sigmas[k]
-            v, _ = family.velocity(params, lora, x, sigmas[k], prompt.condition, (4, 4))
+            v, _ = networks.velocity(params, lora, x, sigmas[k], prompt.condition, (4, 4))
             x = x + (sigmas[k + 1] - sigmas[k]) * v
             straight = share * before + (1 - share) * prompt.condition.reference
             y = jax.lax.stop_gradient(x + (1 - prompt.region)[:, None] * (straight - x))  # the mask may be soft
@@ -246,7 +246,7 @@ def test_the_source_is_one_more_candidate_outside_the_mask(mode):
 
     def policy(params):
         return policy_of_the_source(
-            trainer.programs.family, mode == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
+            trainer.programs.networks, mode == "replay", jnp.asarray(trainer.programs.sigmas), trainer.params,
             scale_adapter(params, lora.alpha / lora.rank), prompts, rollout.states, exploration.anchors,
         )  # fmt: skip
 

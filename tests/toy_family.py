@@ -58,7 +58,7 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Networks:
+class ToyNetworks:
     maps: bool = False
 
     def grid(self, height, width):
@@ -137,7 +137,7 @@ class Toy:
 
 
 class ToyEditor(model.Editor):
-    family = Networks()
+    networks = ToyNetworks()
 
     def __init__(self, folder, options, mesh=None):
         super().__init__(folder, replace(options, max_text_tokens=options.max_text_tokens or TEXT))
@@ -170,7 +170,7 @@ class ToyEditor(model.Editor):
         texts = [text.encode()[:length] for text in instructions]
         tokens = jnp.asarray([[*text, *[0] * (length - len(text))] for text in texts])
         return {
-            "latents": self.family.encode_image(self.image_params, to_unit(pixels)),
+            "latents": self.networks.encode_image(self.image_params, to_unit(pixels)),
             "bytes": self._tensors["bytes"][tokens],
             "is_byte": (tokens > 0).astype(jnp.float32),
         }

@@ -1,4 +1,4 @@
-"""What a family of models gives to training and evaluation, and the one way in which edits are sampled from it."""
+"""The networks of a family of models as training and evaluation use them, and the one way to sample edits from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Masses(NamedTuple):
     map: Float[Array, "L_sel *b N_img"] | None = None  # a(u), where it is asked for
 
 
-class Family(Hashable, Protocol):
-    """A family's networks, without parameters: equal ones share compiled programs.
+class Networks(Hashable, Protocol):
+    """The networks of a family, without parameters: equal ones share compiled programs.
 
     Pictures are `[..., H, W, 3]`, their latents `[..., N, C]` on a grid of (rows, columns) tokens. A condition is any
     tree of arrays; what makes one may have any number of networks and passes behind it.
@@ -63,7 +63,7 @@ class Family(Hashable, Protocol):
     def decode(self, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Float[Array, "*b H W 3"]:
         """Pictures in [-1, 1], float32; `params` are the editor's `decoder_params`, or its `image_params`."""
 
-    def with_maps(self) -> Family:
+    def with_maps(self) -> Networks:
         """These networks, whose masses have their map, over the target's keys alone; `report` draws it.
 
         Raises:
@@ -72,7 +72,7 @@ class Family(Hashable, Protocol):
 
 
 def sample(
-    family: Family,
+    networks: Networks,
     params: dict,
     lora: dict,
     noise: Float[Array, "*b N C"],
@@ -84,24 +84,24 @@ def sample(
     """The states of a rollout from the noise (Eq. 12); the last is the edit's latents.
 
     Args:
-        family: The networks.
+        networks: The networks.
         params: Of the network that predicts velocities.
         lora: Its adapter with the scale folded in (`models.lora.scale_adapter`); empty: none.
         noise: Packed initial noise, float32.
         condition: `c`.
-        sigmas: Of `family.sigmas`.
+        sigmas: Of `networks.sigmas`.
         grid: The token grid.
         solver: Takes the steps.
     """
 
     def velocity(x: Array, sigma: Array) -> Array:
-        return family.velocity(params, lora, x, sigma, condition, grid)[0]
+        return networks.velocity(params, lora, x, sigma, condition, grid)[0]
 
     return rollout.integrate(velocity, noise, sigmas, solver)
 
 
 def velocity_and_density(
-    family: Family,
+    networks: Networks,
     params: dict,
     lora: dict,
     condition: Any,
@@ -112,7 +112,7 @@ def velocity_and_density(
     """The velocity of one sample beside the ACD of each selected block (Eq. 17), `[L_sel]`.
 
     Args:
-        family: The networks.
+        networks: The networks.
         params: As in `sample`.
         lora: As there.
         condition: Of one sample.
@@ -122,7 +122,7 @@ def velocity_and_density(
     """
 
     def velocity(x: Array, sigma: Array) -> tuple[Array, Array]:
-        v, masses = family.velocity(params, lora, x, sigma, condition, grid, region)
+        v, masses = networks.velocity(params, lora, x, sigma, condition, grid, region)
         return v, concentration.density_from_masses(masses.inside, masses.total, region, text_weights)
 
     return velocity

@@ -12,9 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from rcgrpo_jax.editors import model
 from rcgrpo_jax.editors.base import Masses
-from rcgrpo_jax.editors.model import EditorOptions, Sizes, to_unit
+from rcgrpo_jax.editors.model import Editor, EditorOptions, Sizes, to_unit
 from rcgrpo_jax.flow import latents, matching, schedule
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.clip import CLIPTextEncoder
@@ -31,8 +30,8 @@ _ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The networks of FLUX.1-Kontext without parameters: an `editors.base.Family`."""
+class FluxKontextNetworks:
+    """The networks of FLUX.1-Kontext without parameters: `editors.base.Networks` of it."""
 
     transformer: MMDiT
     vae: VAE
@@ -110,11 +109,11 @@ class FluxKontext(ModelFolder):
     def trained_fingerprint(self) -> str:
         return self.fingerprint("transformer")
 
-    def open(self, options: EditorOptions, mesh: Mesh | None = None) -> Editor:
-        return Editor(self, options, mesh)
+    def open(self, options: EditorOptions, mesh: Mesh | None = None) -> FluxKontextEditor:
+        return FluxKontextEditor(self, options, mesh)
 
 
-class Editor(model.Editor):
+class FluxKontextEditor(Editor):
     """The networks of a folder.
 
     Args:
@@ -143,8 +142,8 @@ class Editor(model.Editor):
         return self.model.load(network, self.dtype, self._sharding_of, quantization)
 
     @cached_property
-    def family(self) -> Networks:
-        return Networks(self.transformer, self.vae, tuple(sorted(self.model.schedule_options().items())))
+    def networks(self) -> FluxKontextNetworks:
+        return FluxKontextNetworks(self.transformer, self.vae, tuple(sorted(self.model.schedule_options().items())))
 
     @cached_property
     def params(self) -> dict:
@@ -185,7 +184,7 @@ class Editor(model.Editor):
 
     def encode_image(self, pixels: UInt8[np.ndarray, "P H W 3"]) -> Float[Array, "P N C"]:
         """Packed, normalised latents (the mode, no sampling) of images, float32."""
-        return _encode(self.family, self.image_params, to_unit(pixels))
+        return _encode(self.networks, self.image_params, to_unit(pixels))
 
     def encode(self, pixels: UInt8[np.ndarray, "P H W 3"], instructions: Sequence[str]) -> dict[str, Array]:
         """What the transformer reads of sources and instructions, by name.
@@ -205,5 +204,5 @@ class Editor(model.Editor):
 
 
 @partial(jax.jit, static_argnums=0)  # by networks and not by editor, as the programs of `editors.model`
-def _encode(networks: Networks, params: dict, pictures: Float[Array, "P H W 3"]) -> Float[Array, "P N C"]:
+def _encode(networks: FluxKontextNetworks, params: dict, pictures: Float[Array, "P H W 3"]) -> Float[Array, "P N C"]:
     return networks.encode_image(params, pictures)

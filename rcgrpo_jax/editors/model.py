@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from rcgrpo_jax.editors.base import Family, sample
+from rcgrpo_jax.editors.base import Networks, sample
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.attention import AUTO
 from rcgrpo_jax.models.quantization import NONE
@@ -85,7 +85,7 @@ class Editor(ABC):
 
     @property
     @abstractmethod
-    def family(self) -> Family:
+    def networks(self) -> Networks:
         """The networks without their parameters."""
 
     @property
@@ -116,21 +116,21 @@ class Editor(ABC):
     def encode(self, pixels: UInt8[np.ndarray, "P H W 3"], instructions: Sequence[str]) -> dict[str, Array]:
         """What the networks read of sources and instructions, by name, each with a leading axis P.
 
-        A cache keeps these arrays, and `family.condition` and `family.text_weights` read them. The names `pixels`,
+        A cache keeps these arrays, and `networks.condition` and `networks.text_weights` read them. The names `pixels`,
         `mask`, `target` and `instruction` are the cache's own.
         """
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token grid of an image of `height x width` pixels."""
-        return self.family.grid(height, width)
+        return self.networks.grid(height, width)
 
     def sigmas(self, num_steps: int, num_image_tokens: int) -> Float[np.ndarray, " K+1"]:
         """The model's schedule."""
-        return self.family.sigmas(num_steps, num_image_tokens)
+        return self.networks.sigmas(num_steps, num_image_tokens)
 
     def decode(self, tokens: Float[Array, "P N C"], grid: tuple[int, int]) -> UInt8[np.ndarray, "P H W 3"]:
         """Pixels of packed latents."""
-        return to_pixels(_decode(self.family, self.decoder_params, tokens, grid))
+        return to_pixels(_decode(self.networks, self.decoder_params, tokens, grid))
 
     def edit(
         self,
@@ -155,9 +155,9 @@ class Editor(ABC):
             The edited images.
         """
         grid = self.grid(*images.shape[1:3])
-        condition = self.family.condition(self.encode(images, instructions), guidance)
+        condition = self.networks.condition(self.encode(images, instructions), guidance)
         sigmas = self.sigmas(num_steps, grid[0] * grid[1])
-        tokens = _sample(self.family, self.params, lora or {}, jnp.asarray(noise), condition, sigmas, grid)
+        tokens = _sample(self.networks, self.params, lora or {}, jnp.asarray(noise), condition, sigmas, grid)
         return self.decode(tokens, grid)
 
 
@@ -182,16 +182,16 @@ def to_pixels(images: Float[Array, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]
     return np.asarray(jnp.round((jnp.clip(images.astype(jnp.float32), -1, 1) / 2 + 0.5) * 255)).astype(np.uint8)
 
 
-# Compiled by family and not by editor, so that a program does not keep an editor's parameters alive.
+# Compiled by networks and not by editor, so that a program does not keep an editor's parameters alive.
 
 
 @partial(jax.jit, static_argnums=(0, 6))
 def _sample(
-    family: Family, params: dict, lora: dict, noise: Array, condition: Any, sigmas: Array, grid: tuple[int, int]
+    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, sigmas: Array, grid: tuple[int, int]
 ) -> Float[Array, "P N C"]:
-    return sample(family, params, lora, noise, condition, sigmas, grid)[-1]
+    return sample(networks, params, lora, noise, condition, sigmas, grid)[-1]
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _decode(family: Family, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Array:
-    return family.decode(params, tokens, grid)
+def _decode(networks: Networks, params: dict, tokens: Float[Array, "*b N C"], grid: tuple[int, int]) -> Array:
+    return networks.decode(params, tokens, grid)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.data.example import NOTHING, Needs, Source, check_needs
-from rcgrpo_jax.editors.base import Family, velocity_and_density
+from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, read_batches, read_example
@@ -164,16 +164,16 @@ def _edit(
     """The edits of a batch, and R_acd of each."""
     pixels = batch.pixels
     grid = editor.grid(*pixels.shape[1:3])
-    condition = editor.family.condition(editor.encode(pixels, batch.instructions), options.guidance)
-    shape = editor.family.source(condition).shape[1:]
+    condition = editor.networks.condition(editor.encode(pixels, batch.instructions), options.guidance)
+    shape = editor.networks.source(condition).shape[1:]
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
     sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
     inputs = (condition, jnp.asarray(batch.masks), noise)
-    tokens, acd = _edit_latents(editor.family, editor.params, lora, inputs, sigmas, grid, mesh)
+    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, sigmas, grid, mesh)
     return editor.decode(tokens, grid), acd
 
 
-# Compiled by family, as those of `editors`: parameters and adapter are arguments, and all adapters share one program.
+# Compiled by networks, as those of `editors`: parameters and adapter are arguments, and all adapters share one program.
 
 
 @partial(jax.jit, static_argnums=2)
@@ -184,13 +184,13 @@ def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Fl
 
 @partial(jax.jit, static_argnums=(0, 5, 6))
 def _edit_latents(
-    family: Family, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
+    networks: Networks, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
 ) -> tuple[Float[Array, "P N C"], Float[Array, " P"]]:
     """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
 
     def one(condition: Any, mask: Array, noise: Array) -> tuple[Array, Array]:
         tokens = region.token_region(mask, grid)
-        velocity = velocity_and_density(family, params, lora, condition, grid, tokens)
+        velocity = velocity_and_density(networks, params, lora, condition, grid, tokens)
         states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
         return states[-1], concentration.reward(densities)
 

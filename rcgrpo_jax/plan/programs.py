@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rcgrpo_jax.editors.flux_kontext import Editor, FluxKontext
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -110,7 +110,7 @@ class Workload:
         self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
         editor = load_editor(options.model, model, self.mesh, options.acd.layers, options.acd.reference_keys)
         self.editor = editor
-        self.programs = Programs(options.step, editor.family, self.mesh)
+        self.programs = Programs(options.step, editor.networks, self.mesh)
         self.attention = editor.transformer.attention.implementation
         self.micro_batches = micro_batches(options)
         parts = counts(options)[0] // self.micro_batches["rollout"]
@@ -230,7 +230,7 @@ def place(params: dict, mesh: Mesh, dtype: Any, quantization: str = NONE) -> dic
     return unflatten_dict({path: leaf(path, x) for path, x in flatten_dict(params).items()})
 
 
-def _trees(options: Options, programs: Programs, editor: Editor, model: FluxKontext) -> dict[str, Any]:
+def _trees(options: Options, programs: Programs, editor: FluxKontextEditor, model: FluxKontext) -> dict[str, Any]:
     """Shapes and shardings of all that a run keeps on the devices."""
     mesh = programs.mesh
     whole, dtype = replicated(mesh), jnp.dtype(options.model.dtype)

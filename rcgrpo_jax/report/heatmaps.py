@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from rcgrpo_jax.data.images import for_display, outline
-from rcgrpo_jax.editors.base import Family
+from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.method import concentration, region
@@ -68,10 +68,10 @@ def attention_maps(
         Maps, R_acd and edits.
     """
     grid = editor.grid(*images.shape[1:3])
-    condition = editor.family.condition(editor.encode(images, instructions), guidance)
+    condition = editor.networks.condition(editor.encode(images, instructions), guidance)
     regions = jax.vmap(partial(region.token_region, grid=grid))(jnp.asarray(masks))
     tokens, maps = _latents_and_maps(
-        editor.family.with_maps(), editor.params, lora or {}, jnp.asarray(noise), condition, regions,
+        editor.networks.with_maps(), editor.params, lora or {}, jnp.asarray(noise), condition, regions,
         editor.sigmas(num_steps, grid[0] * grid[1]), grid,
     )  # fmt: skip
     acd = jax.vmap(concentration.density)(maps, regions)
@@ -80,13 +80,13 @@ def attention_maps(
 
 @partial(jax.jit, static_argnums=(0, 7))
 def _latents_and_maps(
-    family: Family, params: dict, lora: dict, noise: Array, condition: Any, regions: Array, sigmas: Array,
+    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, regions: Array, sigmas: Array,
     grid: tuple[int, int],
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P N_img"]]:  # fmt: skip
     """The last states of the rollouts, and their mean maps."""
 
     def velocity_and_maps(x: Array, sigma: Array) -> tuple[Array, Array]:
-        v, masses = family.velocity(params, lora, x, sigma, condition, grid, regions)
+        v, masses = networks.velocity(params, lora, x, sigma, condition, grid, regions)
         return v, masses.map.mean(0)
 
     states, maps = rollout.integrate_with_aux(velocity_and_maps, noise, sigmas)

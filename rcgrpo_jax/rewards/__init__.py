@@ -10,6 +10,7 @@ from rcgrpo_jax.rewards.base import (
     default_options,
     factories,
     incidental_fields,
+    is_remote,
     make,
     name_problems,
     option_problems,
@@ -30,6 +31,6 @@ from rcgrpo_jax.rewards.vlm_digits import VLMDigits
 __all__ = [
     "LPIPS", "CLIPDirection", "CLIPText", "Change", "Colour", "EditScore", "Local", "Oracle", "Pending",
     "PendingScores", "Preservation", "Reward", "RewardInputs", "Rubric", "Scores", "Unscored", "VLMDigits", "as_reward",
-    "check_all", "default_options", "factories", "incidental_fields", "known_rewards", "make", "name_problems",
-    "option_problems", "register", "start_all", "take_all", "try_reward",
+    "check_all", "default_options", "factories", "incidental_fields", "is_remote", "known_rewards", "make",
+    "name_problems", "option_problems", "register", "start_all", "take_all", "try_reward",
 ]  # fmt: skip

@@ -146,6 +146,11 @@ def factories() -> dict[str, Factory]:
     return dict(_FACTORIES)
 
 
+def is_remote(factory: Factory) -> bool:
+    """Whether it makes a reward that asks a server: a class of `Reward`; what is computed here is a function."""
+    return isinstance(factory, type) and issubclass(factory, Reward)
+
+
 def make(name: str, known: Mapping[str, Factory] | None = None, /, **options: Any) -> Reward:
     """Builds a reward.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.options import DataOptions, MeshOptions, ModelOptions, OptimizerOptions, TrainOptions
+from rcgrpo_jax.rewards import default_options, factories, is_remote
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class StepOptions:
     optimizer: OptimizerOptions
 
 
+def _local_reward_options() -> dict[str, dict[str, Any]]:
+    """The options of rewards that are computed here, with their defaults."""
+    return default_options({name: x for name, x in factories().items() if not is_remote(x)})
+
+
 @dataclass(frozen=True)
 class Options:
     """A run of post-training."""
@@ -118,37 +124,8 @@ class Options:
     # Name -> MODULE:FUNCTION, a reward of your own from the working directory or what is installed.
     plugins: Mapping[str, str] = field(default_factory=dict)
     watch: str = ""  # rewards that are scored and reported as watch/NAME and never learned from, with commas
-    # Reward -> options of its factory, where not its defaults.
-    reward_options: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {
-            "preservation": {
-                "cap": 50.0,  # dB of PSNR outside the mask that count as perfect
-            },
-            "colour": {
-                "scale": 40.0,  # CIELAB units at which a pixel's score falls to 1 / e
-                "lightness": 0.5,  # weight of lightness differences
-            },
-            "change": {
-                "scale": 12.0,  # CIELAB units at which a pixel's score is 0.63
-            },
-            "lpips": {},
-            "clip_text": {
-                "path": "",  # folder of a CLIP model, or its name on the hub
-                "margin": 0.25,  # around the region, on either side, in longer sides of its bounding box
-                "text": "instruction",  # what to compare with: instruction, or caption, which examples must then have
-            },
-            "clip_direction": {
-                "path": "",
-                "margin": 0.25,
-                "text": "instruction",
-                "source_text": "a photo",  # what the sources show
-            },
-            "oracle": {
-                "noise": 0.0,  # standard deviation of the judge's error, in units of the reward
-                "seed": 0,  # of that error
-            },
-        }
-    )
+    # Reward -> its options, which its class explains. Those of judges are named where one is used.
+    reward_options: Mapping[str, Mapping[str, Any]] = field(default_factory=_local_reward_options)
     acd: ACDOptions = field(default_factory=ACDOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: PostTrainOptions = field(default_factory=PostTrainOptions)

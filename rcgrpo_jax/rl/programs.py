@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from rcgrpo_jax.editors.base import Family, velocity_and_density
+from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
 from rcgrpo_jax.flow.solver import Velocity
 from rcgrpo_jax.method import concentration, grpo, region, surrogate
@@ -38,15 +38,15 @@ class Programs:
 
     Args:
         options: Validated.
-        family: The networks; parameters are arguments.
+        networks: The networks; parameters are arguments.
         mesh: The mesh; the programs must be called under `jax.set_mesh(mesh)`.
     """
 
-    def __init__(self, options: StepOptions, family: Family, mesh: Mesh):
-        self.options, self.family, self.mesh = options, family, mesh
-        self.grid = family.grid(*options.size)
-        self.sigmas = family.sigmas(options.rollout.num_steps, self.grid[0] * self.grid[1])
-        self.policy = POLICIES[options.policy](options, family, self.sigmas)
+    def __init__(self, options: StepOptions, networks: Networks, mesh: Mesh):
+        self.options, self.networks, self.mesh = options, networks, mesh
+        self.grid = networks.grid(*options.size)
+        self.sigmas = networks.sigmas(options.rollout.num_steps, self.grid[0] * self.grid[1])
+        self.policy = POLICIES[options.policy](options, networks, self.sigmas)
         whole = replicated(mesh)
         self.gather_prompts = jax.jit(self._prompts, out_shardings=whole)
         self.explore = jax.jit(self.policy.explore, out_shardings=whole)
@@ -65,13 +65,13 @@ class Programs:
         def tokens(dilation: int) -> Array:
             return jax.vmap(partial(region.token_region, grid=self.grid, dilation=dilation, threshold=threshold))(mask)
 
-        condition = self.family.condition(encoded, self.options.guidance)
-        text_weights = self.family.text_weights(encoded)
+        condition = self.networks.condition(encoded, self.options.guidance)
+        text_weights = self.networks.text_weights(encoded)
         return Prompts(condition, text_weights, tokens(0), tokens(self.options.explore.mask_dilation))
 
     def _velocity(self, params: dict, lora: dict, condition: Any) -> Velocity:
         """`v_theta(., ., c)` of one sample."""
-        return lambda x, sigma: self.family.velocity(params, lora, x, sigma, condition, self.grid)[0]
+        return lambda x, sigma: self.networks.velocity(params, lora, x, sigma, condition, self.grid)[0]
 
     def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P g N C"]) -> Rollout:
         """Rolls out candidates of every group under the old parameters and takes R_acd (Eq. 18)."""
@@ -86,7 +86,7 @@ class Programs:
                 return states, jnp.zeros(())
             text_weights = prompt.text_weights if self.options.acd.text == "instruction" else None
             where = (prompt.condition, self.grid, prompt.region, text_weights)
-            states, densities = self.policy.rollout(velocity_and_density(self.family, params, lora, *where), noise)
+            states, densities = self.policy.rollout(velocity_and_density(self.networks, params, lora, *where), noise)
             return states, concentration.reward(densities)
 
         samples = (jnp.repeat(jnp.arange(num_prompts), group), noise.reshape(-1, *noise.shape[2:]))
@@ -96,7 +96,7 @@ class Programs:
     def _decode(self, params: dict, tokens: Float[Array, "P g N C"]) -> Float[Array, "Pg H W 3"]:
         """Pictures of final states, in [0, 1] or NaN, each on the device that rolled it out."""
         images = map_samples(
-            lambda x: self.family.decode(params, x, self.grid),
+            lambda x: self.networks.decode(params, x, self.grid),
             (tokens.reshape(-1, *tokens.shape[2:]),),
             min(self.options.rollout.decode_micro_batch, math.prod(tokens.shape[:2])),
             self.mesh,
@@ -191,9 +191,9 @@ class Programs:
 
 
 @lru_cache(maxsize=32)  # more than the variants of an ablation, which takes them in turn
-def shared_programs(options: StepOptions, family: Family, mesh: Mesh) -> Programs:
+def shared_programs(options: StepOptions, networks: Networks, mesh: Mesh) -> Programs:
     """`Programs`; runs that are equal in these, such as the seeds of an ablation, share one compilation."""
-    return Programs(options, family, mesh)
+    return Programs(options, networks, mesh)
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax import rewards as reward_registry
-from rcgrpo_jax.editors.base import Family
+from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.batches import make_batch
 from rcgrpo_jax.encoding.cache import EncodedSource
@@ -73,10 +73,10 @@ class Samples:
     ):
         self._options, self._mesh, self._rewards = options, mesh, rewards
         self._params, self._decoder = editor.params, editor.decoder_params
-        self._programs = shared_programs(options.step, editor.family, mesh)
+        self._programs = shared_programs(options.step, editor.networks, mesh)
         self._rows = [examples[i] for i in range(len(examples))]
         self._batch = make_batch(self._rows)
-        self._noise = self._initial_noise(editor.family)
+        self._noise = self._initial_noise(editor.networks)
         self._zero = jax.jit(lambda lora: jax.tree.map(jnp.zeros_like, lora), out_shardings=replicated(mesh))
         self._base: Edits | None = None  # the same every time
 
@@ -98,9 +98,9 @@ class Samples:
         metrics = {f"{kind}/{name}": float(x.mean()) for kind, made in named.items() for name, x in made.scores.items()}
         return metrics, draw_rows([*self._picture_rows(edits)], f"step {step}, scores of base / LoRA")
 
-    def _initial_noise(self, family: Family) -> Float[np.ndarray, "S N C"]:
+    def _initial_noise(self, networks: Networks) -> Float[np.ndarray, "S N C"]:
         def source(encoded: Mapping[str, np.ndarray]) -> Array:
-            return family.source(family.condition(encoded, self._options.model.guidance))
+            return networks.source(networks.condition(encoded, self._options.model.guidance))
 
         shape = jax.eval_shape(source, self._batch.encoded).shape
         with jax.set_mesh(self._mesh.local_mesh):  # a program of one process

@@ -187,7 +187,7 @@ class Trainer:
         self.options, self.rewards = options, rewards
         self.params = editor.params
         self.decoder = editor.decoder_params
-        self.programs = shared_programs(options.step, editor.family, mesh)
+        self.programs = shared_programs(options.step, editor.networks, mesh)
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.num_local_prompts = len(local_row_range(options.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from

@@ -161,19 +161,19 @@ class FlowStage(Stage):
         text = t5.apply({"params": params["text_encoder_2"]}, example.t5[None])[0]
         reference, target = self.encode(params, jnp.stack([example.source, example.target]))
         encoded = {"text": text, "pooled": pooled, "reference": reference}
-        return self.editor.family.condition(encoded, self.options.model.guidance), target
+        return self.editor.networks.condition(encoded, self.options.model.guidance), target
 
     def encode(self, params: dict, pixels: Array) -> Float[Array, "*b N C"]:
         """Packed latents of pictures."""
-        return self.editor.family.encode_image(params["vae"], to_unit(pixels))
+        return self.editor.networks.encode_image(params["vae"], to_unit(pixels))
 
     def loss(self, trained, frozen, key, example):
         params, lora = self.networks(trained, frozen)
         condition, data = self.condition(params, example)
         key_sigma, key_noise = jax.random.split(key)
-        sigma = self.editor.family.sample_sigma(key_sigma, len(data), self.options.flow.extra_shift)
+        sigma = self.editor.networks.sample_sigma(key_sigma, len(data), self.options.flow.extra_shift)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
-        predicted, _ = self.editor.family.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
+        predicted, _ = self.editor.networks.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
         region = token_region(example.mask, self.grid)
         everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
         loss = everywhere + self.options.flow.region_weight * inside
@@ -182,11 +182,11 @@ class FlowStage(Stage):
     def picture(self, trained, frozen, example):
         params, lora = self.networks(trained, frozen)
         condition, _ = self.condition(params, example)
-        family = self.editor.family
-        noise = jax.random.normal(jax.random.key(0), family.source(condition).shape)
-        sigmas = family.sigmas(self.options.flow.picture_steps, len(noise))
-        states = sample(family, params["transformer"], lora, noise, condition, sigmas, self.grid)
-        return family.decode(params["vae"], states[-1], self.grid)
+        networks = self.editor.networks
+        noise = jax.random.normal(jax.random.key(0), networks.source(condition).shape)
+        sigmas = networks.sigmas(self.options.flow.picture_steps, len(noise))
+        states = sample(networks, params["transformer"], lora, noise, condition, sigmas, self.grid)
+        return networks.decode(params["vae"], states[-1], self.grid)
 
     def save(self, trained, examples):
         networks = {name: (self.folder.config(name), params) for name, params in trained.items()}
@@ -234,7 +234,7 @@ class LoRAStage(FlowStage):
         return frozen, scale_adapter(trained, self.options.lora.scale)
 
     def condition(self, params, example):
-        condition = self.editor.family.condition(example.encoded, self.options.model.guidance)
+        condition = self.editor.networks.condition(example.encoded, self.options.model.guidance)
         return condition, self.encode(params, example.target)
 
     def save(self, trained, examples):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rcgrpo_jax.editors.base import Family
+from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux
 from rcgrpo_jax.rl.options import StepOptions
 
@@ -14,7 +14,7 @@ from rcgrpo_jax.rl.options import StepOptions
 class Prompts(NamedTuple):
     """What the device keeps of a batch, one row a prompt."""
 
-    condition: Any  # of the family
+    condition: Any  # of the networks
     text_weights: Float[Array, "P N_txt"]
     region: Float[Array, "P N"]  # M on the token grid: surrogate and ACD
     explored: Float[Array, "P N"]  # M, perhaps dilated: the perturbation
@@ -40,11 +40,11 @@ class Policy(Protocol):
 
     Args:
         options: The run's.
-        family: The networks.
+        networks: The networks.
         sigmas: The times of a rollout, `[K+1]`.
     """
 
-    def __init__(self, options: StepOptions, family: Family, sigmas: Float[Array, " K+1"]): ...
+    def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]): ...
 
     @staticmethod
     def problems(options: StepOptions) -> list[str]:

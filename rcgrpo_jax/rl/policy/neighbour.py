@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from rcgrpo_jax.editors.base import Family
+from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux, euler_step
 from rcgrpo_jax.method import explore, surrogate
@@ -39,8 +39,8 @@ class Neighbour:
     `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
     """
 
-    def __init__(self, options: StepOptions, family: Family, sigmas: Float[Array, " K+1"]):
-        self.options, self.family, self.sigmas = options, family, sigmas
+    def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
+        self.options, self.networks, self.sigmas = options, networks, sigmas
 
     @staticmethod
     def problems(options: StepOptions) -> list[str]:
@@ -80,7 +80,7 @@ class Neighbour:
         settings, group = self.options.explore, self.options.rollout.group_size
         num_prompts = prompts.region.shape[0]
         key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
-        shape = self.family.source(prompts.condition).shape
+        shape = self.networks.source(prompts.condition).shape
         references = jax.random.normal(key_reference, shape, jnp.float32)
         keys = jax.random.split(key_noise, num_prompts)
         alphas = (settings.alpha_edit, settings.alpha_base)
@@ -178,7 +178,7 @@ class Neighbour:
             return group
         sigmas = jnp.asarray(self.sigmas)
         shrink = sigmas[steps] / sigmas[steps - 1]
-        latents = self.family.source(prompt.condition)
+        latents = self.networks.source(prompt.condition)
         source = surrogate.source_candidate(before, after, shrink, latents, prompt.region)
         return jnp.concatenate([group, source[:, None]], axis=1)
 
