@@ -1,5 +1,6 @@
 """Every test runs on eight fake CPU devices, in fp32, with silent rank promotion forbidden."""
 
+import gc
 import os
 import tempfile
 from importlib import metadata
@@ -23,7 +24,11 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # LLVM need not try hard: most programs run once
 jax.config.update("jax_default_matmul_precision", "highest")
+
+gc.freeze()  # what is imported stays, and tracing makes many objects that die by themselves
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,12 +82,15 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """For modules in which compiling takes longer than running: LLVM need not try hard.
+def full_optimization():
+    """For modules in which running takes longer than compiling, or whose programs are for another platform.
 
-    JAX's keys of compiled programs leave this option out, and it changes last bits: nothing may outlive the module.
+    JAX's keys of compiled programs leave this option out, and it changes last bits: nothing goes in or out.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()

@@ -17,7 +17,7 @@ from rcgrpo_jax.rl import trainer as rl_trainer
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def run(tmp_path_factory, one_device):
     )
     arguments = [
         "ablate", f"--config={folder / 'config.py'}", f"--out={folder / 'out'}", "--seeds=2", "--steps=2",
-        "--data=scenes:heldout:3", "--variant=global: explore.kind=global acd.weight=0 rewards.oracle=1.0",
+        "--data=scenes:heldout:3", "--variant=oracle: acd.weight=0 rewards.oracle=1.0",
         "--variant=RDP: acd.weight=0", "--batches=2",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -86,19 +86,19 @@ def test_a_field_that_is_not_there_or_of_another_type_is_refused(changes):
 
 def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     out, _ = run
-    files = ["base.npz", *(f"{name}/{seed}.npz" for name in ("global", "rdp") for seed in (0, 1))]
+    files = ["base.npz", *(f"{name}/{seed}.npz" for name in ("oracle", "rdp") for seed in (0, 1))]
     found = {file: Evaluation.load(out / "evaluations" / file) for file in files}
     assert len({evaluation.names for evaluation in found.values()}) == 1
     edits = [evaluation.measures["psnr"] for evaluation in found.values()]
     for i, a in enumerate(edits):
         assert all(np.any(a != b) for b in edits[:i]), "two of the runs made the same edits"
-    for name in ("global", "rdp"):
+    for name in ("oracle", "rdp"):
         assert len(read_metrics(out / "runs" / name / "0" / "metrics.jsonl")) == 2
     table = (out / "table.md").read_text()
     page = (out / "report.html").read_text()
-    assert all(name in text for name in ("base", "global", "RDP") for text in (table, page))
+    assert all(name in text for name in ("base", "oracle", "RDP") for text in (table, page))
     assert 'section id="distributions"' in page
-    assert "explore.kind = global" in page
+    assert "rewards.oracle = 1.0" in page
 
 
 def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_what_is_there_is_not_made_again(run, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "train_to_end", refuse)
     monkeypatch.setattr(ablation, "evaluate", refuse)
     assert main([*again(arguments), "--config.train.save_every=1"]) == 0  # of no account
-    assert "global" in capsys.readouterr().out
+    assert "oracle" in capsys.readouterr().out
 
 
 def again(arguments: list[str]) -> list[str]:
@@ -221,14 +221,14 @@ def test_runs_and_evaluations_are_on_the_mesh_of_the_configuration(tmp_path, mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--variant=Global!: acd.weight=0.5", "names that differ"),
+        ("--variant=Oracle!: acd.weight=0.5", "names that differ"),
         ("--variant=..: acd.weight=0.5", "names that differ"),
         ("--variant=other: explore.kind=region acd.weight=0", "'RDP' and 'other' are the same run"),
         ("--variant=bad: explore.alpha_edit=2", "explore.alpha_edit"),
         ("--variant=deep: acd.layers=99", "acd.layers: 99; the model has"),
-        ("--variant=more: rollout.prompts=4", "'global' and 'more' differ in data or rollout.prompts"),
+        ("--variant=more: rollout.prompts=4", "'oracle' and 'more' differ in data or rollout.prompts"),
         ("--data=scenes:heldout:0", "scenes"),
-        ("--data=scenes:train/add:9", "'global' trains on scenes:train:4; other examples were wanted"),
+        ("--data=scenes:train/add:9", "'oracle' trains on scenes:train:4; other examples were wanted"),
         ("--variant=seen: data.path=scenes:heldout:8", "'seen' trains on scenes:heldout:8"),
     ],
 )

@@ -5,8 +5,6 @@ import pytest
 
 from benchmarks import agreement
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def draw(signal: np.ndarray, share: float, count: int, seed: int) -> np.ndarray:
     """`count` gradients of squared length near 1, `share` of which is along the unit vector `signal`."""

@@ -26,9 +26,9 @@ from rcgrpo_jax.weights.networks import abstract_params
     [
         pytest.param(256, 256, 1280, 1, marks=pytest.mark.slow),
         pytest.param(150, 150, 1280, 1, marks=pytest.mark.slow),
-        (130, 256, 1280, 1),
+        pytest.param(130, 256, 1280, 1, marks=pytest.mark.slow),
         (150, 700, 384, 2),  # padded to 768
-        (256, 640, 128, None),  # five would be too many: two kernels
+        pytest.param(256, 640, 128, None, marks=pytest.mark.slow),  # five would be too many: two kernels
     ],
     ids=str,
 )

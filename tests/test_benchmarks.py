@@ -17,6 +17,8 @@ from benchmarks import jax_step, presets, report, step
 from benchmarks.presets import PRESETS, Preset, inputs, pseudorandom, seed_of
 from rcgrpo_jax.errors import UsageError, UserError
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 torch_step = Reference("benchmarks.torch_step")
 TINY = Preset(
     "tiny",

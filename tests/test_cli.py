@@ -21,9 +21,6 @@ from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import load_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # The program itself
 
 

@@ -15,8 +15,6 @@ from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
 from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.lora import save_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def edit_argv(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from rcgrpo_jax.weights.clip import load_clip
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.tokenizers import write_clip_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXTS = ("a red cup on a table", "Make it blue.", "snow " * 100)
 
 

@@ -22,7 +22,7 @@ from rcgrpo_jax.rl.trainer import Trainer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.weights.load import SMALL_EDITOR
 
-pytestmark = pytest.mark.usefixtures("one_device", "quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 ARGUMENTS = ["--steps=2", "--examples=1"]
 
@@ -36,7 +36,7 @@ def short_recipe() -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, one_device, quick_compilation) -> tuple[Path, str]:
+def demo(tmp_path_factory, one_device) -> tuple[Path, str]:
     """A demo of two steps, each of two groups, and one edit: its folder, and what it printed."""
     path, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:

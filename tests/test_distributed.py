@@ -25,8 +25,6 @@ from rcgrpo_jax.sft import config as sft_config
 from rcgrpo_jax.weights import random_folder
 from rcgrpo_jax.weights.convert import convert
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Metrics are those of a step's last update; of the first, the loss is zero up to rounding.
 WHOLE = {
     "rollout__prompts": 4, "mesh__fsdp": 2, "objective__updates": 2, "optimizer__learning_rate": 1e-3,
@@ -249,6 +247,7 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_its_cause(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_another_configuration_on_one_process_is_refused(tmp_path):
     config = small_run.config_file(tmp_path / "config.py", **SETTINGS)
     ended = finish(start(config, tmp_path / "run", 2, last=("--config.seed=1",)), tmp_path)

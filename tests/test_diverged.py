@@ -13,8 +13,6 @@ from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.step_metrics import drift_metrics
 from rcgrpo_jax.rl.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def diverged(rollout: Rollout, value: float) -> Rollout:
     """The same with one candidate of the first group lost from the second step on."""
@@ -26,7 +24,7 @@ def take_step(trainer: Trainer, batch: EditBatch):
         return trainer.step(small_run.make_state(trainer), trainer.prepare(batch), draw=True)[1:3]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_a_step_goes_on_without_the_group(monkeypatch, value):
     """Also under a judge that gives any picture a number."""
     trainer = small_run.make_trainer()

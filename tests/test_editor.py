@@ -19,8 +19,6 @@ from rcgrpo_jax.models.lora import LoRAConfig, init_adapter, scale_adapter
 from rcgrpo_jax.weights.convert import convert
 from rcgrpo_jax.weights.lora import load_lora, save_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 INSTRUCTIONS = ["Make the suit bright red, please", "a cat"]
 STEPS, GUIDANCE = 4, 2.5
 LORA = LoRAConfig(rank=4, alpha=8.0)

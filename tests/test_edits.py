@@ -22,8 +22,6 @@ from rcgrpo_jax.evaluation.measures import Measure, base, register
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import make_tables, notes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COUNT, SIZE = 5, 48
 SCENES = Scenes("heldout", COUNT, SIZE)
 NAMES = [SCENES[i].name for i in range(COUNT)]

@@ -26,8 +26,6 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = (64, 64)
 
 

@@ -32,8 +32,6 @@ from rcgrpo_jax.models.mmdit import AttentionOptions, Condition, sown_masses
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.weights.lora import save_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COUNT, SIZE, STEPS, BATCH = 3, 64, 2, 2
 OPTIONS = EditorOptions(max_text_tokens=16, attention="xla", acd_layers=10)
 MISSING = note(REGISTERED["lpips"])
@@ -97,6 +95,7 @@ def test_measures_one_value_of_everything_for_every_example():
         assert np.isfinite(values).all()
 
 
+@pytest.mark.slow
 def test_batches_and_devices_change_nothing():
     calls = []
     spread = run(model=editor(2), mesh=mesh(2), batch=3, progress=lambda: calls.append(None))  # one row is padding

@@ -15,7 +15,7 @@ from rcgrpo_jax.experiments import ablation
 from rcgrpo_jax.experiments.ablation import COMPONENTS, group_statistics
 from rcgrpo_jax.rl.recipes import small_editor, small_editor_balanced
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("full_optimization", "one_device")
 
 SEEDS = 8  # of the recipe, kept in docs/evaluations
 
@@ -125,6 +125,7 @@ def test_the_medians_of_the_findings_are_those_that_are_kept():
     assert all(f"| {median} | {other} |" in findings for median, other in zip(medians, others, strict=True))
 
 
+@pytest.mark.slow
 def test_the_base_measures_today_what_is_kept_of_it(tmp_path):
     """Scenes, noise, solver and measures are still those that the findings were made with."""
     found = ablation.run_base(small_editor(), ablation.EvaluationSettings("scenes:heldout:2", 28, 0), tmp_path)

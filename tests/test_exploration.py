@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import small_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def noises(**changes) -> tuple[Any, np.ndarray]:
     trainer = small_run.make_trainer(**changes)

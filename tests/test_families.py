@@ -27,8 +27,6 @@ from rcgrpo_jax.sft.options import Options as SftOptions
 from rcgrpo_jax.sft.train import open_folder, train_supervised
 from rcgrpo_jax.weights.lora import load_lora, load_loras
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TARGETS = "attn/to_[qkv]|proj_out"
 EDITING = {"num_steps": 2, "guidance": 3.0, "seed": 1}
 
@@ -92,6 +90,7 @@ def test_a_run_does_not_go_on_with_another_model(trained, model_path, tmp_path):
         train(make_config(other, train__num_steps=3), trained[0], jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_edits_are_evaluated_with_and_without_the_lora(lora, model_path, tmp_path):
     editor, source = open_editor(model_path), Scenes("heldout", 2, 32)
     base, tuned = (evaluate(editor, source, range(2), lora=x, **EDITING) for x in (None, lora))
@@ -174,6 +173,7 @@ def test_an_unknown_class_names_the_known_ones(capsys, tmp_path, model_path):
     assert "CONTRIBUTING.md" in remedy
 
 
+@pytest.mark.slow
 def test_supervised_training_fits_a_lora_to_it(model_path, encodings, tmp_path):
     config, before = sft_config(), sum(encodings)
     config.stage = "lora"

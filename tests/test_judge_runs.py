@@ -25,8 +25,6 @@ from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.run import run_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

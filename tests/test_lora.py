@@ -24,9 +24,6 @@ RANK4 = LoRAConfig(rank=4, alpha=10.0, targets="all-linear")
 GRID, N_TXT = (2, 3), 5
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def random_params(config: MMDiTConfig) -> dict:
     leaves, tree = jax.tree.flatten(abstract_params("transformer", config))
     rng = np.random.default_rng(0)

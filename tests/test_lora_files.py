@@ -27,7 +27,6 @@ from rcgrpo_jax.weights.lora import FORMS, LORA_FILE, load_lora, load_loras, sav
 from rcgrpo_jax.weights.lora.names import TEXT_ENCODERS
 from rcgrpo_jax.weights.networks import abstract_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 WIDE = MMDiTConfig(num_layers=1, num_single_layers=1)  # FLUX's widths, which diffusers' converters take for granted
 
 

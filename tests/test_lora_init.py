@@ -20,8 +20,6 @@ from rcgrpo_jax.sft.config import default_config
 from rcgrpo_jax.sft.stages import LoRAStage
 from rcgrpo_jax.weights.lora import save_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def shapes() -> dict:
     return open_model(small_run.model_folder()).param_shapes

@@ -28,8 +28,6 @@ from rcgrpo_jax.evaluation.measures.success import success
 from rcgrpo_jax.models.lpips import lpips
 from rcgrpo_jax.weights.lpips import load_lpips
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 F = Reference("torch.nn.functional")
 TASKS = 30
 

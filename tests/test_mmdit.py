@@ -43,9 +43,6 @@ GUIDED = CONFIGS["guided"]
 N_TXT, GRID, BATCH = 7, (3, 5), 3
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def torch_transformer(config: MMDiTConfig) -> diffusers.FluxTransformer2DModel:
     return diffusers.FluxTransformer2DModel(
         **{name: value for name, value in vars(config).items() if name != "rope_theta"}
@@ -171,6 +168,7 @@ def test_full_size_has_the_parameters_of_diffusers():
     assert parameter_count(abstract_params("transformer", MMDiTConfig())) == theirs.num_parameters() == 11_901_408_320
 
 
+@pytest.mark.slow
 def test_leading_axes_are_a_vmap_of_a_batch_and_a_vmap_of_a_vmap():
     arrays = inputs(CONFIGS["unguided"], 2, 3)
     model = MMDiT(CONFIGS["unguided"], attention=AttentionOptions(acd_layers=2))
@@ -200,6 +198,7 @@ def loss_and_velocity(name: str, remat: str):
     return jax.value_and_grad(loss, has_aux=True), jax.tree.map(lambda a: a + 0.1, lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["double", "single"])
 def test_remat_recomputes_more_and_more(name):
     products = [

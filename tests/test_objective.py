@@ -18,8 +18,6 @@ from rcgrpo_jax.rl.policy.neighbour import Exploration
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.state import new_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P, G, B, K, N, C = 3, 4, 2, 3, 16, 3
 SIGMAS = np.array([1.0, 0.8, 0.5, 0.0], np.float32)
 SOURCE_ADVANTAGE = 1.3

@@ -24,8 +24,6 @@ from rcgrpo_jax.weights.load import ModelFolder
 from rcgrpo_jax.weights.networks import NETWORKS, abstract_params
 from rcgrpo_jax.weights.random_folder import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FULL = {name: network.config() for name, network in NETWORKS.items()}
 
 

@@ -20,6 +20,8 @@ from rcgrpo_jax.plan.search import MICRO_BATCH, Search
 from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
+
 GIB = 2**30
 
 
@@ -139,6 +141,7 @@ def plan(capsys, path, *argv: str) -> tuple[int, str, str]:
 ON_TPU = {"mesh.data": 2, "mesh.fsdp": 2, "model.max_text_tokens": 128, "data.size": (128, 128)}
 
 
+@pytest.mark.slow
 def test_an_update_for_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu")
     options = with_changes(small_run.make_options(), ON_TPU)

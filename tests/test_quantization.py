@@ -31,8 +31,6 @@ from rcgrpo_jax.weights.load import SMALL_EDITOR, ModelFolder
 from rcgrpo_jax.weights.lora import load_lora
 from rcgrpo_jax.weights.networks import abstract_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BOTH = pytest.mark.parametrize("quantization", ["int8", "nf4"])
 # QLoRA, Appendix E.
 PUBLISHED = (
@@ -107,7 +105,7 @@ def test_the_kernel_is_rounded_to_the_compute_dtype_once(quantization):
 # Networks
 
 
-@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_gradients_of_a_lora_are_those_on_the_float_base_that_the_codes_stand_for(quantization):
     config = small_run.TINY["transformer"]
     shapes = flatten_dict(abstract_params("transformer", config))
@@ -136,7 +134,9 @@ def test_gradients_of_a_lora_are_those_on_the_float_base_that_the_codes_stand_fo
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
-@pytest.mark.parametrize(("quantization", "tolerance"), [("int8", 0.02), ("nf4", 0.2)])
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"), [("int8", 0.02), pytest.param("nf4", 0.2, marks=pytest.mark.slow)]
+)
 def test_the_small_editor_keeps_its_velocity(quantization, tolerance):
     folder = ModelFolder(SMALL_EDITOR)
     config = folder.config("transformer")

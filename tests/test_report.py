@@ -206,9 +206,6 @@ STEPS, GUIDANCE = 2, 2.5
 GRID = (4, 4)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def edits() -> SimpleNamespace:
     """Two examples, and everything that an edit of them needs."""
@@ -416,6 +413,7 @@ def test_an_evaluation_of_pictures_of_another_program_is_shown_too(tmp_path):
     assert "rcgrpo evaluate" not in text  # a model's edits are not what was measured
 
 
+@pytest.mark.slow
 def test_attention_maps_of_base_and_lora(tmp_path, edits):
     """Those of the adapter that was evaluated; another is refused."""
     config = LoRAConfig(rank=2, alpha=4.0)

@@ -21,8 +21,6 @@ from rcgrpo_jax.runs.metrics import MetricsWriter
 from rcgrpo_jax.runs.state import TrainState
 from rcgrpo_jax.weights import random_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = {"optimizer__ema_decay": 0.9, "optimizer__learning_rate": 1e-3}
 
 

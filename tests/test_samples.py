@@ -25,7 +25,7 @@ from rcgrpo_jax.runs.best import MARK, Best, best_step, write_mark
 from rcgrpo_jax.runs.grid import candidate_pixels, gallery_rows
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 NAN = math.nan
 HELD_OUT = "scenes:heldout:3"
 
@@ -82,6 +82,7 @@ def judged(tmp_path_factory):
     return workdir, noises
 
 
+@pytest.mark.slow
 def test_the_samples_are_scored_before_the_first_step_and_every_few(judged):
     names = {f"{kind}/{name}" for kind in ("samples", "samples_base")
              for name in ("colour", "preservation", "acd", "background_error")}  # fmt: skip
@@ -100,6 +101,7 @@ def test_the_samples_are_scored_before_the_first_step_and_every_few(judged):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_base_and_lora_start_from_the_noise_of_an_evaluation(judged):
     noises = judged[1]
     assert [adapted for adapted, _ in noises] == [False, True, True]  # the base once
@@ -108,6 +110,7 @@ def test_base_and_lora_start_from_the_noise_of_an_evaluation(judged):
         np.testing.assert_array_equal(noise[:, 0], wanted)
 
 
+@pytest.mark.slow
 def test_the_best_step_is_marked(judged):
     assert best_step(judged[0] / "checkpoints") == 2
 

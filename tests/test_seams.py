@@ -19,8 +19,6 @@ from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.state import new_state
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 P, G, K, N, C = 2, 3, 4, 16, 3
 STD = 0.3
 

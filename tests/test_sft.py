@@ -41,15 +41,11 @@ from rcgrpo_jax.weights.lora import LORA_FILE
 from rcgrpo_jax.weights.networks import NETWORKS
 from rcgrpo_jax.weights.tokenizers import T5_LENGTH
 
-STAGES = ("vae", "flow", "lora")
 STEPS, BEFORE = 16, 14  # of the runs, and of the checkpoint before the last
 SIZE = 32  # pixels; a token of the small autoencoder has 4 a side
 TOKENS = 24
 # Two resolutions instead of four: the autoencoder is what takes long to compile.
 CONFIGS = small_run.TINY | {"vae": VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)}
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache
@@ -96,12 +92,14 @@ def losses(stage: str) -> np.ndarray:
 # What is learned
 
 
-@pytest.mark.parametrize(("stage", "share"), [("vae", 0.5), ("flow", 0.7), ("lora", 0.85)])
+@pytest.mark.parametrize(
+    ("stage", "share"), [("vae", 0.5), pytest.param("flow", 0.7, marks=pytest.mark.slow), ("lora", 0.85)]
+)
 def test_the_loss_falls(stage, share):
     assert losses(stage)[-4:].mean() < share * losses(stage)[:4].mean()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["vae", pytest.param("flow", marks=pytest.mark.slow), "lora"])
 def test_a_picture_shows_a_few_examples_at_the_end(stage):
     (file,) = (trained(stage).parent / "images").iterdir()
     assert file.name == f"step_{STEPS:06d}.png"
@@ -111,6 +109,7 @@ def test_a_picture_shows_a_few_examples_at_the_end(stage):
     assert PICTURED * target < height < 2 * PICTURED * target
 
 
+@pytest.mark.slow
 def test_the_flow_trains_transformer_and_text_encoders_and_leaves_the_rest():
     before, after = (small_run.tensors(folder) for folder in (trained("vae"), trained("flow")))
     assert before.keys() == after.keys()
@@ -278,7 +277,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(np.square(a.astype(float) - b.astype(float)).mean(), 1e-4))
 
 
-@pytest.mark.parametrize("stage", ["flow", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["flow", "lora"])
 def test_an_edit_is_that_of_diffusers(stage, tmp_path, capsys):
     scene, noise = Scenes("train", 8, SIZE)[1], np.random.default_rng(0).standard_normal((64, 64), np.float32)
     Image.fromarray(scene.image).save(tmp_path / "in.png")
@@ -307,7 +307,7 @@ def test_an_edit_is_that_of_diffusers(stage, tmp_path, capsys):
 
 
 def test_the_autoencoder_of_diffusers_has_latents_of_unit_variance():
-    scenes, theirs = Scenes("train", 8), pipeline("flow").vae
+    scenes, theirs = Scenes("train", 8), pipeline("vae").vae
     images = np.stack([resize_image(x, (SIZE, SIZE)) for i in range(8) for x in (scenes[i].image, scenes[i].target)])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():

@@ -24,8 +24,6 @@ from rcgrpo_jax.rl.setup import fresh_state
 from rcgrpo_jax.rl.trainer import UNSCORED_STEPS, Trainer
 from rcgrpo_jax.weights.lora import save_lora
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = {
     "optimizer__max_grad_norm": 1e9,
     "optimizer__learning_rate": 1e-2,
@@ -236,6 +234,7 @@ def policy_of_the_source(networks, replay, sigmas, params, lora, prompts, states
     return jax.nn.log_softmax(-squares / 2)[..., -1].mean(), squares[..., -1].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replay", pytest.param("integrate", marks=pytest.mark.slow)])
 def test_the_source_is_one_more_candidate_outside_the_mask(mode):
     combination = (mode, "l2", "early", "uniform")
@@ -437,6 +436,7 @@ def base_images() -> np.ndarray:
         return np.asarray(trainer.programs.decode(trainer.decoder, base_step().rollout.states[:, :, -1]))
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(tmp_path):
     trainer = small_run.make_trainer(
         **BASE, rollout__micro_batch=2, rollout__decode_micro_batch=4, surrogate__micro_batch=4

@@ -16,8 +16,6 @@ from rcgrpo_jax.models.clip import CLIPTextEncoder, eos_position
 from rcgrpo_jax.models.config import CLIPTextConfig, T5Config
 from rcgrpo_jax.models.t5 import T5Encoder, relative_position_buckets
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T5 = T5Config(
     vocab_size=50,
     d_model=24,

@@ -27,8 +27,6 @@ from rcgrpo_jax.rl.trainer import Trainer, train
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # The first step of `small_run.make_config()` on one CPU device.
 GOLDEN = {
     "background/drift": 0.020897,
@@ -143,6 +141,7 @@ def test_checkpoints_are_made_and_old_ones_removed(run, tmp_path):
     assert any(np.any(x) for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_two_updates_on_a_rollout_move_the_ratio(tmp_path):
     config = small_run.make_config(
         objective__updates=2, optimizer__learning_rate=1e-3, train__num_steps=1, surrogate__distance="l2",
@@ -168,6 +167,7 @@ def test_scenes_train_under_the_oracle_and_a_weight_of_zero_leaves_a_reward_out(
 MICRO_BATCHES = {"rollout__micro_batch": 4, "rollout__decode_micro_batch": 2, "surrogate__micro_batch": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [

@@ -14,8 +14,6 @@ from torch_parity import parameter_count, randomise, relative_error, state_dict_
 from rcgrpo_jax.models.config import VAEConfig
 from rcgrpo_jax.models.vae import VAE
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIGS = {
     "flux": VAEConfig(block_out_channels=(16, 32, 48, 48), norm_num_groups=8),  # widths that change, and one that stays
     "odd": VAEConfig(latent_channels=3, block_out_channels=(5, 15, 35), layers_per_block=1, norm_num_groups=5),

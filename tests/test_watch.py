@@ -20,8 +20,6 @@ from rcgrpo_jax.rl.step_metrics import correlation_metrics, drift_metrics, rewar
 from rcgrpo_jax.rl.trainer import Trainer, train
 from rcgrpo_jax.runs.checkpoint import check_same_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def make_trainer(**changes) -> Trainer:
