@@ -168,15 +168,14 @@ def test_what_a_platform_cannot_serve_is_told(name, platform, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
-def test_the_tpu_kernel_compiles_split_over_samples_and_heads(sizes):
+def test_the_tpu_kernel_compiles_split_over_samples_and_heads():
     """Four samples of four heads on four chips, rollout and gradient: each kernel sees a chip's part alone."""
     pytest.importorskip("libtpu")
     config = MMDiTConfig(
         num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=128, joint_attention_dim=64,
         pooled_projection_dim=64,
     )  # fmt: skip
-    mesh = make_mesh(sizes, open_topology("v5e:2x2").devices)
+    mesh = make_mesh({"fsdp": 2, "tensor": 2}, open_topology("v5e:2x2").devices)
     model = MMDiT(config, jnp.bfloat16, attention=AttentionOptions("splash"))
 
     def loss(x, params, reference, text):

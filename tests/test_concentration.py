@@ -16,8 +16,6 @@ from rcgrpo_jax.plan.topology import open_topology
 from rcgrpo_jax.rl.config import default_config
 from rcgrpo_jax.rl.options import Options
 
-pytestmark = pytest.mark.usefixtures("full_optimization")
-
 N_TXT, N_IMG, H, D = 5, 7, 3, 4
 SCALE = D**-0.5
 MASK = jnp.array([1.0, 0.0, 1.0, 0.25, 0.0, 0.0, 1.0])

@@ -25,8 +25,6 @@ from rcgrpo_jax.plan.topology import Topology, open_topology
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import ACDOptions, Options
 
-pytestmark = pytest.mark.usefixtures("full_optimization")
-
 GIB = 2**30
 
 

@@ -13,8 +13,6 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.plan import gpu
 from rcgrpo_jax.plan.topology import open_topology
 
-pytestmark = pytest.mark.usefixtures("full_optimization")
-
 PLUGIN = Path(sys.prefix) / "cuda"  # where launch/test.sh puts it: nothing else shall see it
 COMMAND = "import sys; from rcgrpo_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
 # Lowering asks for cuDNN's version alone; its gigabyte is not needed to compile.
