@@ -17,14 +17,15 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else "",
     )
 )
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # LLVM need not try hard: most programs run once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import psutil
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # LLVM need not try hard: most programs run once
 jax.config.update("jax_default_matmul_precision", "highest")
 
 gc.freeze()  # what is imported stays, and tracing makes many objects that die by themselves
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["RCGRPO_TESTS_COMPILED"] = str(config.cache.mkdir("compiled") if kept else tempfile.mkdtemp())
 
 
+MOST_BYTES = 4 * 2**30  # of a worker
 # With files as wholes, two workers end at about the same time if the long ones are not the last.
 LONGEST = [
     f"test_{name}"
@@ -79,6 +81,14 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: first)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Programs stay for the next module, until they fill the memory that two workers have."""
+    yield
+    if psutil.Process().memory_info().rss > MOST_BYTES:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

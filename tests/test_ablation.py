@@ -127,12 +127,13 @@ def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch
 def test_exploration_alone_trains_nothing(run, tmp_path, monkeypatch, capsys):
     _, arguments = run
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: pytest.fail("trained"))
-    arguments = small_run.last_of_each(*again(arguments), f"--out={tmp_path}", "--seeds=0")
+    other = "--variant=global: explore.kind=global acd.weight=0"
+    arguments = small_run.last_of_each(*again(arguments), f"--out={tmp_path}", "--seeds=0", other)
     assert main(arguments) == 2
     assert "--seeds: 0 found, and no --batches" in capsys.readouterr().err
     assert main([*arguments, "--batches=1"]) == 0
     assert "background drift, 2 groups" in capsys.readouterr().out
-    assert "| RDP | 0." in (tmp_path / "groups.md").read_text()
+    assert "| global | 0." in (tmp_path / "groups.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert 'section id="distributions"' in page
     assert 'section id="results"' not in page

@@ -24,7 +24,8 @@ def take_step(trainer: Trainer, batch: EditBatch):
         return trainer.step(small_run.make_state(trainer), trainer.prepare(batch), draw=True)[1:3]
 
 
-@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_goes_on_without_the_group(monkeypatch, value):
     """Also under a judge that gives any picture a number."""
     trainer = small_run.make_trainer()

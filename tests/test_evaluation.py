@@ -163,6 +163,7 @@ def test_is_read_as_it_was_written(tmp_path):
         np.testing.assert_array_equal(read.measures[name], values)
 
 
+@pytest.mark.slow
 def test_settings_tell_other_data_models_and_rulers(monkeypatch):
     def settings(**options) -> dict:
         return dict(run(indices=[0], num_steps=1, **options).settings)

@@ -14,6 +14,7 @@ from rcgrpo_jax.data.scenes.source import Scenes, flaws
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.rewards.oracle import Oracle, oracle_scores
 
+pytestmark = pytest.mark.usefixtures("full_optimization")
 TASKS = 18
 GHOSTS, SPILLS, BLURS = (0.1, 0.2, 0.4, 0.7), (0.2, 0.4, 0.6, 0.8), (0.4, 0.7, 1.2)
 SUB_SCORES = ("success", "preservation", "naturalness", "artefacts")
@@ -53,7 +54,7 @@ def batch(scenes: Scenes, tasks: int) -> tuple[list[str], tuple[np.ndarray, ...]
     return list(edits[0]), (source, edited, np.stack([e.mask for e in examples]), target)
 
 
-@pytest.fixture(scope="module", params=["train", "heldout", "photo"])
+@pytest.fixture(scope="module", params=["train", pytest.param("heldout", marks=pytest.mark.slow), "photo"])
 def scores(request) -> dict[str, dict[str, np.ndarray]]:
     """`[sub-score][candidate]` -> one value a task."""
     names, arrays = batch(Scenes(request.param, TASKS), TASKS)
