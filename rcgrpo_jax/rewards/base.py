@@ -127,14 +127,14 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Says which reward failed in the block."""
+    """Says which reward failed in the block; to end the program, as by `sys.exit`, is a failure too."""
     try:
         yield
     except Unscored:
         raise
     except UserError as error:
         raise type(error)(f"reward {name!r}: {error.problem}", error.remedy) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"reward {name!r} failed: {type(error).__name__}: {reason(error)}",
             "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",
