@@ -52,6 +52,20 @@ def make_folder(path: Path, name: str, folders: Sequence[str] = (), files: Seque
             ) from None
 
 
+@contextmanager
+def no_empty_folders(path: Path) -> Iterator[None]:
+    """If the block fails, removes the folders of a run that it has made and left empty, its directory among them."""
+    places = (*reversed(path.parents), path, *(path / name for name in FOLDERS))
+    made = [place for place in places if not os.path.lexists(place)]
+    try:
+        yield
+    except BaseException:
+        for place in reversed(made):
+            with suppress(OSError):  # it is not empty, or was not made
+                place.rmdir()
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file of results, and makes its folder.
 
@@ -69,12 +83,15 @@ def write_text(path: Path, text: str) -> None:
 def hold(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process. The system holds the lock, not the file `lock`: it ends with the process.
 
+    A block that fails takes the file along, where there was none before.
+
     Where the file system has no locks, a warning is all.
 
     Raises:
         UserError: If another process has it; the message names that one.
     """
     file = folder / LOCK
+    is_new = not os.path.lexists(file)
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -91,6 +108,11 @@ def hold(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                file.unlink()  # while it is held: whoever has opened it meanwhile sees that it is gone
+        raise
     finally:
         lock.release()
 
