@@ -117,6 +117,15 @@ def test_a_judge_that_is_not_there_is_told_before_any_weight_is_read(tmp_path, m
         run(config, tmp_path)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_is_refused_late_leaves_no_directory(capsys, tmp_path):
+    with serving() as server:
+        file = small_run.config_file(tmp_path / "config.py", config=judged(server))
+    _, problem, _ = small_run.fail(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'runs' / 'a'}")
+    assert "no connection" in problem
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+
+
 @dataclass
 class Asked(Reward):
     """Its scores are a future that the test has."""

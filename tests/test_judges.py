@@ -232,6 +232,10 @@ def test_options_that_are_no_good_are_refused(options, problem):
 
 def test_options_of_a_rubric_that_are_no_good_are_refused(tmp_path):
     (tmp_path / "prompt.txt").write_text("Rate it.")
+    with pytest.raises(
+        UsageError, match=r"reward 'rubric': template: none found; a text file with a prompt was wanted"
+    ):
+        rewards.make("rubric", model="m")
     with pytest.raises(UsageError, match=r"has no \{edited\}"):
         rewards.make("rubric", model="m", template=str(tmp_path / "prompt.txt"))
     (tmp_path / "prompt.txt").write_text("Rate {edited}.")
