@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,17 +54,28 @@ def make_folder(path: Path, name: str, folders: Sequence[str] = (), files: Seque
 
 
 @contextmanager
-def no_empty_folders(path: Path) -> Iterator[None]:
-    """If the block fails, removes the folders of a run that it has made and left empty, its directory among them."""
-    places = (*reversed(path.parents), path, *(path / name for name in FOLDERS))
+def no_leftovers(path: Path) -> Iterator[None]:
+    """If the block fails, removes the folders of a run that it has made and left empty, its directory among them.
+
+    Compiled programs go too where they are all that it has left.
+    """
+    compiled = path / "compiled"
+    places = (*(path / name for name in FOLDERS), path, *path.parents)
     made = [place for place in places if not os.path.lexists(place)]
     try:
         yield
     except BaseException:
-        for place in reversed(made):
-            with suppress(OSError):  # it is not empty, or was not made
-                place.rmdir()
+        _remove_empty(made)
+        if compiled in made and path.is_dir() and [*path.iterdir()] == [compiled]:
+            shutil.rmtree(compiled, ignore_errors=True)
+            _remove_empty(made)
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it is not empty, or not there
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
