@@ -33,6 +33,10 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class StopRequested(UserError):
+    """The run is to stop, and what is under way was given up for that. It is no failure."""
+
+
 def mark_everywhere(error: Exception) -> Exception:
     """Marks an error that every process of a run raises at the same place, and returns it.
 

@@ -30,6 +30,7 @@ class Reply(NamedTuple):
     delay: float = 0.0  # seconds before it
     cut: bool = False  # whether the connection ends in the middle of the content
     endless: bool = False  # whether the content is repeated for ever
+    absent: bool = False  # whether the connection ends without any
 
 
 def message(text: Any) -> Reply:
@@ -128,6 +129,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, reply: Reply) -> None:
         time.sleep(reply.delay)
+        if reply.absent:
+            self.close_connection = True
+            return
         self.send_response(reply.status)
         length = 1 << 40 if reply.endless else len(reply.content)
         for name, value in {"Content-Length": str(length), **reply.headers}.items():

@@ -79,6 +79,7 @@ ELSEWHERE = "http://elsewhere"  # replaced by another server
     Reply(b"slow down", 429, {"Retry-After": "0"}),
     Reply(b"slow down", 429, {"Retry-After": "soon"}),
     Reply(FINE.content, cut=True),
+    Reply(absent=True),
     Reply(FINE.content[:40]),
     Reply(b"<html>Bad Gateway</html>"),
     Reply(b'{"choices": []}'),
@@ -87,8 +88,8 @@ ELSEWHERE = "http://elsewhere"  # replaced by another server
     Reply(b" " * 65536, endless=True),
     Reply(b"", 307, {"Location": ELSEWHERE}),
     Reply(FINE.content, delay=2.5),
-], ids=["500", "503", "429", "429-later", "cut", "truncated", "html", "empty", "nested", "bytes", "endless", "redirect",
-        "time-out"])  # fmt: skip
+], ids=["500", "503", "429", "429-later", "cut", "closed", "truncated", "html", "empty", "nested", "bytes", "endless",
+        "redirect", "time-out"])  # fmt: skip
 def test_a_request_that_a_server_fails_at_is_sent_again(fault):
     with serving() as elsewhere:
         headers = {name: value.replace(ELSEWHERE, elsewhere.url) for name, value in fault.headers.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from references import torch, transformers
+from safetensors.numpy import load_file, save_file
 from skimage import data
 
 from rcgrpo_jax import rewards
@@ -280,6 +281,21 @@ def test_a_name_on_the_hub_is_downloaded(clip_folder, monkeypatch):
 def test_a_name_that_the_hub_does_not_give_is_refused():
     with pytest.raises(UserError, match="nobody/nothing: not a local path, and the hub did not give it"):
         rewards.make("clip_text", path="nobody/nothing")
+
+
+def test_a_model_is_described_by_its_weights_wherever_they_lie(clip_folder, tmp_path):
+    def described(folder: Path):
+        return rewards.make("clip_text", path=str(folder)).describe()
+
+    known = described(clip_folder)
+    assert described(broken(clip_folder, tmp_path / "moved")) == known
+    file = broken(clip_folder, tmp_path / "other") / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"visual_projection.weight": tensors["visual_projection.weight"] + 1}, file)
+    assert described(tmp_path / "other") != known
+    assert {"reward_options.clip_text.path", "reward_options.clip_direction.path"} < set(
+        rewards.incidental_fields(rewards.factories())
+    )
 
 
 def test_an_unknown_text_is_refused(clip_folder):

@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +16,17 @@ import numpy as np
 import pytest
 import small_run
 from flax import struct
-from judge_server import JudgeServer, Reply, be_quick, digest, make_judge, rate, serving
+from judge_server import JudgeServer, Reply, batch, be_quick, digest, make_judge, rate, serving
 from ml_collections import ConfigDict
 from test_resume import assert_bit_equal
 
-from rcgrpo_jax.errors import UserError, mark_everywhere
+from rcgrpo_jax.errors import StopRequested, UserError, mark_everywhere
 from rcgrpo_jax.options import TrainOptions, read_options
-from rcgrpo_jax.rewards import VLMDigits
+from rcgrpo_jax.rewards import Reward, VLMDigits, start_all
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.setup import Setup
-from rcgrpo_jax.rl.trainer import train
+from rcgrpo_jax.rl.trainer import post_train, train
+from rcgrpo_jax.runs import run as runs_run
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.run import run_steps
@@ -109,6 +115,35 @@ def test_a_judge_that_is_not_there_is_told_before_any_weight_is_read(tmp_path, m
         run(config, tmp_path)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_is_refused_late_leaves_no_directory(capsys, tmp_path):
+    with serving() as server:
+        file = small_run.config_file(tmp_path / "config.py", config=judged(server))
+    _, problem, _ = small_run.fail(capsys, "train", f"--config={file}", f"--workdir={tmp_path / 'runs' / 'a'}")
+    assert "no connection" in problem
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
+
+
+@dataclass
+class Asked(Reward):
+    """Its scores are a future that the test has."""
+
+    future: Future
+
+    def start(self, inputs):
+        return self.future
+
+
+def test_a_requested_stop_ends_the_wait_for_scores_and_loses_none_that_are_there():
+    stop, inputs, never, there = threading.Event(), batch(1, 2), Future(), Future()
+    there.set_result(np.ones((1, 2)))
+    threading.Timer(0.1, stop.set).start()
+    with pytest.raises(StopRequested, match="reward 'mine': a stop was requested before it had scored"):
+        start_all({"mine": Asked(never)}, inputs).result(stop)
+    assert never.cancelled()
+    np.testing.assert_array_equal(start_all({"mine": Asked(there)}, inputs).result(stop).by_reward["mine"], [[1, 1]])
+
+
 class Counted(struct.PyTreeNode):
     step: jax.Array
 
@@ -129,6 +164,43 @@ def test_a_step_that_ends_the_run_costs_no_step_before_it(tmp_path):
         run_steps(Counted(jax.numpy.int32(0)), step, options, {}, tmp_path, checkpointer, "train", 1, dict)
     again = Checkpointer(tmp_path / "checkpoints", save_every=100, keep=1)
     assert int(again.restore(Counted(jax.numpy.int32(0))).step) == 2
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_step_that_is_given_up_for_a_stop_ends_the_run_after_the_step_before(
+    tmp_path, monkeypatch, caplog, elsewhere
+):
+    """Also in a process that was not asked to stop itself: it hears of another's error."""
+    monkeypatch.setattr(runs_run, "any_process", lambda flag: flag or (elsewhere and len(steps) == 3))
+    steps = []
+
+    def step(state: Counted, index: int, draw: bool):
+        steps.append(index)
+        if index == 2:
+            raise mark_everywhere((UserError if elsewhere else StopRequested)("given up.", "Go on."))
+        return Counted(state.step + 1), {}, None
+
+    options = TrainOptions(num_steps=5, save_every=100)
+    with Checkpointer(tmp_path / "checkpoints", save_every=100, keep=1) as checkpointer:
+        given = (options, {}, tmp_path, checkpointer, "train", 1, dict)
+        assert int(run_steps(Counted(jax.numpy.int32(0)), step, *given).step) == 2
+        assert checkpointer.latest_step() == 2
+    assert "stopped at step 2 on request" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_while_its_judge_is_gone_saves_and_goes_on(tmp_path):
+    def dying(body: dict, attempt: int) -> Reply:
+        if len(server.bodies) == 1 + 2 * 8 + 3:  # in the third step
+            server.die()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return digits(body)
+
+    with serving(digits) as whole, serving(dying) as server:
+        wanted = run(judged(whole), tmp_path / "whole")
+        stopped = post_train(judged(server, patience=3600.0), tmp_path / "parts", jax.devices()[:1])
+        assert (int(stopped.state.step), stopped.finished) == (2, False)
+        assert_bit_equal(run(judged(whole), tmp_path / "parts"), wanted)
 
 
 @pytest.mark.slow

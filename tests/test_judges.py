@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards import base, judge, pictures
+from rcgrpo_jax.rewards.judge import Question, SampledJudge
 
 
 @pytest.fixture(autouse=True)
@@ -196,11 +199,24 @@ def test_servers_that_are_gone_are_the_users_business():
         rewards.start_all({"mine": asking}, batch(2, 4)).result()
 
 
+def test_a_judge_that_ends_the_program_is_an_error_and_other_requests_go_on():
+    @dataclass(frozen=True)
+    class Leaving(SampledJudge):
+        def questions(self):
+            return (Question("{edited}", lambda choice: sys.exit("no scores today")),)
+
+    with serving() as server:
+        leaving = make_judge(server, Leaving)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"reward 'mine' failed: SystemExit: no scores today"):
+                rewards.start_all({"mine": leaving}, batch(2, 3)).result()
+
+
 # Options
 
 
 @pytest.mark.parametrize(("options", "problem"), [
-    ({}, "model: '' found"),
+    ({}, r"model: none found; the name of the model on the servers was wanted\.\n"),
     ({"model": "m", "in_flight": 0, "view": "crop"}, r"in_flight: 0 found, .*\n  view: 'crop' found, 'whole' or"),
     ({"model": "m", "timeout": 0.0}, "timeout: 0.0 found, greater than 0 wanted"),
     ({"model": "m", "margin": math.nan}, "margin: nan found, a finite number wanted"),
@@ -216,6 +232,10 @@ def test_options_that_are_no_good_are_refused(options, problem):
 
 def test_options_of_a_rubric_that_are_no_good_are_refused(tmp_path):
     (tmp_path / "prompt.txt").write_text("Rate it.")
+    with pytest.raises(
+        UsageError, match=r"reward 'rubric': template: none found; a text file with a prompt was wanted"
+    ):
+        rewards.make("rubric", model="m")
     with pytest.raises(UsageError, match=r"has no \{edited\}"):
         rewards.make("rubric", model="m", template=str(tmp_path / "prompt.txt"))
     (tmp_path / "prompt.txt").write_text("Rate {edited}.")

@@ -270,7 +270,7 @@ class Fixed:
         self.scores = scores
 
     def __call__(self, inputs):
-        if isinstance(self.scores, Exception):
+        if isinstance(self.scores, BaseException):
             raise self.scores
         return self.scores
 
@@ -295,6 +295,7 @@ def test_nan_passes_through(photo, mask):
 @pytest.mark.parametrize(("scores", "problem", "remedy"), [
     (np.zeros((2, 1)), r"reward 'mine': scores of shape \(2, 1\); .* = \(1, 2\) was wanted", "one score"),
     (KeyError("x"), "reward 'mine' failed: KeyError: 'x'", "--debug"),
+    (SystemExit(3), "reward 'mine' failed: SystemExit: 3", "--debug"),
     (UserError("the server is down.", "Start it."), r"reward 'mine': the server is down\.", "Start it."),
 ])  # fmt: skip
 def test_a_failing_reward_is_named(photo, mask, scores, problem, remedy):

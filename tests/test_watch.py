@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.method import grpo
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rl.config import MAY_DIFFER, default_config, validate
 from rcgrpo_jax.rl.options import Options
@@ -72,6 +73,8 @@ def test_what_is_watched_is_reported_and_never_learned_from(monkeypatch):
     ("acd", "config: watch: acd is learned from; a reward without a weight was wanted"),
     ("change, change", "watch: change found twice"),
     (3, "watch: 3 found; text was wanted"),
+    (",,", "watch: ',,' found; a name before and after each comma was wanted"),
+    ("change,", "watch: 'change,' found; a name before and after each comma was wanted"),
 ])  # fmt: skip
 def test_what_cannot_be_watched_is_refused(watch, line):
     config = small_run.make_config()
@@ -175,6 +178,13 @@ def test_correlations_are_those_within_groups_that_differ():
     assert found["reward_corr/a-b"] == pytest.approx(wanted, abs=1e-4)
     assert found["reward_corr/a-minus"] == pytest.approx(-1)
     assert np.isnan(found["reward_corr/a-flat"])
+
+
+def test_ties_are_looked_for_once_in_each_reward(monkeypatch):
+    asked, find = [], grpo.zero_std_groups
+    monkeypatch.setattr(grpo, "zero_std_groups", lambda x: asked.append(1) or find(x))
+    correlation_metrics({name: np.eye(4, dtype=np.float32) for name in "abcd"})
+    assert len(asked) == 4
 
 
 def test_groups_without_a_spread_are_counted_for_each_reward():

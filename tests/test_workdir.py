@@ -19,7 +19,7 @@ from rcgrpo_jax.options import TrainOptions
 from rcgrpo_jax.report.run_record import read_run
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.run import FOLDERS, open_run
-from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
+from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, no_leftovers
 
 
 def opened(workdir: Path) -> Checkpointer:
@@ -93,6 +93,57 @@ def test_a_file_system_without_locks_is_a_warning(monkeypatch, tmp_path, caplog,
     monkeypatch.setattr(fcntl, "flock", flock)
     with hold(tmp_path):
         assert f"{tmp_path} cannot be locked" in caplog.text
+
+
+# A run that was refused
+
+
+def make_and_hold(workdir: Path, *names: str, error: Exception | None = None) -> None:
+    """What a run does in its directory before its first step; `names` end with / where they are folders."""
+    with no_leftovers(workdir):
+        make_folder(workdir, "workdir")
+        with hold(workdir):
+            for name in names:
+                path = workdir / name
+                path.mkdir(parents=True) if name.endswith("/") else path.write_text("")
+            if error:
+                raise error
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("names", [["compiled/"], ["compiled/", "compiled/program", "images/"]], ids=str)
+def test_a_refused_run_leaves_nothing_of_its_own(tmp_path, names):
+    with pytest.raises(UserError):
+        make_and_hold(tmp_path / "runs" / "a", *names, error=UserError("no.", "Go."))
+    assert names_in(tmp_path) == []
+
+
+def test_a_refused_run_leaves_what_was_there_and_what_has_content(tmp_path):
+    for name in ("images", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / LOCK).write_text("")
+    with pytest.raises(UserError):
+        make_and_hold(tmp_path, "compiled/", "cache/", "cache/encoded", error=UserError("no.", "Go."))
+    assert names_in(tmp_path) == ["cache", "images", LOCK, "notes"]
+
+
+def test_a_refused_run_leaves_compiled_programs_that_were_there_and_those_beside_results(tmp_path):
+    for name in ("old/compiled", "new"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError):
+        make_and_hold(tmp_path / "old", "compiled/program", error=UserError("no.", "Go."))
+    with pytest.raises(UserError):
+        make_and_hold(tmp_path / "new", "compiled/", "compiled/program", "metrics.jsonl", error=UserError("no.", "Go."))
+    assert names_in(tmp_path / "old") == ["compiled"]
+    assert names_in(tmp_path / "new") == ["compiled", "metrics.jsonl"]
+
+
+def test_a_run_that_ends_well_leaves_its_folders(tmp_path):
+    make_and_hold(tmp_path, "compiled/")
+    assert names_in(tmp_path) == ["compiled", LOCK]
 
 
 # What lies in the way

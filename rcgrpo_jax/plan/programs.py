@@ -18,12 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.cost import Cost, count
+from rcgrpo_jax.plan.rewards import reward_networks
 from rcgrpo_jax.plan.topology import Topology
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
@@ -115,7 +117,7 @@ class Workload:
         self.micro_batches = micro_batches(options)
         parts = counts(options)[0] // self.micro_batches["rollout"]
         self.calls = {"rollout": parts, "decode": parts, "update": 1}  # of a program in a step, or update
-        self.model = model
+        self.model, self.rewards = model, reward_networks(options)
         target = math.prod(self.programs.grid)
         sizes = editor.transformer.config, editor.vae.config
         total = flops.step(options, *sizes, editor.options.max_text_tokens, target, self.attention)
@@ -124,7 +126,11 @@ class Workload:
     @cached_property
     def trees(self) -> dict[str, Any]:
         """Shapes and shardings of what a run keeps on the devices, by name."""
-        return _trees(self.options, self.programs, self.editor, self.model)
+        known = [x for x in self.rewards.values() if not isinstance(x, UserError)]
+        rewards = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=replicated(self.mesh)), known
+        )
+        return _trees(self.options, self.programs, self.editor, self.model) | {"rewards": rewards}
 
     def arguments(self, name: str) -> tuple:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
@@ -137,7 +143,7 @@ class Workload:
 
     def held(self, name: str) -> int:
         """Bytes a device of what lives while a program runs and is not among its arguments."""
-        alive = {"params", "decoder", "state", "prompts", "exploration"}
+        alive = {"params", "decoder", "state", "prompts", "exploration", "rewards"}
         alive |= {"rollout": {"earlier"}, "decode": {"earlier", "part"}, "update": {"upcoming"}}[name]
         used = {id(leaf) for leaf in jax.tree.leaves(self.arguments(name))}
         return sum(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+import jax
+
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.programs import Plan, Workload
 from rcgrpo_jax.plan.roofline import roofline
@@ -64,6 +67,7 @@ def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | 
         "mesh": dict(workload.mesh.shape),
         "fits": all(plan.fits for plan in plans),
         "programs": programs,
+        "rewards": reward_bytes(workload),
         "step": step,
         "config": asdict(options),
     }
@@ -87,7 +91,7 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     parts = [
         f"model     {model.path}, {model.dtype}, quantization {model.quantization}, "
         f"attention {workload.attention}, remat {model.remat}, {tokens} tokens a sample\n"
-        f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}",
+        f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}" + "".join(_rewards(workload)),
         _memory(plans),
         _work(plans, workload),
     ]
@@ -98,6 +102,23 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     if step:
         parts.append(_step(step))
     return "\n\n".join(parts)
+
+
+def _rewards(workload: Workload) -> Iterator[str]:
+    """A line for each network of a reward."""
+    for path, size in reward_bytes(workload).items():
+        if size is None:
+            yield f"\nrewards   not counted: {' '.join(workload.rewards[path].problem.split())}"
+        else:
+            yield f"\nrewards   {path}: {size / GIB:.2f} GiB on every device, in what is held"
+
+
+def reward_bytes(workload: Workload) -> dict[str, int | None]:
+    """Bytes a device of the networks of rewards, by path; None of those that cannot be read here."""
+    return {
+        path: None if isinstance(found, UserError) else 4 * sum(x.size for x in jax.tree.leaves(found))
+        for path, found in workload.rewards.items()
+    }
 
 
 def _memory(plans: Sequence[Plan]) -> str:

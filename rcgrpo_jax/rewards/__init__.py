@@ -17,7 +17,7 @@ from rcgrpo_jax.rewards.base import (
     register,
 )
 from rcgrpo_jax.rewards.change import Change
-from rcgrpo_jax.rewards.clip import CLIPDirection, CLIPText
+from rcgrpo_jax.rewards.clip import CLIPDirection, CLIPReward, CLIPText
 from rcgrpo_jax.rewards.colour import Colour
 from rcgrpo_jax.rewards.editscore import EditScore
 from rcgrpo_jax.rewards.lpips import LPIPS
@@ -29,7 +29,7 @@ from rcgrpo_jax.rewards.scoring import PendingScores, Scores, check_all, start_a
 from rcgrpo_jax.rewards.vlm_digits import VLMDigits
 
 __all__ = [
-    "LPIPS", "CLIPDirection", "CLIPText", "Change", "Colour", "EditScore", "Local", "Oracle", "Pending",
+    "LPIPS", "CLIPDirection", "CLIPReward", "CLIPText", "Change", "Colour", "EditScore", "Local", "Oracle", "Pending",
     "PendingScores", "Preservation", "Reward", "RewardInputs", "Rubric", "Scores", "Unscored", "VLMDigits", "as_reward",
     "check_all", "default_options", "factories", "incidental_fields", "is_remote", "known_rewards", "make",
     "name_problems", "option_problems", "register", "start_all", "take_all", "try_reward",

@@ -72,7 +72,10 @@ class Reward(ABC):
 
 @dataclass(frozen=True)
 class Local(Reward):
-    """A reward that is computed here, with the function's `needs_target`, `needs_caption` and `validate`, if any."""
+    """A reward that is computed here.
+
+    The function may have `needs_target`, `needs_caption`, `validate` and `describe`, as `Reward` has them.
+    """
 
     function: Callable[[RewardInputs], Float[Array, "P G"]]
 
@@ -87,6 +90,9 @@ class Local(Reward):
     def validate(self, instruction: str) -> None:
         if hasattr(self.function, "validate"):
             self.function.validate(instruction)
+
+    def describe(self) -> dict[str, Any]:
+        return self.function.describe() if hasattr(self.function, "describe") else {}
 
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
         return self.function(inputs)
@@ -127,14 +133,14 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Says which reward failed in the block."""
+    """Says which reward failed in the block; to end the program, as by `sys.exit`, is a failure too."""
     try:
         yield
     except Unscored:
         raise
     except UserError as error:
         raise type(error)(f"reward {name!r}: {error.problem}", error.remedy) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"reward {name!r} failed: {type(error).__name__}: {reason(error)}",
             "Mend the reward, or leave it out of the configuration; --debug shows where it failed.",

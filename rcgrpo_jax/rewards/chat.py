@@ -77,7 +77,7 @@ class Chat:
         self._timeout, self._attempts, self._patience = timeout, attempts, patience
         self._answered = float("-inf")  # when a server last answered, of `time.monotonic`
         self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
+        thread = threading.Thread(target=_run, args=[self._loop], name="chat", daemon=True)
         thread.start()
         self._session = self.run(self._open()).result()
         weakref.finalize(self, _close, self._session, self._loop, thread)
@@ -199,6 +199,15 @@ class Chat:
         """The start of an answer in one line."""
         text = self.redact(content.decode(errors="replace"))
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:length] or "an empty answer"
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs a loop until it is stopped. A `sys.exit` in a task is that task's result, and does not end the others."""
+    while True:
+        try:
+            return loop.run_forever()
+        except SystemExit:
+            continue
 
 
 def _close(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

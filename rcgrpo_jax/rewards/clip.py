@@ -56,7 +56,7 @@ def _unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-class _CLIPReward:
+class CLIPReward:
     """A CLIP model, the window it is shown, and which text it is asked about.
 
     Raises:
@@ -64,12 +64,17 @@ class _CLIPReward:
         UsageError: No such text.
     """
 
+    incidental = ("path",)  # its content counts
+
     def __init__(self, path: str, margin: float, text: str):
         if text not in TEXTS:
             raise UsageError(f"text: {text!r} found; one of {', '.join(TEXTS)} was wanted.", "Correct the option.")
         self.folder, self.margin, self.text = load_clip(path), margin, text
         self.model = CLIP(self.folder.config)
         self.needs_caption = text == "caption"
+
+    def describe(self) -> dict[str, str]:
+        return {"weights": self.folder.fingerprint}
 
     @property
     def params(self) -> dict:
@@ -87,7 +92,7 @@ class _CLIPReward:
 
 
 @register("clip_text")
-class CLIPText(_CLIPReward):
+class CLIPText(CLIPReward):
     """Rewards a region that shows what the text says: the cosine of CLIP's vectors of both, in [-1, 1].
 
     It is CLIPScore (Hessel et al. 2021) without its factor and its clamp at 0, of the window around the region.
@@ -107,7 +112,7 @@ class CLIPText(_CLIPReward):
 
 
 @register("clip_direction")
-class CLIPDirection(_CLIPReward):
+class CLIPDirection(CLIPReward):
     """Rewards a region that moved as the text did: the cosine of the two differences of CLIP's vectors, in [-1, 1].
 
     `cos(E(edited) - E(source), E(text) - E(source_text))`, E the unit vectors of pictures and texts: the directional

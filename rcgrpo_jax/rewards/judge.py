@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import numpy as np
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float
 from typing_extensions import TypedDict
 
@@ -61,7 +61,7 @@ class Judge(Reward):
     """
 
     urls: str = "http://localhost:8000/v1"  # of the servers, with commas; each gets its share of the requests
-    model: Annotated[str, MinLen(1)] = ""  # its name on the servers; there is no default
+    model: str = ""  # its name on the servers; there is no default
     token_variable: str = ""  # name of the environment variable with the bearer token; empty: none is sent
     in_flight: Annotated[int, Ge(1), Le(4096)] = 128  # requests under way; more than the servers compute at a time
     timeout: Annotated[float, Gt(0)] = 120.0  # seconds of one attempt, with the wait in the server's queue
@@ -82,6 +82,11 @@ class Judge(Reward):
         options: Any = TypedDict("Options", {name: hints[name] for name in self._options()})
         options.__pydantic_config__ = STRICT
         conform(self._options(), options, "options", "Correct them in reward_options of the configuration.")
+        if not self.model:
+            raise UserError(
+                "model: none found; the name of the model on the servers was wanted.",
+                "Set `model` to a name that their /v1/models lists.",
+            )
         parse_urls(self.urls)
         read_token(self.token_variable)
 

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import MinLen
+from typing import Any
 
 from rcgrpo_jax.borders import is_like, shorten
 from rcgrpo_jax.errors import UserError
@@ -66,7 +64,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 class Rubric(SampledJudge):
     """Rewards with the number that the judge answers to your prompt, scaled to [0, 1]."""
 
-    template: Annotated[str, MinLen(1)] = ""  # the file; there is no default
+    template: str = ""  # the file; there is no default
     field: str = "score"  # of the JSON object in the answer
     lowest: float = 0.0  # the worst number
     highest: float = 10.0  # the best
@@ -75,6 +73,11 @@ class Rubric(SampledJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.template:
+            raise UserError(
+                "template: none found; a text file with a prompt was wanted.",
+                "Write one with {edited} in it, and set `template` to its path.",
+            )
         if self.lowest >= self.highest:
             raise UserError(
                 f"highest: {self.highest:g} found with lowest: {self.lowest:g}; a larger number was wanted.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from threading import Event
 from typing import NamedTuple
 
 import jax
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from rcgrpo_jax.errors import UserError, reason
+from rcgrpo_jax.errors import StopRequested, UserError, reason
 from rcgrpo_jax.rewards.base import Local, Pending, Reward, RewardInputs, Unscored, named
+
+POLL = 0.2  # seconds between two looks at whether a stop was requested
 
 
 class Scores(NamedTuple):
@@ -29,12 +33,16 @@ class PendingScores:
     started: Mapping[str, Pending | Unscored]  # what a reward started, or why it could not
     sound: Bool[Array, "P G"]  # whether a picture is finite
 
-    def result(self) -> Scores:
+    def result(self, stop: Event | None = None) -> Scores:
         """Waits for all scores.
 
         NaN passes through as it is: what combines the scores decides what becomes of the group.
 
+        Args:
+            stop: Set once scores are no longer wanted: futures that are not done then are cancelled.
+
         Raises:
+            StopRequested: `stop` was set while a future was waited for.
             UserError: A reward failed, but for `Unscored`, or returned no array of the shape; the message names it.
         """
         sound = np.asarray(self.sound)
@@ -45,7 +53,7 @@ class PendingScores:
                     if isinstance(pending, Unscored):
                         raise pending
                     # Copied to the host here: an error in asynchronously dispatched work surfaces now.
-                    scores = np.asarray(_checked(pending.result()), np.float32)
+                    scores = np.asarray(_checked(_wait(pending, stop).result()), np.float32)
             except Unscored as cause:
                 failures[name] = reason(cause)
                 scores = np.full(sound.shape, np.nan, np.float32)
@@ -92,12 +100,22 @@ def check_all(rewards: Mapping[str, Reward]) -> None:
             reward.check()
 
 
-def take_all(parts: Sequence[PendingScores]) -> Scores:
-    """Waits for the scores of all parts `[P, g]` of a batch, and puts them side by side."""
-    taken = [part.result() for part in parts]
+def take_all(parts: Sequence[PendingScores], stop: Event | None = None) -> Scores:
+    """Waits for the scores of all parts `[P, g]` of a batch, and puts them side by side; `stop` as in `result`."""
+    taken = [part.result(stop) for part in parts]
     by_reward = {name: np.concatenate([x.by_reward[name] for x in taken], axis=1) for name in taken[0].by_reward}
     failures = {name: cause for x in reversed(taken) for name, cause in x.failures.items()}
     return Scores(by_reward, failures)
+
+
+def _wait(pending: Pending, stop: Event | None) -> Pending:
+    """What is pending once it is done; what is no future, and waits by itself, as it is."""
+    while stop is not None and isinstance(pending, Future) and not pending.done():
+        if stop.is_set():
+            pending.cancel()
+            raise StopRequested("a stop was requested before it had scored.", "The same command resumes.")
+        wait([pending], POLL)
+    return pending
 
 
 def _checked(scores: object) -> np.ndarray | jax.Array:

@@ -87,8 +87,10 @@ def reward_problems(config: ConfigDict, known: Mapping[str, Factory]) -> list[st
 
 def _watch_problems(text: Any, learned: Iterable[str], known: Mapping[str, Factory]) -> list[str]:
     names = names_in(text) if isinstance(text, str) else []  # another type is reported elsewhere
+    missing = isinstance(text, str) and text.strip() and len(names) < text.count(",") + 1
     others = dict.fromkeys(name for name in names if name not in learned)
-    problems = [f"watch: {problem}" for problem in reward_registry.name_problems(others, known)]
+    problems = [f"watch: {shorten(text)} found; a name before and after each comma was wanted"] if missing else []
+    problems += [f"watch: {problem}" for problem in reward_registry.name_problems(others, known)]
     problems += [
         f"watch: {name} is learned from; a reward without a weight was wanted" for name in names if name in learned
     ]

@@ -64,15 +64,16 @@ def correlation_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     Pearson's correlation within a group, meaned over the groups in which both are known of all candidates and differ;
     NaN where there is none.
     """
+    differ = {name: ~np.asarray(grpo.zero_std_groups(x)) for name, x in scores.items()}
     return {
-        f"reward_corr/{one}-{other}": _correlation(scores[one], scores[other])
+        f"reward_corr/{one}-{other}": _correlation(*(scores[x][differ[one] & differ[other]] for x in (one, other)))
         for one, other in combinations(sorted(scores), 2)
     }
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    differ = np.asarray(~grpo.zero_std_groups(a) & ~grpo.zero_std_groups(b))
-    both = _whole(np.stack([a, b], axis=1, dtype=np.float64)[differ])  # [P', 2, G]
+    """Of the groups that are known whole; their scores differ in both."""
+    both = _whole(np.stack([a, b], axis=1, dtype=np.float64))  # [P', 2, G]
     centred = both - both.mean(axis=-1, keepdims=True)
     return _mean((centred[:, 0] * centred[:, 1]).mean(axis=-1) / both.std(axis=-1).prod(axis=-1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,8 +96,8 @@ def post_train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device
         best = read_best(workdir, checkpointer, options.train.best, options.train.patience)
         if is_finished(state, options.train.num_steps, best):
             return Outcome(state, finished=True)
-        parts = (options, setup.load_editor(), setup.mesh, setup.rewards)
-        trainer, judged = Trainer(*parts), None if samples is None else Samples(*parts, samples)
+        parts, stop = (options, setup.load_editor(), setup.mesh, setup.rewards), threading.Event()
+        trainer, judged = Trainer(*parts, stop), None if samples is None else Samples(*parts, samples)
         prepared_batch = None
 
         def step(state: TrainState, index: int, draw: bool) -> tuple[TrainState, dict, dict[str, np.ndarray]]:
@@ -127,7 +128,7 @@ def post_train(config: ConfigDict, workdir: str | Path, devices: list[jax.Device
         count = options.rollout.prompts * options.rollout.group_size
         state = run_steps(
             state, step, options.train, config_record, workdir, checkpointer, "train", count, shown, best,
-            None if judged is None else before,
+            None if judged is None else before, stop,
         )  # fmt: skip
         return Outcome(state, int(state.step) == options.train.num_steps or best.ends_run)
 
@@ -181,10 +182,14 @@ class Trainer:
         editor: Its trained network and decoder are loaded onto the mesh.
         mesh: The mesh.
         rewards: Name -> reward.
+        stop: Once it is set, a step that waits for scores is given up.
     """
 
-    def __init__(self, options: Options, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward]):
-        self.options, self.rewards = options, rewards
+    def __init__(
+        self, options: Options, editor: Editor, mesh: Mesh, rewards: Mapping[str, reward_registry.Reward],
+        stop: threading.Event | None = None,
+    ):  # fmt: skip
+        self.options, self.rewards, self.stop = options, rewards, stop
         self.params = editor.params
         self.decoder = editor.decoder_params
         self.programs = shared_programs(options.step, editor.networks, mesh)
@@ -221,6 +226,7 @@ class Trainer:
 
         Raises:
             UserError: Rewards have failed in every group for `UNSCORED_STEPS` steps.
+            StopRequested: `stop` was set while scores were waited for; the state is not donated then.
         """
         start, batch = time.monotonic(), prepared_batch.batch
         sample = self.sample(state, prepared_batch)
@@ -284,7 +290,7 @@ class Trainer:
                 jax.block_until_ready(images)
                 rolled_out = time.monotonic()
                 started.append(self.start_scoring(reward_inputs, images))
-            scores, failures = reward_registry.take_all(started)
+            scores, failures = reward_registry.take_all(started, self.stop)
         for name, cause in failures.items():
             logger.warning("step %d: reward %r: %s", int(state.step) + 1, name, cause)
         rollout = join(*rollouts)

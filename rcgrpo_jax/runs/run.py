@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rcgrpo_jax.data.images import save_image
-from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
+from rcgrpo_jax.errors import StopRequested, UserError, is_everywhere, mark_everywhere
 from rcgrpo_jax.options import TrainOptions
 from rcgrpo_jax.parallel.distributed import (
     any_process,
@@ -173,8 +173,11 @@ def run_steps(
     shown: Callable[[Mapping[str, float]], Mapping[str, float]],
     best: Best | None = None,
     before: Callable[[State], tuple[Mapping[str, float], Pictures]] | None = None,
+    stop: threading.Event | None = None,
 ) -> State:
     """Runs the steps that are left. It saves every `train.save_every` steps, at the end and on SIGTERM.
+
+    SIGTERM ends it after the step under way, or after the one before where that step raises `StopRequested`.
 
     Args:
         state: Has `step`, the steps done.
@@ -189,6 +192,7 @@ def run_steps(
         shown: Picks the metrics of the progress bar.
         best: The best checkpoint so far, of `read_best`; updated in place. It ends the run when its patience ends.
         before: What is measured and shown of the state before the first step, as step 0.
+        stop: Set by SIGTERM, for a step that looks at it while it waits.
 
     Returns:
         The state after the last step that was taken.
@@ -204,7 +208,7 @@ def run_steps(
     with (
         metrics_writer as writer,
         Progress(last, first, name) as progress,
-        termination() as stop,
+        termination(stop or threading.Event()) as stop,
     ):
         if before is not None and first == 0:
             metrics, pictures = before(state)
@@ -217,9 +221,12 @@ def run_steps(
                 state, metrics, pictures = step_function(state, step - 1, draw)
             except UserError as error:
                 # As a judge that is gone: all processes still have the state of the step before, unless it was donated.
-                whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-                if is_everywhere(error) and whole and step > first + 1:
+                whole = is_everywhere(error) and not any(x.is_deleted() for x in jax.tree.leaves(state))
+                if whole and step > first + 1:
                     checkpointer.save(step - 1, state, config_record, force=True)
+                if whole and any_process(isinstance(error, StopRequested)):
+                    _log_stop(step - 1)
+                    break
                 raise
             check_finite(metrics, step)  # before saving: a lost run must not replace a good checkpoint
             with raise_together():  # process 0 alone writes, and the save under way is to end on all
@@ -242,10 +249,14 @@ def run_steps(
                 logger.warning("ended at step %d: %s", step, best)
                 break
             if stopped:
-                logger.warning("stopped at step %d on request; the same command resumes", step)
+                _log_stop(step)
                 break
         checkpointer.wait()
     return state
+
+
+def _log_stop(step: int) -> None:
+    logger.warning("stopped at step %d on request; the same command resumes", step)
 
 
 def save_pictures(workdir: Path, writer: MetricsWriter, step: int, pictures: Pictures) -> None:
@@ -276,12 +287,8 @@ def trace_steps(steps: range, name: str, folder: Path, count: int) -> Iterator[i
 
 
 @contextmanager
-def termination() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets. The loop then finishes the current step, saves and ends.
-
-    SIGTERM is what a preemption and `kill` send.
-    """
-    stop = threading.Event()
+def termination(stop: threading.Event) -> Iterator[threading.Event]:
+    """Yields the event, which SIGTERM sets: what a preemption and `kill` send."""
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield stop
         return

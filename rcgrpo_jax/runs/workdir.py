@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -52,6 +53,31 @@ def make_folder(path: Path, name: str, folders: Sequence[str] = (), files: Seque
             ) from None
 
 
+@contextmanager
+def no_leftovers(path: Path) -> Iterator[None]:
+    """If the block fails, removes the folders of a run that it has made and left empty, its directory among them.
+
+    Compiled programs go too where they are all that it has left.
+    """
+    compiled = path / "compiled"
+    places = (*(path / name for name in FOLDERS), path, *path.parents)
+    made = [place for place in places if not os.path.lexists(place)]
+    try:
+        yield
+    except BaseException:
+        _remove_empty(made)
+        if compiled in made and path.is_dir() and [*path.iterdir()] == [compiled]:
+            shutil.rmtree(compiled, ignore_errors=True)
+            _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it is not empty, or not there
+            folder.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file of results, and makes its folder.
 
@@ -69,12 +95,15 @@ def write_text(path: Path, text: str) -> None:
 def hold(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process. The system holds the lock, not the file `lock`: it ends with the process.
 
+    A block that fails takes the file along, where there was none before.
+
     Where the file system has no locks, a warning is all.
 
     Raises:
         UserError: If another process has it; the message names that one.
     """
     file = folder / LOCK
+    is_new = not os.path.lexists(file)
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -91,6 +120,11 @@ def hold(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                file.unlink()  # while it is held: whoever has opened it meanwhile sees that it is gone
+        raise
     finally:
         lock.release()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from rcgrpo_jax.models.config import CLIPConfig
 from rcgrpo_jax.weights.files import TensorFiles
 from rcgrpo_jax.weights.hub import local_path
 from rcgrpo_jax.weights.leaf_reader import LeafReader, on_default_device
+from rcgrpo_jax.weights.load import fingerprint
 from rcgrpo_jax.weights.networks import abstract_params
 from rcgrpo_jax.weights.stored import StoredNetwork
 from rcgrpo_jax.weights.tokenizers import load_clip_tokenizer
@@ -38,6 +39,7 @@ class CLIPFolder:
     """A CLIP model that was read.
 
     Attributes:
+        path: The folder.
         config: Widths and depths.
         params: Parameters of `models.clip_vision.CLIP`, float32, on the host.
         tokenizer: Its tokenizer.
@@ -45,11 +47,17 @@ class CLIPFolder:
         placed: Mesh -> parameters there.
     """
 
+    path: Path
     config: CLIPConfig
     params: dict[str, Any]
     tokenizer: CLIPTokenizer
     lock: Lock = field(default_factory=Lock, repr=False)
     placed: dict[Mesh, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of `config.json` and the weights."""
+        return fingerprint(read_object(self.path / CLIPConfig.file, _REMEDY), TensorFiles(self.path))
 
     def params_on(self, mesh: Mesh) -> dict[str, Any]:
         """The parameters on every device of a mesh, or on the default device for an empty one; copied there once."""
@@ -76,13 +84,7 @@ def load_clip(path: str) -> CLIPFolder:
     Raises:
         UserError: For a folder of another kind, and weights or a vocabulary that are not those of its `config.json`.
     """
-    folder = local_path(path, _PATTERNS)
-    if not path or not folder.is_dir():
-        raise UserError(f"{path or '(empty)'}: no such folder; that of a CLIP model was wanted.", _REMEDY)
-    try:
-        config = CLIPConfig.from_json(read_object(folder / CLIPConfig.file, _REMEDY))
-    except UserError as error:
-        raise UserError(f"{folder}: {error.problem.removeprefix(f'{folder}/')}", error.remedy) from None
+    folder, config = _open(path, _PATTERNS)
     _check_processor(folder)
     tokenizer = load_clip_tokenizer(folder)
     if (last := max(tokenizer.get_vocab().values())) >= config.text.vocab_size:
@@ -99,7 +101,23 @@ def load_clip(path: str) -> CLIPFolder:
         raise UserError(f"{folder}: {len(problems)} tensors do not fit its config.json, the first: {first}.", _REMEDY)
     loaded = {leaf.path: np.asarray(reader.read(leaf, np.float32, on_default_device)) for leaf in reader.leaves}
     reader.check_finite()
-    return CLIPFolder(config, unflatten_dict(loaded), tokenizer)
+    return CLIPFolder(folder, config, unflatten_dict(loaded), tokenizer)
+
+
+def clip_shapes(path: str) -> dict[str, Any]:
+    """Shapes of the parameters, float32, by `config.json` alone; `path` and errors as of `load_clip`."""
+    return abstract_params("clip", _open(path, (CLIPConfig.file,))[1])
+
+
+def _open(path: str, patterns: Sequence[str]) -> tuple[Path, CLIPConfig]:
+    """The folder of a CLIP model, with the files that are asked for, and its sizes."""
+    folder = local_path(path, patterns)
+    if not path or not folder.is_dir():
+        raise UserError(f"{path or '(empty)'}: no such folder; that of a CLIP model was wanted.", _REMEDY)
+    try:
+        return folder, CLIPConfig.from_json(read_object(folder / CLIPConfig.file, _REMEDY))
+    except UserError as error:
+        raise UserError(f"{folder}: {error.problem.removeprefix(f'{folder}/')}", error.remedy) from None
 
 
 def _check_processor(folder: Path) -> None:
