@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.runs.metrics import read_metrics
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 CANDIDATES = 8  # of a step
 
 
