@@ -101,6 +101,7 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     assert "rewards.oracle = 1.0" in page
 
 
+@pytest.mark.slow
 def test_global_exploration_moves_the_background_more(run, tmp_path, monkeypatch):
     """Fig. 5b, of an untrained model; candidate 0, which RDP alone leaves as it is, does not count."""
     out, _ = run

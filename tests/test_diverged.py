@@ -44,6 +44,7 @@ def test_a_step_goes_on_without_the_group(monkeypatch, value):
     assert "nan" in drawn.grid[0].labels[2]
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_a_group_without_signal():
     trainer = small_run.make_trainer()
     programs, state = trainer.programs, small_run.make_state(trainer)

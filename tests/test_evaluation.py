@@ -307,6 +307,7 @@ def evaluate_command(out, *argv: str) -> None:
     command.run(small_run.last_of_each(*(f"--{name}={value}" for name, value in values.items()), *argv))
 
 
+@pytest.mark.slow
 def test_the_command_compares_base_and_lora(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, "make_mesh", lambda sizes, devices: make_mesh(sizes, devices[:1]))
     of = importlib.util.find_spec

@@ -105,6 +105,7 @@ def test_edits_are_evaluated_with_and_without_the_lora(lora, model_path, tmp_pat
     np.testing.assert_allclose(kept.measures["acd"], tuned.measures["acd"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_masses_are_those_of_its_maps(model_path):
     source = Scenes("heldout", 2, 32)
     found = evaluate(open_editor(model_path), source, range(2), **EDITING)

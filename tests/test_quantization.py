@@ -105,7 +105,8 @@ def test_the_kernel_is_rounded_to_the_compute_dtype_once(quantization):
 # Networks
 
 
-@pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_gradients_of_a_lora_are_those_on_the_float_base_that_the_codes_stand_for(quantization):
     config = small_run.TINY["transformer"]
     shapes = flatten_dict(abstract_params("transformer", config))

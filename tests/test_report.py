@@ -268,6 +268,7 @@ def test_maps_and_densities_are_those_of_the_explicit_attention(monkeypatch, edi
     np.testing.assert_allclose(found.relative().mean(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_edits_under_the_maps_are_the_editors_and_a_lora_changes_both(edits):
     adapter = init_adapter(jax.random.key(0), edits.editor.params, LoRAConfig(rank=2))
     lora = jax.tree.map(lambda x: x + 0.1, adapter)

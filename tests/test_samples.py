@@ -256,6 +256,7 @@ def test_a_kill_between_the_best_checkpoint_and_its_mark_loses_nothing(tmp_path,
     assert best_step(tmp_path / "checkpoints") == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_has_ended_well(tmp_path, monkeypatch, capsys):
     scores = iter([0.5, 0.4, 0.3])
     picture = np.zeros((4, 4, 3), np.uint8)
