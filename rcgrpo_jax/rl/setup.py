@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
@@ -129,11 +127,10 @@ def fresh_state(options: Options, model: Model, mesh: Mesh) -> TrainState:
     """The state of an adapter that does nothing, on every device."""
     shapes = model.param_shapes
 
-    def initial(seed: Array) -> TrainState:
-        return init_state(options.lora, options.optimizer, seed, shapes)
+    def initial() -> TrainState:
+        return init_state(options.lora, options.optimizer, options.seed, shapes)
 
-    # The seed is an argument: from a constant the compiler would draw the adapter itself, which takes it minutes.
-    return jax.jit(initial, out_shardings=replicated(mesh))(np.uint32(options.seed))
+    return jax.jit(initial, out_shardings=replicated(mesh))()
 
 
 def check_mesh(options: Options, mesh: Mesh, num_heads: int) -> None:

@@ -60,13 +60,13 @@ def new_state(optimizer: OptimizerOptions, params: dict, key: Array) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params), ema, key)
 
 
-def init_state(lora: LoRAConfig, optimizer: OptimizerOptions, seed: int | Array, params: dict) -> TrainState:
+def init_state(lora: LoRAConfig, optimizer: OptimizerOptions, seed: int, params: dict) -> TrainState:
     """The state of a LoRA run before the first step: a fresh adapter (B = 0).
 
     Args:
         lora: The adapter.
         optimizer: Its options.
-        seed: Of the run; uint32 as an array.
+        seed: Of the run.
         params: Base parameters of the transformer, arrays or shapes.
     """
     key_lora, key = jax.random.split(jax.random.key(seed))
