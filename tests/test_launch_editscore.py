@@ -1,6 +1,7 @@
 """`launch/editscore.sh`: what it installs, merges and serves, and how it waits and ends."""
 
 import os
+import time
 
 import pytest
 from launch_site import Site
@@ -27,6 +28,17 @@ def serve(site: Site, *argv: str, does: str = SERVES):
     return site.run("editscore.sh", "me/lora", "--gpus=0,3", "--host=here", *argv, does=does)
 
 
+def started(site: Site, count: int) -> list[list[str]]:
+    """The calls of so many servers: one answers for all here, and the others may still be on their way."""
+    end = time.monotonic() + 60
+    logs = [site.checkout / PLACE / f"{port}.log" for port in range(8000, 8000 + count)]
+    while time.monotonic() < end:
+        if len(site.calls("vllm")) == count and all(log.is_file() and log.read_text() for log in logs):
+            break
+        time.sleep(0.05)
+    return sorted(site.calls("vllm"))
+
+
 def vllm(port: int, length: int = 4096) -> list[str]:
     return [
         "vllm", "serve", f"{PLACE}/model", "--served-model-name", "editscore", "--port", str(port),
@@ -40,7 +52,7 @@ def test_a_server_a_gpu_is_started_and_its_address_printed(site):
     assert (done.returncode, done.stdout.split()) == (0, ["--config.reward_options.editscore.model=editscore", URLS])
     (merged,) = site.calls("python")
     assert merged == ["python", "launch/merge_lora.py", "me/lora", "me/base", f"{PLACE}/model.partial"]
-    assert sorted(site.calls("vllm")) == [vllm(8000, 8192), vllm(8001, 8192)]
+    assert started(site, 2) == [vllm(8000, 8192), vllm(8001, 8192)]
     logs = [(site.checkout / PLACE / f"{port}.log").read_text() for port in (8000, 8001)]
     assert logs == ["GPU 0\n", "GPU 3\n"]
     install = ["pip", "install", "--quiet", "--disable-pip-version-check", "vllm==0.33.0", "peft==0.21.2"]
@@ -57,7 +69,7 @@ def test_the_same_command_leaves_what_is_there_alone_and_stop_ends_it(site):
     assert site.run("editscore.sh", "stop").returncode == 0
     assert site.run("editscore.sh", "status").stdout == "port 8000: ended\nport 8001: ended\n"
     assert serve(site).returncode == 0
-    assert len(site.calls("vllm")) == 2
+    assert len(started(site, 2)) == 2
 
 
 def test_it_waits_until_the_servers_answer(site):
