@@ -93,7 +93,7 @@ def bounded_memory():
 
 @pytest.fixture(scope="module")
 def full_optimization():
-    """For modules in which running takes longer than compiling, or whose programs are for another platform.
+    """For modules in which running takes longer than compiling.
 
     JAX's keys of compiled programs leave this option out, and it changes last bits: nothing goes in or out.
     """

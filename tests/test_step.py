@@ -39,7 +39,7 @@ COMBINATIONS = [
     ("integrate", "tau", "all", "uniform"),
     ("integrate", "mean", "random", "policy"),
 ]
-SLOW = (COMBINATIONS[1], COMBINATIONS[2], COMBINATIONS[4])  # programs of their own; test_objective has all values
+SLOW = (COMBINATIONS[1], COMBINATIONS[2], COMBINATIONS[4])  # programs of their own; test_objective has all distances
 CASES = [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW), id="-".join(c)) for c in COMBINATIONS]
 CLOSED_FORM = [case for case in CASES if case.values[0][1] in ("l2", "tau")]
 
