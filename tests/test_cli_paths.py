@@ -13,6 +13,7 @@ from PIL import Image
 from rcgrpo_jax.cli import ablate
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.config_file import load_config
+from rcgrpo_jax.cli.data import COMMANDS as DATA_COMMANDS
 from rcgrpo_jax.cli.main import COMMANDS
 from rcgrpo_jax.cli.paths import (
     PathParser,
@@ -84,7 +85,9 @@ TEXTS = {  # flags and fields whose text is no path
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*(name for name in COMMANDS if name != "data"), *(f"data_{name}" for name in DATA_COMMANDS)]
+)
 def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
     """A new flag that names a file must not forget `~`."""
     defined = {}
