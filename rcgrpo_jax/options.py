@@ -31,7 +31,8 @@ class DataOptions:
     path: str = ""  # folder, .jsonl file, tfds:DATASET[@SPLIT], or scenes:SPLIT[/KINDS][:COUNT[:FLAWS]]
     polarity: str = "white"  # colour of the edit region in the masks: white or black
     mask_value: str = ""  # what masks hold there instead: class numbers or colours, such as 15, or 2,5, or #800000
-    size: tuple[int, int] = (512, 512)  # (height, width) in pixels, multiples of 16; resized to it, whatever the shape
+    size: tuple[int, int] = (512, 512)  # (height, width) in pixels, multiples of 16
+    buckets: str = "none"  # none: that size, whatever a picture's shape; kontext: its area, in the nearest of 17 shapes
     cache: str = ""  # folder of encoder results; empty: WORKDIR/cache
 
 

@@ -70,7 +70,7 @@ def judged(tmp_path_factory):
         noises.append((any(np.any(x) for x in jax.tree.leaves(lora)), noise))
 
     def watched(self, lora):
-        programs = self._programs
+        programs = self._groups[0].programs
         with pytest.MonkeyPatch.context() as patch:
             rollout = programs.rollout
             patch.setattr(programs, "rollout", lambda *given: seen(*given) or rollout(*given))
@@ -126,9 +126,8 @@ def test_the_best_step_is_marked(judged):
 )
 def test_samples_are_edited_in_parts_that_fit(changes, most):
     samples = Samples.__new__(Samples)
-    samples._options, samples._rows = small_run.make_options(**changes), [None] * 5
-    samples._mesh = make_mesh({}, jax.devices()[:1])
-    assert samples._at_a_time() == most
+    samples._options, samples._mesh = small_run.make_options(**changes), make_mesh({}, jax.devices()[:1])
+    assert samples._at_a_time(5) == most
 
 
 def test_the_first_examples_alone_are_encoded(tmp_path, caplog):

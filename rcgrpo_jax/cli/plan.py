@@ -19,7 +19,7 @@ from rcgrpo_jax.options import read_options, with_changes
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
 from rcgrpo_jax.plan.gpu import cudnn_errors
-from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, Plan, Workload, open_flux
+from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, Plan, Workload, at_largest, open_flux
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, describe, summary
 from rcgrpo_jax.plan.text import as_dict, ranking, step_estimate, table
 from rcgrpo_jax.plan.topology import Topology, open_topology
@@ -68,10 +68,20 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _plan(config: ConfigDict, model: FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
-    validate(config, len(topology.devices))
+def _read(config: ConfigDict, model: FluxKontext) -> Options:
+    """The options of a valid configuration; of buckets the largest, and a line says so."""
     options = read_options(Options, config)
     check_model_fits(options, model)
+    planned = at_largest(options)
+    if planned != options:
+        height, width = planned.data.size
+        _say(f"data.buckets: {options.data.buckets}: planned for its largest, {width} x {height} pixels")
+    return planned
+
+
+def _plan(config: ConfigDict, model: FluxKontext, topology: Topology, values: flags.FlagValues) -> None:
+    validate(config, len(topology.devices))
+    options = _read(config, model)
     check_mesh(options, make_mesh(vars(options.mesh), topology.devices), model.sizes.num_heads)
     workload = Workload(options, model, topology)
     plans = []
@@ -97,8 +107,7 @@ def _search(config: ConfigDict, model: FluxKontext, topology: Topology, values: 
     freed = {f"mesh.{axis}": 1 for axis in AXES} | dict.fromkeys(MICRO_BATCH.values(), 0) | {"mesh.tensor": -1}
     config.update_from_flattened_dict(freed)
     validate(config, len(topology.devices))
-    options = read_options(Options, config)
-    check_model_fits(options, model)
+    options = _read(config, model)
     check_mesh(options, make_mesh({"data": -1}, topology.devices), model.sizes.num_heads)
     search = Search(options, model, topology, values.limit, _say)
     found = search.run()

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from rcgrpo_jax.encoding.cache import EXAMPLE, EncodedSource
+from rcgrpo_jax.encoding.order import BatchOrder
 from rcgrpo_jax.encoding.prefetch import Prefetch
 from rcgrpo_jax.parallel import distributed
 
@@ -40,6 +41,7 @@ def make_batch(rows: Sequence[Mapping[str, Any]]) -> EditBatch:
 class Batches:
     """Batches of P prompts as a function of the step alone, so that a resumed run needs no iterator state.
 
+    All pictures of a batch have one size: `BatchOrder` says which bucket a step takes, and how its examples follow.
     Each process gets its own rows of the P: which examples a step sees does not depend on how many processes there are.
     The batch of the next step is read in a thread while the device works on this one.
 
@@ -47,13 +49,16 @@ class Batches:
         source: Encoded examples.
         prompts: P.
         seed: Of the order, which is drawn anew each epoch.
+        buckets: The examples of each bucket, by index; all are in one by default.
     """
 
-    def __init__(self, source: EncodedSource, prompts: int, seed: int):
+    def __init__(self, source: EncodedSource, prompts: int, seed: int, buckets: Sequence[Sequence[int]] = ()):
         import grain
 
         self.source, self._prompts = source, prompts
-        self._dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        buckets = buckets or [range(len(source))]
+        self._indices = [grain.MapDataset.source(indices).seed(seed).shuffle().repeat() for indices in buckets]
+        self._order = BatchOrder([len(indices) for indices in buckets], prompts, seed)
         self._prefetch = Prefetch(self._read)
 
     def __getitem__(self, step: int) -> EditBatch:
@@ -65,5 +70,6 @@ class Batches:
         return self._prefetch[step]
 
     def _read(self, step: int) -> EditBatch:
-        own = distributed.local_row_range(self._prompts)
-        return make_batch([self._dataset[step * self._prompts + i] for i in own])
+        bucket, batch = self._order[step]
+        own, indices = distributed.local_row_range(self._prompts), self._indices[bucket]
+        return make_batch([self.source[int(indices[batch * self._prompts + i])] for i in own])

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 
+from rcgrpo_jax.data.buckets import NONE, Fitted, Size, make_buckets
 from rcgrpo_jax.data.example import EditExample, Source, stamp_of
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.editors.model import Editor
@@ -32,19 +32,24 @@ class EncodedSource:
 
     Several processes share the work; where they share the folder too, each example is encoded by one of them.
 
-    The file of an example is named by a hash of its pixels, mask, target and instruction, its caption where that is
-    kept, of the editor's `encoding_key`, and of the size, so that changed inputs never meet old results. Beside them
-    lies an index by path, size and time of the examples' files: a start reads none that has been encoded and is
-    unchanged.
+    The file of an example is named by a hash of its pixels, mask, target and instruction (what its bucket keeps of
+    them), its caption where that is kept, of the editor's `encoding_key`, and of the size, so that changed inputs never
+    meet old results. Beside them lies an index by path, size and time of the examples' files: a start reads none that
+    has been encoded and is unchanged.
 
     Args:
         source: The examples.
         editor: Encoders; not touched if everything is in the cache.
-        size: (height, width) that images and masks are resized to.
+        size: (height, width) that images and masks are resized to, or with buckets: whose area they get.
         folder: The cache; created if missing.
         validate: Called with each example, or with what the index knows of it; raises if it cannot be used.
         progress: Called after each example with (done, all).
         captions: Whether entries hold the captions, which every example must have then.
+        buckets: A value of `data.buckets`.
+
+    Attributes:
+        known: What is known of this process' own examples, by index.
+        made: How many entries this process has encoded.
 
     Raises:
         UserError: If an example cannot be read or differs between processes, or the cache cannot be written.
@@ -59,9 +64,13 @@ class EncodedSource:
         validate: Callable[[EditExample | KnownExample], None] = lambda _: None,
         progress: Callable[[int, int], None] = lambda *_: None,
         captions: bool = False,
+        buckets: str = NONE,
     ):
-        self.folder, self._editor, self._size, self._captions = Path(folder), editor, size, captions
-        self._settings = [*editor.encoding_key, list(size), *["captions"] * captions]
+        self.folder, self._editor, self._captions = Path(folder), editor, captions
+        self._buckets, self._kind = make_buckets(buckets, size), buckets
+        self._at_once = max(1, min(PIXELS_AT_ONCE // (size[0] * size[1]), len(source)))
+        self.known: dict[int, KnownExample] = {}
+        self.made = 0
         sizes = distributed.gather(np.array([len(source)]))
         if sizes.min() < sizes.max():
             apart = UserError(
@@ -74,12 +83,15 @@ class EncodedSource:
             for _ in indices:
                 progress(next(counted), len(own))
 
+        hashes, places = np.zeros((len(source), 16), np.uint8), np.zeros(len(source), np.int32)
         with distributed.raise_together():
-            hashes = self._find(source, own, validate)
-            hashed = {index: hashes[index].tobytes().hex() for index in own}
-            missing = self._absent(hashed)
-            count(hashed.keys() - set(missing))
-        hashes = distributed.sum_over_processes(hashes)  # each row is another process' own
+            self.known = self._find(source, own, validate)
+            for index, known in self.known.items():
+                hashes[index] = np.frombuffer(bytes.fromhex(known.entry), np.uint8)
+                places[index] = self._buckets.sizes.index(known.size)
+            missing = self._absent({index: known.entry for index, known in self.known.items()})
+            count(self.known.keys() - set(missing))
+        hashes, self._places = map(distributed.sum_over_processes, (hashes, places))  # a row is one process' own
         self._names = [row.tobytes().hex() for row in hashes]
         if distributed.any_process(bool(self._absent(dict(enumerate(self._names))))):
             editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
@@ -88,34 +100,41 @@ class EncodedSource:
         with distributed.raise_together():  # those of the others, where they have disks of their own
             self._encode(source, self._absent(dict(enumerate(self._names))))
 
+    def _settings(self, *sizes: Size) -> list:
+        """What entries of these sizes depend on besides their examples."""
+        return [*self._editor.encoding_key, *map(list, sizes), *["captions"] * self._captions]
+
     def _find(
         self, source: Source, own: range, validate: Callable[[EditExample | KnownExample], None]
-    ) -> UInt8[np.ndarray, "examples 16"]:
-        """The hashes of this process' examples; those whose files are as they were before are not read."""
-        settings = hashlib.sha256(json.dumps([READING, *self._settings]).encode()).hexdigest()[:16]
-        index, found = read_index(self.folder, settings), {}
-        hashes = np.zeros((len(source), 16), np.uint8)
+    ) -> dict[int, KnownExample]:
+        """What is known of this process' examples; those whose files are as they were before are not read."""
+        sizes = self._buckets.sizes
+        settings = [READING, *self._settings(*sizes), *[self._kind] * self._buckets.crops]
+        settings = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        index, stamped, found = read_index(self.folder, settings), {}, {}
         for i in own:
             stamp = stamp_of(source, i)
             known = index.get(stamp) if stamp else None
-            if known is None:
+            if known is None or known.size not in sizes:
                 example = source[i]
                 validate(example)
                 about = (example.instruction, example.has_target, example.flawed, example.has_caption)
-                known = KnownExample(self._hash(example), example.name, *about)
+                fitted = self._buckets.fit(example)
+                known = KnownExample(self._hash(fitted), example.name, *about, fitted.size, fitted.cut, fitted.lost)
             else:
                 validate(known)
             if stamp:
-                found[stamp] = known
-            hashes[i] = np.frombuffer(bytes.fromhex(known.entry), np.uint8)
-        if found.items() - index.items():
-            write_index(self.folder, settings, jax.process_index(), index | found)
-        return hashes
+                stamped[stamp] = known
+            found[i] = known
+        if stamped.items() - index.items():
+            write_index(self.folder, settings, jax.process_index(), index | stamped)
+        return found
 
-    def _hash(self, example: EditExample) -> str:
+    def _hash(self, fitted: Fitted) -> str:
         """Names an example's entry."""
+        example = fitted.example
         texts = [example.instruction, *[example.caption] * self._captions]
-        digest = hashlib.sha256(json.dumps([*texts, *self._settings]).encode())
+        digest = hashlib.sha256(json.dumps([*texts, *self._settings(fitted.size)]).encode())
         for array in (example.image, example.mask, example.target):
             if array is not None:
                 digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
@@ -130,16 +149,26 @@ class EncodedSource:
     def _encode(
         self, source: Source, indices: Sequence[int], done: Callable[[Sequence[int]], None] = lambda _: None
     ) -> None:
-        """Encodes examples, as many at a time as have `PIXELS_AT_ONCE`; always the same number, so one compilation."""
-        at_once = max(1, min(PIXELS_AT_ONCE // (self._size[0] * self._size[1]), len(source)))
-        for start in range(0, len(indices), at_once):
-            chunk = indices[start : start + at_once]
-            examples = [source[index] for index in chunk]
-            for index, example in zip(chunk, examples, strict=True):
-                if self._hash(example) != self._names[index]:
-                    raise UserError(f"data: example {index} has changed, or is another on another process.", _SAME_DATA)
-            self._write([self._names[index] for index in chunk], examples, at_once)
-            done(chunk)
+        """Encodes examples, bucket by bucket and always the same number together: a compilation a bucket."""
+        for place, size in enumerate(self._buckets.sizes):
+            own = [index for index in indices if self._places[index] == place]
+            for start in range(0, len(own), self._at_once):
+                chunk = own[start : start + self._at_once]
+                fitted = [self._buckets.fit(source[index]) for index in chunk]
+                for index, found in zip(chunk, fitted, strict=True):
+                    if self._hash(found) != self._names[index]:
+                        raise UserError(
+                            f"data: example {index} has changed, or is another on another process.", _SAME_DATA
+                        )
+                self._write([self._names[index] for index in chunk], [found.example for found in fitted], size)
+                self.made += len(chunk)
+                done(chunk)
+
+    @property
+    def buckets(self) -> list[np.ndarray]:
+        """The examples of each bucket that has any, by index, `[n]` of whole numbers; of all processes."""
+        found = (np.flatnonzero(self._places == place) for place in range(len(self._buckets.sizes)))
+        return [indices for indices in found if len(indices)]
 
     @property
     def digest(self) -> str:
@@ -164,17 +193,17 @@ class EncodedSource:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: unreadable cache entry ({error}).", "Remove the file; it is made anew.") from None
 
-    def _write(self, names: Sequence[str], examples: Sequence[EditExample], at_once: int) -> None:
-        """Encodes examples together, filled up to `at_once` by the last, and writes an entry for each."""
-        filled = [*examples, *examples[-1:] * (at_once - len(examples))]
-        pixels = np.stack([resize_image(example.image, self._size) for example in filled])
+    def _write(self, names: Sequence[str], examples: Sequence[EditExample], size: Size) -> None:
+        """Encodes examples together, filled up to the usual number by the last, and writes an entry for each."""
+        filled = [*examples, *examples[-1:] * (self._at_once - len(examples))]
+        pixels = np.stack([resize_image(example.image, size) for example in filled])
         encoded = self._editor.encode(pixels, [example.instruction for example in filled])
         encoded = {name: np.asarray(x) for name, x in encoded.items()}
         for row, (name, example) in enumerate(zip(names, examples, strict=True)):
-            mask = np.round(255 * resize_mask(example.mask, self._size)).astype(np.uint8)
+            mask = np.round(255 * resize_mask(example.mask, size)).astype(np.uint8)
             tensors = {key: x[row] for key, x in encoded.items()} | {"pixels": pixels[row], "mask": mask}
             if example.target is not None:
-                tensors["target"] = resize_image(example.target, self._size)
+                tensors["target"] = resize_image(example.target, size)
             texts = {"instruction": example.instruction} | ({"caption": example.caption} if self._captions else {})
             self._save(self._file(name), tensors, texts)
 

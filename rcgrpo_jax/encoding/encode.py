@@ -69,5 +69,12 @@ def encode(
             check_all,
             lambda done, _: progress.update(),
             captions,
+            data.buckets,
         )
-    return Batches(encoded, batch_size, seed)
+    if lost := [known for known in encoded.known.values() if known.lost]:
+        worst = max(lost, key=lambda known: known.lost)
+        logger.warning(
+            "data.buckets: %d of %d regions are wider than what their bucket keeps; %s loses %.0f %% of its region "
+            "(`rcgrpo data preview` shows it)", len(lost), len(encoded.known), worst.name, 100 * worst.lost,
+        )  # fmt: skip
+    return Batches(encoded, batch_size, seed, encoded.buckets)

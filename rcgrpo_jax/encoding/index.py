@@ -15,10 +15,11 @@ from annotated_types import Predicate
 from rcgrpo_jax.borders import conform, parse_json
 from rcgrpo_jax.errors import UserError
 
-# Raised with any change of `data.images`, `data.masks` or `data.example.check_example` that reads files in another way
-# or refuses others: the index spares the reading, and would pass over it.
+# Raised with any change of `data.images`, `data.masks`, `data.buckets` or `data.example.check_example` that reads files
+# in another way or refuses others: the index spares the reading, and would pass over it.
 READING = 1
 _Entry = Annotated[str, Predicate(re.compile(r"[0-9a-f]{32}").fullmatch)]
+_Row = tuple[_Entry, str, str, bool, bool, bool, tuple[int, int], float, float]
 
 
 class KnownExample(NamedTuple):
@@ -30,6 +31,9 @@ class KnownExample(NamedTuple):
     has_target: bool
     flawed: bool
     has_caption: bool
+    size: tuple[int, int]  # (height, width), that of its bucket
+    cut: float  # share of the picture that is outside of it
+    lost: float  # share of the region
 
 
 def read_index(folder: Path, settings: str) -> dict[str, KnownExample]:
@@ -45,7 +49,7 @@ def read_index(folder: Path, settings: str) -> dict[str, KnownExample]:
     for file in sorted(folder.glob(f"index-{settings}-*.json")):
         try:
             rows = parse_json(file.read_text(encoding="utf-8"))
-            conform(rows, dict[str, tuple[_Entry, str, str, bool, bool, bool]], f"{file}", "")
+            rows = conform(rows, dict[str, _Row], f"{file}", "")
         except (OSError, ValueError, UserError):
             continue
         known |= {stamp: KnownExample(*row) for stamp, row in rows.items()}

@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rcgrpo_jax.data.buckets import NONE as ONE_SIZE
+from rcgrpo_jax.data.buckets import make_buckets
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.quantization import NONE, is_quantized, quantize
+from rcgrpo_jax.options import with_changes
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding, replicated
 from rcgrpo_jax.plan import flops
@@ -64,6 +67,12 @@ def open_flux(path: str) -> FluxKontext:
         UserError: If it is a folder of another family: FLOPs are counted and encodings laid out as FLUX's.
     """
     return FluxKontextDev() if path in ("", FLUX_KONTEXT) else FluxKontext(path)
+
+
+def at_largest(options: Options) -> Options:
+    """A run whose pictures all have the largest size of its buckets: it needs at least the memory and time of any."""
+    size = make_buckets(options.data.buckets, options.data.size).largest
+    return with_changes(options, {"data.size": size, "data.buckets": ONE_SIZE})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -34,7 +35,10 @@ from rcgrpo_jax.runs.state import TrainState, apply_gradients
 
 
 class Programs:
-    """The compiled programs of a run.
+    """The compiled programs of a run, for pictures of one size.
+
+    Pictures of another size need others, also where all arrays have the same shapes, as those of an upright picture and
+    of the same picture on its side: the token grid gives the positions, and with the schedule it is part of a program.
 
     Args:
         options: Validated.
@@ -194,6 +198,27 @@ class Programs:
 def shared_programs(options: StepOptions, networks: Networks, mesh: Mesh) -> Programs:
     """`Programs`; runs that are equal in these, such as the seeds of an ablation, share one compilation."""
     return Programs(options, networks, mesh)
+
+
+class ProgramsBySize:
+    """The programs of a run by the size of pictures, each compiled once.
+
+    It keeps those that it has given, whatever room other runs leave in `shared_programs`.
+
+    Args:
+        options: The run's.
+        networks: The networks.
+        mesh: The mesh.
+    """
+
+    def __init__(self, options: StepOptions, networks: Networks, mesh: Mesh):
+        self._options, self._where, self._given = options, (networks, mesh), {}
+
+    def __call__(self, size: tuple[int, int]) -> Programs:
+        """The programs for pictures of (height, width)."""
+        if size not in self._given:
+            self._given[size] = shared_programs(replace(self._options, size=size), *self._where)
+        return self._given[size]
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

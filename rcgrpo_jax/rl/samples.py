@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.editors.model import Editor
-from rcgrpo_jax.encoding.batches import make_batch
+from rcgrpo_jax.encoding.batches import EditBatch, make_batch
 from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.evaluation.edit import initial_noise
 from rcgrpo_jax.parallel.distributed import (
@@ -30,7 +30,7 @@ from rcgrpo_jax.parallel.distributed import (
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rl.options import Options
-from rcgrpo_jax.rl.programs import shared_programs
+from rcgrpo_jax.rl.programs import Programs, ProgramsBySize
 from rcgrpo_jax.rl.reward_fields import ACD
 from rcgrpo_jax.rl.reward_inputs import reward_inputs
 from rcgrpo_jax.rl.step_metrics import background_error
@@ -45,8 +45,18 @@ logger = logging.getLogger(__name__)
 class Edits(NamedTuple):
     """The samples as one adapter edits them."""
 
-    pictures: Float[np.ndarray, "S H W 3"]  # in [0, 1], or NaN
+    pictures: Sequence[Float[np.ndarray, "_ _ 3"]]  # S of them, in [0, 1], or NaN
     scores: dict[str, Float[np.ndarray, " S"]]  # by reward, and ERROR; NaN where there is none
+
+
+class SizeGroup(NamedTuple):
+    """The samples of one size."""
+
+    indices: list[int]  # among all samples
+    rows: list[dict[str, Any]]  # entries of the cache
+    batch: EditBatch  # of them
+    programs: Programs
+    noise: Float[np.ndarray, "s N C"]
 
 
 class Samples:
@@ -73,10 +83,9 @@ class Samples:
     ):
         self._options, self._mesh, self._rewards = options, mesh, rewards
         self._params, self._decoder = editor.params, editor.decoder_params
-        self._programs = shared_programs(options.step, editor.networks, mesh)
         self._rows = [examples[i] for i in range(len(examples))]
-        self._batch = make_batch(self._rows)
-        self._noise = self._initial_noise(editor.networks)
+        programs = ProgramsBySize(options.step, editor.networks, mesh)
+        self._groups = [self._group(indices.tolist(), programs, editor.networks) for indices in examples.buckets]
         self._zero = jax.jit(lambda lora: jax.tree.map(jnp.zeros_like, lora), out_shardings=replicated(mesh))
         self._base: Edits | None = None  # the same every time
 
@@ -98,52 +107,80 @@ class Samples:
         metrics = {f"{kind}/{name}": float(x.mean()) for kind, made in named.items() for name, x in made.scores.items()}
         return metrics, draw_rows([*self._picture_rows(edits)], f"step {step}, scores of base / LoRA")
 
-    def _initial_noise(self, networks: Networks) -> Float[np.ndarray, "S N C"]:
+    def _group(self, indices: list[int], programs: ProgramsBySize, networks: Networks) -> SizeGroup:
+        rows = [self._rows[i] for i in indices]
+        batch = make_batch(rows)
+        noise = self._initial_noise(networks, batch, indices)
+        return SizeGroup(indices, rows, batch, programs(batch.mask.shape[1:]), noise)
+
+    def _initial_noise(
+        self, networks: Networks, batch: EditBatch, indices: Sequence[int]
+    ) -> Float[np.ndarray, "s N C"]:
         def source(encoded: Mapping[str, np.ndarray]) -> Array:
             return networks.source(networks.condition(encoded, self._options.model.guidance))
 
-        shape = jax.eval_shape(source, self._batch.encoded).shape
+        shape = jax.eval_shape(source, batch.encoded).shape
         with jax.set_mesh(self._mesh.local_mesh):  # a program of one process
-            return np.asarray(initial_noise(np.uint32(SEED), np.arange(shape[0]), shape[1:]))
+            return np.asarray(initial_noise(np.uint32(SEED), np.array(indices), shape[1:]))
 
     def _edit(self, lora: dict) -> Edits:
-        programs, count, at_a_time = self._programs, len(self._rows), self._at_a_time()
+        made = [self._edit_group(group, lora) for group in self._groups]
+        scores = self._score([pictures for pictures, _ in made])
+        if self._options.acd.weight:
+            scores[ACD] = self._in_order([acd for _, acd in made])
+        pictures = {}
+        for group, (edits, _) in zip(self._groups, made, strict=True):
+            pictures |= zip(group.indices, edits, strict=True)
+        return Edits([pictures[i] for i in range(len(self._rows))], scores)
+
+    def _edit_group(self, group: SizeGroup, lora: dict) -> tuple[Float[np.ndarray, "s H W 3"], Float[np.ndarray, " s"]]:
+        """The pictures of a group, and R_acd of each."""
+        programs, count, at_a_time = group.programs, len(group.rows), self._at_a_time(len(group.rows))
         pictures, acd = [], []
         for start in range(0, count, at_a_time):
             # What lacks to a whole part is the last sample again.
             indices = np.minimum(np.arange(start, start + at_a_time), count - 1)
-            prompts = programs.prompts(make_batch([self._rows[indices[i]] for i in local_row_range(at_a_time)]))
-            noise = to_mesh(self._noise[indices][:, None], self._mesh)
+            prompts = programs.prompts(make_batch([group.rows[indices[i]] for i in local_row_range(at_a_time)]))
+            noise = to_mesh(group.noise[indices][:, None], self._mesh)
             rollout = programs.rollout(self._params, lora, prompts, noise)
             images = programs.decode(self._decoder, rollout.states[:, :, -1])
             pictures.append(gather(np.asarray(local_rows(images, self._mesh))))
             acd.append(np.asarray(rollout.acd)[:, 0])
-        made = np.concatenate(pictures)[:count]
-        scores = self._score(made)
-        if self._options.acd.weight:
-            scores[ACD] = np.concatenate(acd)[:count]
-        return Edits(made, scores)
+        return np.concatenate(pictures)[:count], np.concatenate(acd)[:count]
 
-    def _at_a_time(self) -> int:
-        """How many samples are edited together: no more than candidates, in whole parts of what is decoded together."""
+    def _in_order(self, parts: Sequence[Float[np.ndarray, "... s"]]) -> Float[np.ndarray, "... S"]:
+        """What there is of each group, in the order of the samples."""
+        return np.concatenate(parts, axis=-1)[..., np.argsort(np.concatenate([x.indices for x in self._groups]))]
+
+    def _at_a_time(self, count: int) -> int:
+        """How many of so many samples are edited together: no more than candidates, in whole parts of the decoding."""
         options = self._options.rollout
         most = options.micro_batch or options.prompts * options.group_size
         part = int(np.prod([self._mesh.shape[axis] for axis in SAMPLE_AXES]))
         if 0 < options.decode_micro_batch < most:
             part = options.decode_micro_batch
-        return min(-(-len(self._rows) // part) * part, most)
+        return min(-(-count // part) * part, most)
 
-    def _score(self, pictures: Float[np.ndarray, "S H W 3"]) -> dict[str, Float[np.ndarray, " S"]]:
-        """The scores of all samples, by process 0: a judge is asked once about each."""
+    def _score(self, pictures: Sequence[Float[np.ndarray, "s H W 3"]]) -> dict[str, Float[np.ndarray, " S"]]:
+        """The scores of all samples, by process 0: a judge is asked once about each.
+
+        Args:
+            pictures: Of each group.
+        """
         names, mesh = [*self._rewards, ERROR], self._mesh.local_mesh
-        scores = np.zeros((len(names), len(pictures)), np.float32)
+        scores = np.zeros((len(names), len(self._rows)), np.float32)
         with raise_together(), jax.set_mesh(mesh):
             if is_main():
-                inputs = reward_inputs(self._batch, mesh)(edited=jnp.asarray(pictures)[:, None])
-                found = reward_registry.start_all(self._rewards, inputs).result()
-                for name, cause in found.failures.items():
+                pairs = zip(self._groups, pictures, strict=True)
+                inputs = [reward_inputs(x.batch, mesh)(edited=jnp.asarray(edits)[:, None]) for x, edits in pairs]
+                results = [x.result() for x in [reward_registry.start_all(self._rewards, x) for x in inputs]]
+                for name, cause in {name: x for found in results for name, x in found.failures.items()}.items():
                     logger.warning("train.samples: reward %r: %s", name, cause)
-                scores = np.stack([*(found.by_reward[name] for name in names[:-1]), background_error(inputs)])[..., 0]
+                parts = [
+                    np.stack([*(found.by_reward[name] for name in names[:-1]), background_error(x)])[..., 0]
+                    for found, x in zip(results, inputs, strict=True)
+                ]
+                scores = self._in_order(parts)
         return dict(zip(names, from_main(scores), strict=True))
 
     def _picture_rows(self, edits: Edits) -> Iterator[PictureRow]:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.data.buckets import make_buckets
 from rcgrpo_jax.data.example import EditExample, Needs, check_needs
 from rcgrpo_jax.editors.model import Editor, Model
 from rcgrpo_jax.editors.open import open_model
@@ -32,7 +33,7 @@ from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.reward_fields import names_in
 from rcgrpo_jax.runs.model import load_editor
-from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture
+from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture, check_tokens
 from rcgrpo_jax.runs.state import TrainState, init_state, start_lora
 
 MOST_SAMPLES = 8  # of `train.samples` that are edited
@@ -119,7 +120,7 @@ def make_rewards(options: Options) -> dict[str, Reward]:
     names = [*(name for name, weight in options.rewards.items() if weight), *names_in(options.watch)]
     rewards = {name: reward_registry.make(name, known, **options.reward_options.get(name, {})) for name in names}
     for name in options.plugins.keys() & rewards.keys():
-        reward_registry.try_reward(name, rewards[name], options.data.size)
+        reward_registry.try_reward(name, rewards[name], make_buckets(options.data.buckets, options.data.size).largest)
     return rewards
 
 
@@ -152,11 +153,7 @@ def check_model_fits(options: Options, model: Model) -> None:
         raise UsageError(
             f"config: acd.layers: {options.acd.layers}; the model has {sizes.num_blocks} blocks.", "Lower acd.layers."
         )
-    if any(side % sizes.token_pixels for side in options.data.size):
-        raise UsageError(
-            f"config: data.size: {options.data.size}; this model's tokens are {sizes.token_pixels} pixels a side.",
-            f"Choose multiples of {sizes.token_pixels}.",
-        )
+    check_tokens(options.data, sizes.token_pixels)
     target_kernels(model.param_shapes, options.lora.targets)
 
 
@@ -166,7 +163,7 @@ def check_sizes(options: Options, model: Model) -> None:
     Raises:
         UserError: With the field that asks for it.
     """
-    size, rollout = options.data.size, options.rollout
+    size, rollout = make_buckets(options.data.buckets, options.data.size).largest, options.rollout
     check_picture(size, model)
     check_memory(
         f"rollout: {rollout.prompts} prompts x {rollout.group_size} candidates of {rollout.num_steps} steps",

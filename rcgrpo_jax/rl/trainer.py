@@ -26,7 +26,7 @@ from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
-from rcgrpo_jax.rl.programs import shared_programs
+from rcgrpo_jax.rl.programs import Programs, ProgramsBySize
 from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
 from rcgrpo_jax.rl.reward_inputs import reward_inputs
 from rcgrpo_jax.rl.samples import Samples
@@ -152,6 +152,7 @@ class PreparedBatch(NamedTuple):
     """A batch whose copies are on the devices, or on their way."""
 
     batch: EditBatch
+    programs: Programs  # for its size
     prompts: Prompts  # of all processes
     reward_inputs: Callable[..., reward_registry.RewardInputs]  # what this process' rewards see, but `edited`
 
@@ -166,6 +167,7 @@ class Drawn(NamedTuple):
 class Sample(NamedTuple):
     """The groups of one step."""
 
+    programs: Programs  # for their size
     prompts: Prompts
     exploration: Exploration
     rollout: Rollout
@@ -192,7 +194,8 @@ class Trainer:
         self.options, self.rewards, self.stop = options, rewards, stop
         self.params = editor.params
         self.decoder = editor.decoder_params
-        self.programs = shared_programs(options.step, editor.networks, mesh)
+        self.mesh, self.programs_for = mesh, ProgramsBySize(options.step, editor.networks, mesh)
+        self.programs = self.programs_for(options.data.size)
         self.local_mesh = mesh.local_mesh  # this process' devices, where its candidates are scored
         self.num_local_prompts = len(local_row_range(options.rollout.prompts))
         self.unscored = 0  # steps in a row without a group to learn from
@@ -208,7 +211,8 @@ class Trainer:
 
     def prepare(self, batch: EditBatch) -> PreparedBatch:
         """Copies this process' rows of a batch to the devices, and does not wait for them."""
-        return PreparedBatch(batch, self.programs.prompts(batch), self.reward_inputs(batch))
+        programs = self.programs_for(batch.mask.shape[1:])
+        return PreparedBatch(batch, programs, programs.prompts(batch), self.reward_inputs(batch))
 
     def step(
         self, state: TrainState, prepared_batch: PreparedBatch, upcoming: EditBatch | None = None, draw: bool = False
@@ -276,8 +280,8 @@ class Trainer:
 
     def sample(self, state: TrainState, prepared_batch: PreparedBatch) -> Sample:
         """Groups of candidates under the present adapter, and their rewards."""
-        programs, options = self.programs, self.options.rollout
-        _, prompts, reward_inputs = prepared_batch
+        _, programs, prompts, reward_inputs = prepared_batch
+        options = self.options.rollout
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
         rollouts, pictures = [], []
@@ -299,14 +303,14 @@ class Trainer:
             scores[ACD] = np.asarray(rollout.acd)
         with jax.set_mesh(self.local_mesh):
             images = join(*pictures)
-        return Sample(prompts, exploration, rollout, images, scores, rolled_out)
+        return Sample(programs, prompts, exploration, rollout, images, scores, rolled_out)
 
     def learn(
         self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """The updates on a sample; the state is donated. Does not wait for them."""
-        programs = self.programs
-        advantages = to_mesh(advantages, programs.mesh)
+        programs = sample.programs
+        advantages = to_mesh(advantages, self.mesh)
         log_old = jnp.zeros(programs.policy.log_policy_shape(), jnp.float32)
         for update in range(self.options.objective.updates):
             state, log_pi, metrics = programs.update(
@@ -318,7 +322,7 @@ class Trainer:
 
     def local_pictures(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""
-        rows = local_rows(images, self.programs.mesh)
+        rows = local_rows(images, self.mesh)
         with jax.set_mesh(self.local_mesh):
             return rows.reshape(self.num_local_prompts, -1, *rows.shape[1:])
 

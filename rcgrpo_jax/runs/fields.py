@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.borders import is_like, shorten
+from rcgrpo_jax.data.buckets import KINDS
 from rcgrpo_jax.data.masks import check_marking
 from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.models.attention import AUTO, IMPLEMENTATIONS
@@ -26,6 +27,7 @@ MODEL_CHOICES: Choices = {
     "model.attention": (AUTO, *IMPLEMENTATIONS),
     "model.remat": tuple(REMAT_POLICIES),
     "data.polarity": ("white", "black"),
+    "data.buckets": KINDS,
 }
 UPDATES = 2**31 - 1  # int32, in which updates are counted
 # Bounds for fields without a natural one: above every sensible value, and below what overflows or never ends.

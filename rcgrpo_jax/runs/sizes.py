@@ -9,8 +9,11 @@ from typing import Any
 import jax
 
 from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.data.buckets import NONE, make_buckets
 from rcgrpo_jax.editors.model import Model
+from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
+from rcgrpo_jax.options import DataOptions
 
 FLOAT32 = 4
 
@@ -20,6 +23,22 @@ def check_picture(size: tuple[int, int], model: Model) -> None:
     height, width = size
     what = f"data.size: a picture of {height} x {width} pixels"
     check_memory(what, candidate_bytes(size, model, 1), "Choose a smaller data.size.")
+
+
+def check_tokens(data: DataOptions, side: int) -> None:
+    """Refuses pictures that are no whole number of tokens, of `side` pixels each.
+
+    Raises:
+        UsageError: With the field that asks for them.
+    """
+    sizes = make_buckets(data.buckets, data.size).sizes
+    if all(x % side == 0 for size in sizes for x in size):
+        return
+    if data.buckets == NONE:
+        found, remedy = f"data.size: {data.size}", f"Choose multiples of {side}."
+    else:
+        found, remedy = f"data.buckets: {data.buckets}, of multiples of 16 pixels", f"Set data.buckets={NONE}."
+    raise UsageError(f"config: {found}; this model's tokens are {side} pixels a side.", remedy)
 
 
 def check_lora(lora: LoRAConfig, averaged: bool, model: Model) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rcgrpo_jax.data import buckets
 from rcgrpo_jax.models.quantization import NONE
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import AXES, SAMPLE_AXES, mesh_shape
@@ -77,6 +78,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if config.model.quantization != NONE and config.stage != "lora":
         problems.append(
             f"model.quantization: {config.model.quantization!r} found; stage {config.stage} trains the kernels: none"
+        )
+    if config.data.buckets != buckets.NONE and config.stage != "lora":
+        problems.append(
+            f"data.buckets: {config.data.buckets!r} found; stage {config.stage} brings all to one size: {buckets.NONE}"
         )
     if problems := problems or _problems_together(read_options(Options, config), num_devices):
         raise refusal(problems)

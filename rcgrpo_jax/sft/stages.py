@@ -47,7 +47,6 @@ class Stage:
     def __init__(self, options: Options, folder: FluxKontext | Model, mesh: Mesh, workdir: Path):
         self.options, self.folder, self.mesh, self.workdir = options, folder, mesh, workdir
         self.editor = load_editor(options.model, folder, mesh)
-        self.grid = self.editor.grid(*options.data.size)
 
     def batches(self) -> Any:
         """Step -> batch on the host, with `instructions`."""
@@ -173,8 +172,9 @@ class FlowStage(Stage):
         key_sigma, key_noise = jax.random.split(key)
         sigma = self.editor.networks.sample_sigma(key_sigma, len(data), self.options.flow.extra_shift)
         x, velocity = matching.interpolate(data, jax.random.normal(key_noise, data.shape), sigma)
-        predicted, _ = self.editor.networks.velocity(params["transformer"], lora, x, sigma, condition, self.grid)
-        region = token_region(example.mask, self.grid)
+        grid = self.editor.grid(*example.mask.shape)
+        predicted, _ = self.editor.networks.velocity(params["transformer"], lora, x, sigma, condition, grid)
+        region = token_region(example.mask, grid)
         everywhere, inside = (matching.matching_loss(predicted, velocity, w) for w in (jnp.ones_like(region), region))
         loss = everywhere + self.options.flow.region_weight * inside
         return loss, {"loss_everywhere": everywhere, "loss_inside": inside}
@@ -185,8 +185,9 @@ class FlowStage(Stage):
         networks = self.editor.networks
         noise = jax.random.normal(jax.random.key(0), networks.source(condition).shape)
         sigmas = networks.sigmas(self.options.flow.picture_steps, len(noise))
-        states = sample(networks, params["transformer"], lora, noise, condition, sigmas, self.grid)
-        return networks.decode(params["vae"], states[-1], self.grid)
+        grid = self.editor.grid(*example.mask.shape)
+        states = sample(networks, params["transformer"], lora, noise, condition, sigmas, grid)
+        return networks.decode(params["vae"], states[-1], grid)
 
     def save(self, trained, examples):
         networks = {name: (self.folder.config(name), params) for name, params in trained.items()}

@@ -32,6 +32,7 @@ from rcgrpo_jax.runs.checkpoint import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, candidate_pixels, comparison_grid
 from rcgrpo_jax.runs.run import GRID, StepFunction, is_finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
+from rcgrpo_jax.runs.sizes import check_tokens
 from rcgrpo_jax.runs.state import TrainState, apply_gradients, new_state, start_lora
 from rcgrpo_jax.sft import config as schema
 from rcgrpo_jax.sft.config import MAY_DIFFER, validate
@@ -113,12 +114,11 @@ def open_folder(options: Options, workdir: Path) -> Model:
             f"model.path: {folder.path} is a converted model; stage {options.stage} writes a diffusers folder.",
             "Give the diffusers folder that it was converted from.",
         )
-    side = folder.sizes.token_pixels
-    if any(x % side for x in (*options.data.size, options.vae.crop)):
+    check_tokens(options.data, folder.sizes.token_pixels)
+    if options.vae.crop % (side := folder.sizes.token_pixels):
         raise UsageError(
-            f"config: data.size {options.data.size}, vae.crop {options.vae.crop}; this model's tokens are {side} "
-            "pixels a side.",
-            f"Choose multiples of {side}.",
+            f"config: vae.crop: {options.vae.crop}; this model's tokens are {side} pixels a side.",
+            f"Choose a multiple of {side}.",
         )
     return folder
 
