@@ -9,6 +9,8 @@ from rcgrpo_jax.errors import UsageError, nearest
 
 COMMANDS = {
     "scenes": "synthetic editing tasks -> a folder of PNG files",
+    "preview": "which aspect-ratio bucket each picture falls into, and what is cut of it",
+    "encode": "the encodings of a run's data, ahead of the run",
 }
 USAGE = "usage: rcgrpo data COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()

@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": "the whole way on the small editor that ships with the package",
 }
 ALIASES = {"pretrain": "sft"}  # earlier name -> command
-DISTRIBUTED = ("train", "sft")  # commands of which several processes make one run
+DISTRIBUTED = ("train", "sft", "data encode")  # commands of which several processes make one run
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
 )
@@ -62,9 +62,10 @@ def _run(argv: list[str], debug: bool) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
-        if argv[0] not in DISTRIBUTED and (count := _processes(os.environ)) > 1:
+        whole = " ".join(argv[: 2 if argv[0] == "data" else 1])
+        if whole not in DISTRIBUTED and (count := _processes(os.environ)) > 1:
             raise UsageError(
-                f"one of {count} processes; {' and '.join(DISTRIBUTED)} alone spread their work over several.",
+                f"one of {count} processes; {', '.join(DISTRIBUTED)} alone spread their work over several.",
                 "Run it once, in a single process.",
             )
         command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")

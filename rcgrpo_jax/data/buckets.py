@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ class Fitted(NamedTuple):
     size: Size  # that they are resized to
     window: tuple[slice, slice]  # rows and columns of the picture that are kept
     cut: float  # share of the picture that is not, in [0, 1)
-    lost: float  # share of the region that is not, in [0, 1)
+    lost: float  # share of the region that is not, in [0, 1); 0 where the region is the whole picture
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Buckets:
         target = None if example.target is None else example.target[kept]
         cropped = replace(example, image=example.image[kept], mask=example.mask[kept], target=target)
         levels = _levels(example.mask)
-        lost = 1 - levels[kept].sum() / levels.sum()
+        lost = 1 - levels[kept].sum() / levels.sum() if np.ptp(levels) else 0.0
         return Fitted(cropped, size, kept, 1 - cropped.mask.size / example.mask.size, float(lost))
 
 
@@ -110,25 +109,3 @@ def _start(profile: Integer[np.ndarray, " n"], count: int) -> int:
     held = total[count:] - total[:-count]
     best = np.flatnonzero(held == held.max())
     return int(best[np.argmin(np.abs(2 * best - (len(profile) - count)))])
-
-
-class Cuts(NamedTuple):
-    """What the pictures of a bucket lose."""
-
-    size: Size
-    count: int  # pictures
-    mean: float  # share of a picture that is cut
-    worst: float
-
-
-def tabulate(buckets: Buckets, fitted: Iterable[tuple[Size, float]]) -> list[Cuts]:
-    """What is cut, by bucket, of the buckets that have pictures.
-
-    Args:
-        buckets: All of them.
-        fitted: Size and cut of each picture.
-    """
-    cuts: dict[Size, list[float]] = {size: [] for size in buckets.sizes}
-    for size, cut in fitted:
-        cuts[size].append(cut)
-    return [Cuts(size, len(x), sum(x) / len(x), max(x)) for size, x in cuts.items() if x]

@@ -22,6 +22,7 @@ KONTEXT_SIZES = (*_PORTRAIT, (1024, 1024), *((height, width) for width, height i
 
 DISPLAY_SIDES = (160, 320)  # least and most pixels of the longer side of a picture for people
 _OUTLINE, _RED = 2, (230, 30, 30)  # of a region: pixels, colour
+Colour = tuple[int, int, int]
 
 
 def read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -169,14 +170,16 @@ def for_display(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]
     return image
 
 
-def outline(image: UInt8[np.ndarray, "H W 3"], mask: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Draws the inner rim of a mask's region, all that is above 0, onto a picture of any size: red, two pixels wide."""
+def outline(
+    image: UInt8[np.ndarray, "H W 3"], mask: Float[np.ndarray, "h w"], colour: Colour = _RED
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws the inner rim of a mask's region, all that is above 0, onto a picture of any size: two pixels wide."""
     inside = np.asarray(Image.fromarray(np.asarray(mask) > 0).resize(image.shape[1::-1], Image.Resampling.NEAREST))
     window = 2 * _OUTLINE + 1
     # Padding counts as outside: a region that reaches the border, or fills the image, is outlined there too.
     around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, _OUTLINE), (window, window))
     pixels = image.copy()
-    pixels[inside & ~around.all(axis=(-2, -1))] = _RED
+    pixels[inside & ~around.all(axis=(-2, -1))] = colour
     return pixels
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from rcgrpo_jax.data.buckets import NONE, Fitted, Size, make_buckets
 from rcgrpo_jax.data.example import EditExample, Source, stamp_of
@@ -165,10 +166,10 @@ class EncodedSource:
                 done(chunk)
 
     @property
-    def buckets(self) -> list[np.ndarray]:
-        """The examples of each bucket that has any, by index, `[n]` of whole numbers; of all processes."""
-        found = (np.flatnonzero(self._places == place) for place in range(len(self._buckets.sizes)))
-        return [indices for indices in found if len(indices)]
+    def buckets(self) -> dict[Size, Int[np.ndarray, " n"]]:
+        """The examples of each bucket that has any, by index; those of all processes."""
+        found = {size: np.flatnonzero(self._places == place) for place, size in enumerate(self._buckets.sizes)}
+        return {size: indices for size, indices in found.items() if len(indices)}
 
     @property
     def digest(self) -> str:

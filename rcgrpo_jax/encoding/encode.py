@@ -77,4 +77,4 @@ def encode(
             "data.buckets: %d of %d regions are wider than what their bucket keeps; %s loses %.0f %% of its region "
             "(`rcgrpo data preview` shows it)", len(lost), len(encoded.known), worst.name, 100 * worst.lost,
         )  # fmt: skip
-    return Batches(encoded, batch_size, seed, encoded.buckets)
+    return Batches(encoded, batch_size, seed, [*encoded.buckets.values()])

@@ -85,7 +85,9 @@ class Samples:
         self._params, self._decoder = editor.params, editor.decoder_params
         self._rows = [examples[i] for i in range(len(examples))]
         programs = ProgramsBySize(options.step, editor.networks, mesh)
-        self._groups = [self._group(indices.tolist(), programs, editor.networks) for indices in examples.buckets]
+        self._groups = [
+            self._group(indices.tolist(), programs, editor.networks) for indices in examples.buckets.values()
+        ]
         self._zero = jax.jit(lambda lora: jax.tree.map(jnp.zeros_like, lora), out_shardings=replicated(mesh))
         self._base: Edits | None = None  # the same every time
 

@@ -110,6 +110,39 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> S
     return setup
 
 
+# Fields that say how a run is spread over its machines: whoever encodes for it may have others.
+_ANYWHERE = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1, "rollout.micro_batch": 0,
+             "rollout.decode_micro_batch": 0, "surrogate.micro_batch": 0}  # fmt: skip
+
+
+def encode_ahead(config: ConfigDict, workdir: Path) -> list[EncodedSource]:
+    """Fills the cache of a run that is still to come; the weights of its transformer are not read.
+
+    Mesh and micro-batches are those of the machines that will train, and count for nothing here.
+
+    Args:
+        config: Of the run.
+        workdir: Its directory, which has the cache unless `data.cache` says where.
+
+    Returns:
+        Its examples, and its held-out samples if it has some.
+
+    Raises:
+        UserError: For every mistake in the configuration, the model and the data.
+    """
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(_ANYWHERE)
+    validate(config, 1)
+    options = read_options(Options, config)
+    mesh, model = make_mesh(vars(options.mesh)), open_model(options.model.path)
+    check_model_fits(options, model)
+    check_sizes(options, model)
+    setup = Setup(options, mesh, model, make_rewards(options))
+    with jax.set_mesh(mesh):
+        sources = [setup.encode_samples(workdir), setup.encode(workdir).source]
+    return [source for source in reversed(sources) if source is not None]
+
+
 def make_rewards(options: Options) -> dict[str, Reward]:
     """The rewards that have a weight, and the watched, by name.
 

@@ -167,13 +167,13 @@ class Drawn(NamedTuple):
 class Sample(NamedTuple):
     """The groups of one step."""
 
-    programs: Programs  # for their size
     prompts: Prompts
     exploration: Exploration
     rollout: Rollout
     images: Float[Array, "p G H W 3"] | None  # this process' own rows, in [0, 1]
     scores: dict[str, Float[np.ndarray, "P G"]]
     rolled_out: float  # when the pictures were there, seconds of `time.monotonic`
+    programs: Programs  # for their size
 
 
 class Trainer:
@@ -303,7 +303,7 @@ class Trainer:
             scores[ACD] = np.asarray(rollout.acd)
         with jax.set_mesh(self.local_mesh):
             images = join(*pictures)
-        return Sample(programs, prompts, exploration, rollout, images, scores, rolled_out)
+        return Sample(prompts, exploration, rollout, images, scores, rolled_out, programs)
 
     def learn(
         self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]

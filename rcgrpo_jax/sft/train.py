@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
+from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.errors import UsageError, UserError, mark_everywhere, reason
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.options import read_options
@@ -93,6 +94,27 @@ def train_supervised(config: ConfigDict, workdir: str | Path, devices: list[jax.
         if int(state.step) < options.train.num_steps:
             return None
         return _save(stage, state, batches)
+
+
+def encode_ahead(config: ConfigDict, workdir: Path) -> list[EncodedSource]:
+    """As `rl.setup.encode_ahead`, of a run of the stage `lora`; the others encode nothing before they train.
+
+    Raises:
+        UsageError: Also for another stage.
+    """
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1, "batch.micro_batch": 0})
+    validate(config, 1)
+    options = read_options(Options, config)
+    if options.stage != "lora":
+        raise UsageError(
+            f"config: stage: {options.stage!r} found; lora, which alone encodes its data ahead, was wanted.",
+            "Train it as it is: it reads its pictures while it trains.",
+        )
+    mesh, folder = make_mesh(vars(options.mesh)), open_folder(options, workdir)
+    check_stage(options, folder)
+    with jax.set_mesh(mesh):
+        return [STAGES["lora"](options, folder, mesh, workdir).batches().source]
 
 
 def open_folder(options: Options, workdir: Path) -> Model:
