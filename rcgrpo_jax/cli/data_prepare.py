@@ -88,15 +88,14 @@ def _open(name: str, values: flags.FlagValues) -> tuple[DataSet, RowForm]:
     given = {field: values[field].value for field in fields if values[field].present}
     given |= {field: tuple(given[field]) for field in ("id", "tasks") if field in given}
     path, split, published = Path(values["from"].value), values.split or "", PUBLISHED.get(name)
-    if published:
-        check_tasks(given.get("tasks", ()), published)
-        form, data = replace(published.form, **given), open_published(published, path, split)
-    else:
-        if missing := [f"--{field}" for field in NEEDED if field not in given]:
-            raise UsageError(f"missing {', '.join(missing)}.", f"Name the columns of the {name} files.")
-        form, data = RowForm(**given), open_own(name, path, split)
+    missing = [f"--{field}" for field in NEEDED if field not in given]
+    if missing and not published:
+        raise UsageError(f"missing {', '.join(missing)}.", f"Name the columns of the {name} files.")
+    check_tasks(given.get("tasks", ()), published)
+    form = replace(published.form, **given) if published else RowForm(**given)
     if form.tasks and not form.task:
         raise UsageError("--tasks: no column of the task is known.", "Name it by --task.")
+    data = open_published(published, path, split) if published else open_own(name, path, split)
     form, notes = fit_form(form, data.table, given)
     return replace(data, notes=[*data.notes, *notes]), form
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rcgrpo_jax.borders import conform, read_object
+from rcgrpo_jax.borders import STRICT, conform, read_object
 from rcgrpo_jax.data.prepare.row import NOT_CHOSEN, Prepared, Skipped
 from rcgrpo_jax.data.records import RecordSet, count_records
 from rcgrpo_jax.errors import UserError
@@ -24,6 +24,8 @@ MOST_INSIDE = 0.5  # share of a target's change: a mask that covers less is susp
 @dataclass
 class Part:
     """What became of consecutive rows."""
+
+    __pydantic_config__ = STRICT
 
     rows: int = 0
     names: list[str] = field(default_factory=list)  # of the examples in the shard
@@ -95,7 +97,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: With the first setting that differs.
     """
-    file, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    file = folder / SETTINGS
     if not (folder / FOLDER / "00000.json").is_file():
         write_json(file, settings)
         return

@@ -83,7 +83,8 @@ class Report:
         if {*tasks} - {""} or self.published:
             lines.append(f"  {'task':<24} {'written':>9} {'published':>9}")
             rows = [(task or "(none)", whole.kept.get(task, 0), self.published.get(task)) for task in tasks]
-            rows += [("all", len(whole.names), self.published[""])] * ("" in self.published)
+            if "" in self.published:
+                rows.append(("all", len(whole.names), self.published[""]))
             for task, kept, count in rows:
                 lines.append(f"  {task:<24} {kept:>9,} {'' if count is None else f'{count:,}':>9}".rstrip())
         if whole.not_chosen:

@@ -95,7 +95,7 @@ def read_row(row: Row, number: int, form: RowForm, find: Finder) -> Prepared | S
             raise Unusable(NOT_CHOSEN)
         return _prepare(row, identifier or f"{number:08d}", task, form, find)
     except Unusable as skip:
-        return Skipped(row.where, printable(identifier), skip.reason, printable(skip.detail), printable(task))
+        return Skipped(*map(printable, (row.where, identifier, skip.reason, skip.detail, task)))
 
 
 def _prepare(row: Row, identifier: str, task: str, form: RowForm, find: Finder) -> Prepared:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rcgrpo_jax.data.paths import Finder
+from rcgrpo_jax.data.paths import Finder, printable
 from rcgrpo_jax.data.prepare.parts import (
     FOLDER,
     SETTINGS,
@@ -90,8 +90,9 @@ def prepare(
 
 def settings_of(data: DataSet, form: RowForm) -> dict[str, Any]:
     """What makes the records what they are: the data set, how it is read, and the files with their sizes."""
-    files = {str(file.relative_to(data.root)): file.stat().st_size for file in data.table.files}
-    return {"data_set": data.name, "split": data.split, "form": asdict(form), "files": files}
+    files = {printable(str(file.relative_to(data.root))): file.stat().st_size for file in data.table.files}
+    settings = {"data_set": data.name, "split": data.split, "form": asdict(form), "files": files}
+    return json.loads(json.dumps(settings))  # as it is read from a file, where tuples are lists
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcgrpo_jax.data.jsonl import likely
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.data.prepare.row import RowForm
 from rcgrpo_jax.data.published import ALL, Published
 from rcgrpo_jax.data.tables import CONTAINERS, FileTable, Table, find_files, is_of
@@ -78,7 +79,7 @@ def open_own(kind: str, path: Path, split: str = "") -> DataSet:
     """
     files = find_files(path, CONTAINERS[kind])
     files = _of_split(files, split, path) if split else files
-    title = f"{kind}: {path.name}" + (f", split {split}" if split else "")
+    title = f"{kind}: {printable(path.name)}" + (f", split {split}" if split else "")
     return DataSet(OWN, title, split, _root(path), FileTable(CONTAINERS[kind], files), {}, _missing(files))
 
 
