@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rcgrpo_jax.data.mask_forms import MASK_FORMS, fit_mask
+from rcgrpo_jax.data.mask_forms import MASK_FORMS, decode_runs, fit_mask
 from rcgrpo_jax.data.prepare.row import change_inside
 from rcgrpo_jax.errors import UserError
 
@@ -25,6 +25,17 @@ def test_each_form_marks_the_region(form):
     found = MASK_FORMS[form](mask, source, "mask")
     np.testing.assert_array_equal(found, data_sets.region())
     assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("cell", ["2 3 9 9", "[2, 3, 9, 9]", [2, 3, 9, 9]])
+def test_runs_are_pairs_of_start_and_length(cell):
+    assert decode_runs(cell, (4, 3)).tolist() == [[0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("cell", ["", "1 2 3", "12 1", "-1 3", "a b", {"counts": 3}, [None, 1], 7])
+def test_what_is_no_runs_is_named(cell):
+    with pytest.raises(UserError, match="pairs of start and length, starts below 12"):
+        decode_runs(cell, (4, 3))
 
 
 def test_black_things_of_the_source_are_no_region_unless_they_touch_it():

@@ -206,7 +206,7 @@ BAD = {  # change of a row -> reason, detail
 
 @pytest.fixture
 def bad(tmp_path) -> Path:
-    """A good row, the bad ones with one good row among them that lacks caption and target, and a repeated id."""
+    """A good row, the bad ones with two good rows among them that lack caption and target, and a repeated id."""
     root, source = tmp_path / "in", data_sets.pictures(0)[0]
     mask = data_sets.white(source)
     write_pictures(
@@ -219,7 +219,10 @@ def bad(tmp_path) -> Path:
     (root / "rows.txt").write_text("no picture")
     good = {"image": "image.png", "mask": "mask.png", "target": "target.png", "text": "Go.", "caption": "so"}
     rows = [good | {"id": "first"}, *(good | change | {"id": name} for name, (change, *_) in BAD.items())]
-    rows[5:5] = [good | {"id": "bare", "caption": None, "target": None}]
+    rows[5:5] = [
+        good | {"id": "bare", "caption": None, "target": None},
+        good | {"id": "void", "caption": "", "target": ""},
+    ]
     rows += [good | {"id": "last/one.png"}, good | {"id": "first"}]
     return write_rows(root, rows)
 
@@ -231,7 +234,7 @@ def test_rows_that_are_no_examples_are_skipped_and_named(bad, tmp_path, capsys):
     run(["json", f"--from={bad}", f"--out={out}", *COLUMNS])
     source = open_source(f"tfds:{out}")
     assert [(x.name, x.has_target, x.caption) for x in source] == [
-        ("first", True, "so"), ("bare", False, None), ("last-one", True, "so"),
+        ("first", True, "so"), ("bare", False, None), ("void", False, None), ("last-one", True, "so"),
     ]  # fmt: skip
     skipped = {row["id"]: row for row in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())}
     assert skipped.keys() == {*BAD, "first", ""}
@@ -241,7 +244,7 @@ def test_rows_that_are_no_examples_are_skipped_and_named(bad, tmp_path, capsys):
     assert skipped["first"]["reason"] == "the id is there already"
     assert skipped[""]["reason"] == "the row cannot be read"
     report = json.loads((out / "prepare.json").read_text())
-    assert report["rows"] == len(BAD) + 5 == report["examples"] + sum(x["rows"] for x in report["skipped"].values())
+    assert report["rows"] == len(BAD) + 6 == report["examples"] + sum(x["rows"] for x in report["skipped"].values())
     assert (report["with_target"], report["with_caption"]) == (2, 2)
     assert report["skipped"]["the image cannot be read"]["rows"] == 3
     assert "       3  the image cannot be read (corrupt: " in capsys.readouterr().out
@@ -254,6 +257,17 @@ def test_a_data_set_without_one_example_is_an_error_and_can_be_begun_anew(bad, t
     assert "the mask is not of the form 'transparent'" in caught.value.problem
     assert not (tmp_path / "out").exists()
     run(["json", *flags])
+
+
+def test_masks_may_be_runs(root, tmp_path):
+    runs = " ".join(f"{row * SIDE + 6} 12" for row in range(4, 12))
+    rows = [json.loads(line) | {"mask": runs} for line in (root / "rows.jsonl").read_text().splitlines()]
+    rows[1]["mask"], rows[2]["mask"] = "4 2 9999 1", None
+    write_rows(root, rows)
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, "--mask_form=runs"])
+    np.testing.assert_array_equal(open_source(f"tfds:{tmp_path / 'out'}")[0].mask, data_sets.region())
+    report = json.loads((tmp_path / "out/prepare.json").read_text())
+    assert report["skipped"].keys() == {"the mask is not of the form 'runs'", "no mask", "the id is there already"}
 
 
 def test_links_within_the_folder_are_followed(bad, tmp_path):

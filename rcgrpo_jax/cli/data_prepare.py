@@ -12,7 +12,7 @@ from rcgrpo_jax.borders import read_object
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import leave_devices_alone
 from rcgrpo_jax.cli.paths import check_apart, path_flag
-from rcgrpo_jax.data.mask_forms import MASK_FORMS
+from rcgrpo_jax.data.mask_forms import MASK_FORMS, RUNS
 from rcgrpo_jax.data.prepare.row import RowForm
 from rcgrpo_jax.data.prepare.run import REPORT, prepare, publish, settings_of
 from rcgrpo_jax.data.prepare.sets import NEEDED, DataSet, check_tasks, fit_form, open_own, open_published
@@ -45,7 +45,7 @@ def _flags(values: flags.FlagValues) -> None:
     for field, about in COLUMNS.items():
         flags.DEFINE_string(field, None, about, flag_values=values)
     flags.DEFINE_list("id", None, "columns whose values, joined by -, name an example", flag_values=values)
-    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS], "what the edit region is in a mask", flag_values=values)
+    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS, RUNS], "what the edit region is in a mask", flag_values=values)
     flags.DEFINE_bool("resize_masks", None, "bring masks of the picture's shape to its size", flag_values=values)
     flags.DEFINE_bool("keep_full_masks", None, "keep masks that are the whole picture", flag_values=values)
     flags.DEFINE_integer(
@@ -56,13 +56,13 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values, (name,) = parse("data prepare", ABOUT, argv, _flags, positional=("name",), required=("from", "out"))
     data, form = _open(name, values)
-    out = Path(values.out)
+    out = Path(os.path.abspath(values.out))
     check_apart("--out", out, {"--from": values["from"].value})
     leave_devices_alone()
-    partial = out.with_name(f"{out.name}.incomplete")
     if _is_finished(out, data, form):
-        print(f"{out} is finished; {REPORT} in it says what it holds.\n\ntfds:{out}")
+        print(f"{values.out} is finished; {REPORT} in it says what it holds.\n\ntfds:{values.out}")
         return
+    partial = out.with_name(f"{out.name}.incomplete")
     make_folder(partial, "--out")
     try:
         with hold(partial), Jobs(_LINES) as progress:
@@ -72,7 +72,7 @@ def run(argv: list[str]) -> None:
     except OSError as error:
         problem = f"--out: {partial} cannot be written ({error})."
         raise UserError(problem, "Free disk space, and run it again: it goes on.") from None
-    print("\n".join([*report.lines(), "", f"tfds:{out}"]))
+    print("\n".join([*report.lines(), "", f"tfds:{values.out}"]))
 
 
 def _open(name: str, values: flags.FlagValues) -> tuple[DataSet, RowForm]:

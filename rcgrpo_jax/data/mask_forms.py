@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.data.images import to_8_bits
 from rcgrpo_jax.data.masks import edit_region
 from rcgrpo_jax.errors import UserError
@@ -62,6 +65,38 @@ MASK_FORMS: dict[str, MaskForm] = {
     "transparent": _transparent,
     "pure-black": _pure_black,
 }
+
+
+RUNS = "runs"  # the form of masks that are no pictures
+
+
+def decode_runs(cell: Any, size: tuple[int, int]) -> Float[np.ndarray, "H W"]:
+    """The edit region from run lengths: pairs of the start and the length of each run, row by row, from 0.
+
+    PIE-Bench stores its masks so. A run past the last pixel ends there, as its authors have it.
+
+    Args:
+        cell: Whole numbers, as a list or as a text with blanks or commas between them.
+        size: (width, height) of the picture.
+
+    Raises:
+        UserError: They are no such pairs, or a run begins outside the picture.
+    """
+    parts = re.split(r"[\s,]+", cell.strip(" []\n")) if isinstance(cell, str) else cell
+    count = size[0] * size[1]
+    try:
+        numbers = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or max(numbers[::2]) >= count:
+        raise UserError(
+            f"mask: {shorten(cell)} found; pairs of start and length, starts below {count:,}, were wanted.",
+            "Choose another mask form.",
+        )
+    mask = np.zeros(count, np.float32)
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+        mask[start : start + length] = 1
+    return mask.reshape(size[::-1])
 
 
 def fit_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:

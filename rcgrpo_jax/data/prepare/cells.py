@@ -34,32 +34,18 @@ class Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
-def read_picture(cell: Any, field: str, folder: Path, find: Finder) -> tuple[Image.Image, bytes]:
-    """The picture that a cell holds or names.
+def read_content(cell: Any, field: str, folder: Path, find: Finder) -> bytes | None:
+    """The content of the picture's file that a cell holds or names; None where there is nothing in it.
 
     Args:
-        cell: The content of a file; a hub's `{"bytes": ..., "path": ...}`; a text with a path in the folder, a data URL
-            or Base64.
+        cell: The content; a hub's `{"bytes": ..., "path": ...}`; a text with a path, a data URL or Base64.
         field: What the picture is, for messages: `image`, `mask` or `target`.
         folder: That a path is relative to, and must not leave.
         find: Finds a path whatever its normal form of Unicode.
 
-    Returns:
-        The decoded picture (`images.open_image`), and the content of its file.
-
     Raises:
-        Unusable: There is none, or it cannot be read.
+        Unusable: It cannot be had.
     """
-    content = _content(cell, field, folder, find)
-    if content is None:
-        raise Unusable(f"no {field}")
-    try:
-        return open_image(io.BytesIO(content), field), content
-    except UserError as error:
-        raise Unusable(f"the {field} cannot be read", error.problem) from None
-
-
-def _content(cell: Any, field: str, folder: Path, find: Finder) -> bytes | None:
     if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
         cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
     if cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()):
@@ -74,6 +60,18 @@ def _content(cell: Any, field: str, folder: Path, find: Finder) -> bytes | None:
         except (binascii.Error, ValueError) as error:
             raise Unusable(f"the {field} cannot be read", f"no Base64 ({error})") from None
     return _file(cell, field, folder, find)
+
+
+def decode(content: bytes, field: str) -> Image.Image:
+    """The picture in the content of a file (`images.open_image`).
+
+    Raises:
+        Unusable: It is no picture, damaged, or claims to be huge.
+    """
+    try:
+        return open_image(io.BytesIO(content), field)
+    except UserError as error:
+        raise Unusable(f"the {field} cannot be read", error.problem) from None
 
 
 def _file(name: str, field: str, folder: Path, find: Finder) -> bytes:

@@ -13,14 +13,15 @@ from PIL import ExifTags, Image
 
 from rcgrpo_jax.data.example import MIN_SIDE, EditExample, check_example
 from rcgrpo_jax.data.images import as_rgb
-from rcgrpo_jax.data.mask_forms import MASK_FORMS, fit_mask
+from rcgrpo_jax.data.mask_forms import MASK_FORMS, RUNS, decode_runs, fit_mask
 from rcgrpo_jax.data.paths import Finder, printable
-from rcgrpo_jax.data.prepare.cells import Unusable, read_picture, read_text
+from rcgrpo_jax.data.prepare.cells import Unusable, decode, read_content, read_text
 from rcgrpo_jax.data.records import encode_png
 from rcgrpo_jax.data.tables import Row
 from rcgrpo_jax.errors import UserError
 
 _LONGEST_NAME = 120  # characters: examples name files
+_FULL = 0.94  # a mask that is nowhere below is the whole picture: what lossy files leave of white
 _PNG_DEPTH = 24  # place in a PNG file of the bits of a sample
 CHANGED = 24  # of 255: by which a pixel of the target must differ from the source's, in one channel, to count
 NOT_CHOSEN = "the task was not chosen"
@@ -37,7 +38,7 @@ class RowForm:
     caption: str = ""  # of the edited image
     task: str = ""
     id: tuple[str, ...] = ()  # joined by "-"; empty: the number of the row
-    mask_form: str = "white"  # of `mask_forms.MASK_FORMS`
+    mask_form: str = "white"  # of `mask_forms.MASK_FORMS`, or `mask_forms.RUNS`
     resize_masks: bool = False  # whether masks of the picture's shape are brought to its size; else they are skipped
     keep_full_masks: bool = False  # whether masks that are white throughout are kept; else they are skipped
     tasks: tuple[str, ...] = ()  # that are kept; empty: all
@@ -104,10 +105,13 @@ def _prepare(row: Row, identifier: str, task: str, form: RowForm, find: Finder) 
         raise Unusable("the instruction is blank")
     pictures, pixels = {}, {}
     for field, column in (("image", form.image), ("target", form.target)):
-        if column and (field == "image" or row.cells.get(column) is not None):
-            picture, content = read_picture(row.cells.get(column), field, row.folder, find)
+        content = read_content(row.cells.get(column) if column else None, field, row.folder, find)
+        if content is not None:
+            picture = decode(content, field)
             pixels[field] = _as_rgb(picture, field)
             pictures[field] = content if _is_plain(picture, content) else encode_png(pixels[field])
+    if "image" not in pixels:
+        raise Unusable("no image")
     source, target = pixels["image"], pixels.get("target")
     if min(source.shape[:2]) < MIN_SIDE:
         raise Unusable(f"the image has a side of less than {MIN_SIDE} pixels", _size(source))
@@ -142,22 +146,34 @@ def _as_rgb(picture: Image.Image, field: str) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _mask(row: Row, source: UInt8[np.ndarray, "H W 3"], form: RowForm, find: Finder) -> Float[np.ndarray, "H W"]:
-    picture, _ = read_picture(row.cells.get(form.mask), "mask", row.folder, find)
-    size = source.shape[1::-1]
-    if form.resize_masks:
-        picture = fit_mask(picture, size)
-    if picture.size != size:
-        found = f"{picture.width} x {picture.height}; the image {_size(source)}"
-        raise Unusable("the mask is of another " + ("shape" if form.resize_masks else "size"), found)
+    cell, size = row.cells.get(form.mask), source.shape[1::-1]
     try:
-        mask = MASK_FORMS[form.mask_form](picture, source, "mask")
+        if form.mask_form == RUNS and cell:
+            mask = decode_runs(cell, size)
+        else:
+            picture = _mask_picture(row, size, form, find)
+            mask = MASK_FORMS[form.mask_form](picture, source, "mask")
     except UserError as error:
         raise Unusable(f"the mask is not of the form {form.mask_form!r}", error.problem) from None
     if not mask.any():
         raise Unusable("the mask is empty")
-    if mask.min() == 1 and not form.keep_full_masks:
+    if mask.min() > _FULL and not form.keep_full_masks:
         raise Unusable("the mask is the whole picture")
     return mask
+
+
+def _mask_picture(row: Row, size: tuple[int, int], form: RowForm, find: Finder) -> Image.Image:
+    """The decoded mask at the size (width, height) of its picture."""
+    content = read_content(row.cells.get(form.mask), "mask", row.folder, find)
+    if content is None:
+        raise Unusable("no mask")
+    picture = decode(content, "mask")
+    if form.resize_masks:
+        picture = fit_mask(picture, size)
+    if picture.size != size:
+        found = f"{picture.width} x {picture.height}; the image {size[0]} x {size[1]}"
+        raise Unusable("the mask is of another " + ("shape" if form.resize_masks else "size"), found)
+    return picture
 
 
 def _is_plain(picture: Image.Image, content: bytes) -> bool:
