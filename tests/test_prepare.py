@@ -128,6 +128,16 @@ def test_it_does_not_go_on_with_other_settings_or_files(root, tmp_path, small_sh
     assert "begin anew" in caught.value.remedy
 
 
+def test_what_a_stopped_run_left_unfinished_is_no_part_of_another(root, tmp_path):
+    partial = tmp_path / "out.incomplete"
+    partial.mkdir()
+    for name in ("compbench-train.array_record-00000", "incomplete.edits-train.array_record-00003"):
+        (partial / name).write_bytes(b"half")
+    (partial / "settings.json").write_text('{"data_set": "compbench"}')  # no part of it was finished
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS])
+    assert [file.name for file in (tmp_path / "out").glob("*record*")] == ["edits-train.array_record-00000"]
+
+
 def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
     out = tmp_path / "out"
     run(["json", f"--from={root}", f"--out={out}", *COLUMNS])
@@ -257,6 +267,14 @@ def test_a_data_set_without_one_example_is_an_error_and_can_be_begun_anew(bad, t
     assert "the mask is not of the form 'transparent'" in caught.value.problem
     assert not (tmp_path / "out").exists()
     run(["json", *flags])
+
+
+def test_a_table_without_rows_is_an_error(tmp_path):
+    for rows, reason in (("", "skipped: 0"), ("\n,,\n", "1  the instruction is blank")):
+        (tmp_path / "a.csv").write_text(f"image,mask,text\n{rows}")
+        with pytest.raises(UserError, match="no row of the data set is an example") as caught:
+            run(["csv", f"--from={tmp_path / 'a.csv'}", f"--out={tmp_path / 'out'}", *COLUMNS[:3]])
+        assert reason in caught.value.problem
 
 
 def test_masks_may_be_runs(root, tmp_path):

@@ -79,13 +79,14 @@ def test_tfds_itself_reads_what_is_written(tmp_path):
 def test_rows_are_counted_by_task_and_beside_the_published_numbers(tmp_path, capsys):
     report = prepare("compbench", data_sets.compbench_parquet(tmp_path / "in"), tmp_path / "out")
     assert (report["rows"], report["examples"]) == (7, 5)
+    assert report["rows_by_task"] == {"add": 2, "remove": 2, "replace": 2}
     assert report["examples_by_task"] == {"add": 2, "remove": 2, "replace": 1}
     assert report["published_by_task"] == {"add": 982, "remove": 1331, "replace": 152}
     assert report["not_chosen_by_task"] == {"action": 1}
     assert report["skipped"]["no mask"]["first"][0]["id"] == "replace-005ca3cb/0/00005.png"
     shown = capsys.readouterr().out
-    assert "  remove                           2     1,331" in shown
-    assert "warning: 1 examples of replace; 152 are published" in shown
+    assert "  replace                          2         1       152" in shown
+    assert "warning: 2 rows of replace read; 152 are published" in shown
 
 
 def test_tasks_and_splits_are_chosen(tmp_path):

@@ -30,6 +30,7 @@ class Part:
     rows: int = 0
     names: list[str] = field(default_factory=list)  # of the examples in the shard
     bytes: int = 0  # of its records
+    read: dict[str, int] = field(default_factory=dict)  # task -> rows, of the tasks that were chosen
     kept: dict[str, int] = field(default_factory=dict)  # task -> examples
     targets: int = 0  # examples with a target
     captions: int = 0
@@ -43,7 +44,8 @@ class Part:
         example = prepared.example
         self.rows += 1
         self.names.append(example.name)
-        self.kept[example.task] = self.kept.get(example.task, 0) + 1
+        _count(self.read, example.task)
+        _count(self.kept, example.task)
         self.targets += example.has_target
         self.captions += example.has_caption
         if prepared.inside is not None:
@@ -54,22 +56,26 @@ class Part:
         """Counts a row that is no example."""
         self.rows += 1
         if skipped.reason == NOT_CHOSEN:
-            self.not_chosen[skipped.task] = self.not_chosen.get(skipped.task, 0) + 1
+            _count(self.not_chosen, skipped.task)
         else:
+            _count(self.read, skipped.task)
             self.skipped.append((skipped.where, skipped.id, skipped.reason, skipped.detail))
+
+
+def _count(counts: dict[str, int], task: str) -> None:
+    counts[task] = counts.get(task, 0) + 1
 
 
 def total(parts: Iterable[Part]) -> Part:
     """The sum of parts."""
-    whole, kept, not_chosen = Part(), Counter(), Counter()
+    whole = Part()
     for part in parts:
         for name in ("rows", "bytes", "targets", "captions", "compared", "outside"):
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        for name in ("read", "kept", "not_chosen"):
+            setattr(whole, name, dict(sorted((Counter(getattr(whole, name)) + Counter(getattr(part, name))).items())))
         whole.names += part.names
         whole.skipped += part.skipped
-        kept.update(part.kept)
-        not_chosen.update(part.not_chosen)
-    whole.kept, whole.not_chosen = dict(sorted(kept.items())), dict(sorted(not_chosen.items()))
     return whole
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rcgrpo_jax.data.prepare.parts import MOST_INSIDE, Part
 
 FIRST = 5  # rows that are named for each reason; skipped.jsonl has all of them
+TASKS = 30  # that the text lists; prepare.json has all of them
 SUSPICIOUS = 1 / 3  # share of examples whose masks miss the change, above which the mask form is doubted
 
 
@@ -46,9 +47,9 @@ class Report:
                 "in the mask: its form (--mask_form) is probably another one"
             )
         for task, count in self.published.items():
-            kept = whole.kept.get(task, 0) if task else len(whole.names)
-            if kept != count:
-                found.append(f"{kept:,} examples{f' of {task}' if task else ''}; {count:,} are published")
+            rows = whole.read.get(task, 0) if task else sum(whole.read.values())
+            if rows != count:
+                found.append(f"{rows:,} rows{f' of {task}' if task else ''} read; {count:,} are published")
         return found + list(self.notes)
 
     def as_json(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class Report:
             "examples": len(whole.names),
             "with_target": whole.targets,
             "with_caption": whole.captions,
+            "rows_by_task": whole.read,
             "examples_by_task": whole.kept,
             "published_by_task": dict(self.published),
             "not_chosen_by_task": whole.not_chosen,
@@ -78,17 +80,20 @@ class Report:
         """The report for people."""
         whole = self.whole
         extra = f"{whole.targets:,} with a target, {whole.captions:,} with a caption"
-        lines = [self.title, f"{whole.rows:,} rows read, {len(whole.names):,} examples written ({extra})"]
-        tasks = dict.fromkeys([*(task for task in self.published if task), *whole.kept])
-        if {*tasks} - {""} or self.published:
-            lines.append(f"  {'task':<24} {'written':>9} {'published':>9}")
-            rows = [(task or "(none)", whole.kept.get(task, 0), self.published.get(task)) for task in tasks]
-            if "" in self.published:
-                rows.append(("all", len(whole.names), self.published[""]))
-            for task, kept, count in rows:
-                lines.append(f"  {task:<24} {kept:>9,} {'' if count is None else f'{count:,}':>9}".rstrip())
+        published = f" ({self.published['']:,} are published)" if "" in self.published else ""
+        lines = [self.title, f"{whole.rows:,} rows read{published}, {len(whole.names):,} examples written ({extra})"]
+        if {*whole.read} - {""}:
+            lines.append(f"  {'task':<24} {'read':>9} {'written':>9} {'published':>9}")
+            tasks = list(dict.fromkeys([*filter(None, self.published), *whole.read]))
+            for task in tasks[:TASKS]:
+                published = f"{self.published[task]:,}" if task in self.published and task else ""
+                counts = f"{whole.read.get(task, 0):>9,} {whole.kept.get(task, 0):>9,} {published:>9}"
+                lines.append(f"  {task or '(none)':<24} {counts}".rstrip())
+            lines += [f"  and {len(tasks) - TASKS:,} other tasks"] * (len(tasks) > TASKS)
         if whole.not_chosen:
-            named = ", ".join(f"{task or '(none)'} {count:,}" for task, count in whole.not_chosen.items())
+            first = list(whole.not_chosen.items())[:TASKS]
+            named = ", ".join(f"{task or '(none)'} {count:,}" for task, count in first)
+            named += ", ..." * (len(whole.not_chosen) > TASKS)
             lines.append(f"other tasks, not chosen: {sum(whole.not_chosen.values()):,} ({named})")
         lines.append(f"skipped: {len(whole.skipped):,}")
         for reason, rows in self.reasons.items():

@@ -58,6 +58,7 @@ def prepare(
     check_settings(folder, settings_of(data, form))
     records = RecordSet(folder, data.name, data.title)
     parts = read_parts(folder, records)
+    _remove_unknown(folder, {records.file(index) for index in range(len(parts))})
     names = {name for part in parts for name in part.names}
     start, count, find = sum(part.rows for part in parts), len(data.table), Finder()
     rows = enumerate(data.table.rows(start, form.columns.values()), start=start)
@@ -80,7 +81,7 @@ def prepare(
     whole = total(parts)
     report = Report(data.title, whole, data.published_of(form), data.notes)
     if not whole.names:
-        shutil.rmtree(folder / FOLDER)  # nothing to go on from
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # nothing to go on from
         raise UserError("\n".join(["no row of the data set is an example.", *report.lines()]), "See the reasons above.")
     records.write_info([len(part.names) for part in parts if part.names], whole.bytes)
     write_json(folder / REPORT, {"settings": settings_of(data, form), **report.as_json()})
@@ -100,6 +101,13 @@ def publish(folder: Path, out: Path) -> None:
     os.replace(folder, out)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
     (out / SETTINGS).unlink(missing_ok=True)
+
+
+def _remove_unknown(folder: Path, known: set[Path]) -> None:
+    """Removes shards that belong to no finished part: what was under way when a call was stopped."""
+    for file in folder.glob("*array_record*"):
+        if file not in known:
+            file.unlink()
 
 
 def _refuse_repeated(found: Prepared | Skipped, names: set[str]) -> Prepared | Skipped:

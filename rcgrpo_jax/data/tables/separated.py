@@ -20,16 +20,8 @@ class Separated(Container):
     form = "a table of separated values"
 
     def rows(self, file: Path, start: int = 0, columns: Collection[str] | None = None) -> Iterator[Row]:
-        # Bytes that are not UTF-8 become half characters, which checks of an example find: one row is lost by them.
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened, _long_cells():
-            lines = csv.reader(opened, delimiter=_delimiter(file))
-            header = next(lines, [])
-            if not any(name.strip() for name in header) or len({*header}) < len(header):
-                raise UserError(
-                    f"{file}: the first line is {header!r:.200}; names of columns, each once, were wanted.",
-                    "Write a header.",
-                )
-            number = 0
+        with _lines(file) as lines:
+            header, number = _header(file, lines), 0
             while True:
                 where = f"{file.name}, row {number}"
                 try:
@@ -47,6 +39,36 @@ class Separated(Container):
                     yield row
                 number += 1
 
+    def columns(self, file: Path) -> list[str]:
+        with _lines(file) as lines:
+            return _header(file, lines)
+
+
+@contextmanager
+def _lines(file: Path) -> Iterator[Iterator[list[str]]]:
+    """The lines of a file as lists of cells, which may be as long as pictures: the module has one limit for all.
+
+    Bytes that are not UTF-8 become half characters. Checks of an example find these, so one row alone is lost by them.
+    """
+    usual = csv.field_size_limit(_LARGEST)
+    try:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+            yield csv.reader(opened, delimiter=_delimiter(file))
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _header(file: Path, lines: Iterator[list[str]]) -> list[str]:
+    try:
+        header = next(lines, [])
+    except csv.Error as error:
+        raise UserError(f"{file}: the first line cannot be read ({error}).", "Write a header.") from None
+    if not any(name.strip() for name in header) or len({*header}) < len(header):
+        raise UserError(
+            f"{file}: the first line is {header!r:.200}; names of columns, each once, were wanted.", "Write a header."
+        )
+    return header
+
 
 def _delimiter(file: Path) -> str:
     if file.suffix.lower() == ".tsv":
@@ -54,13 +76,3 @@ def _delimiter(file: Path) -> str:
     with file.open(encoding="utf-8-sig", errors="replace") as opened:
         first = opened.readline(_LARGEST)
     return ";" if ";" in first and "," not in first else ","
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lets cells be as long as pictures; the module has one limit for all."""
-    usual = csv.field_size_limit(_LARGEST)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(usual)
