@@ -161,8 +161,13 @@ def test_a_mask_form_that_misses_the_change_is_doubted(tmp_path):
         ("compbnech", [], r"unknown data set 'compbnech'; .* Did you mean 'compbench'\?"),
         ("compbench", ["--tasks=ad"], "--tasks: 'ad' found; add, remove"),
         ("compbench", ["--split=test"], "--split: 'test' found; train, multi_turn was wanted"),
+        (
+            "compbench",
+            ["--split=multi_turn"],
+            "the Parquet files of the hub, or the folder tasks/ .* wanted; found .cache, tasks",
+        ),
         ("magicbrush", ["--tasks=add"], "--tasks: 'add' found; none, since it names no tasks"),
-        ("magicbrush", [], r"no file of the split 'train'; found nothing|wanted; found"),
+        ("magicbrush", [], "the Parquet files of the hub wanted; found .cache, tasks"),
         ("parquet", ["--image=a"], "missing --mask, --instruction"),
         ("parquet", ["--image=a", "--mask=b", "--instruction=c", "--tasks=add"], "no column of the task is known"),
         ("parquet", ["--image=a", "--mask=b", "--instruction=c"], "no .parquet file found"),
@@ -170,8 +175,9 @@ def test_a_mask_form_that_misses_the_change_is_doubted(tmp_path):
     ],
 )
 def test_what_cannot_be_prepared_is_named(tmp_path, name, flags, problem):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/readme.txt").touch()
+    data_sets.compbench_folders(tmp_path / "in")
+    (tmp_path / "in/.cache").mkdir()
+    (tmp_path / "in/.cache/a.parquet").touch()
     with pytest.raises((UsageError, UserError), match=problem):
         prepare(name, tmp_path / "in", tmp_path / "out", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -70,8 +70,8 @@ def run(argv: list[str]) -> None:
             publish(partial, out)
             (out / LOCK).unlink(missing_ok=True)
     except OSError as error:
-        problem = f"--out: {partial} cannot be written ({error})."
-        raise UserError(problem, "Free disk space, and run it again: it goes on.") from None
+        problem = f"--out: {partial} is not finished ({error})."
+        raise UserError(problem, "Make room or mend the file, and run it again: it goes on.") from None
     print("\n".join([*report.lines(), "", f"tfds:{values.out}"]))
 
 

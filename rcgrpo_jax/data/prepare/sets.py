@@ -12,7 +12,7 @@ from rcgrpo_jax.data.jsonl import likely
 from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.data.prepare.row import RowForm
 from rcgrpo_jax.data.published import ALL, Published
-from rcgrpo_jax.data.tables import CONTAINERS, FileTable, Table, find_files, is_of
+from rcgrpo_jax.data.tables import CONTAINERS, FileTable, Table, files_below, find_files
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 
 OWN = "edits"  # what TFDS calls a user's own data set
@@ -50,16 +50,16 @@ def open_published(data: Published, path: Path, split: str = "") -> DataSet:
         UserError: The folder holds nothing of it.
         UsageError: It has no such split.
     """
-    split = split or next(iter(data.splits))
+    default = next(iter(data.splits))
+    split = split or default
     if split not in data.splits:
         raise UsageError(f"--split: {split!r} found; {_listed(data.splits)} was wanted.", f"See {data.hub} on the hub.")
     if not path.exists():
         raise UserError(f"--from: {path}: there is no such folder.", f"Download {data.hub} from the hub to it.")
     notes: list[str] = []
-    table = data.open_other(path)
+    table = data.open_other(path) if split == default else None  # other layouts hold that one
     if table is None:
-        below = [path] if path.is_file() else sorted(path.rglob("[!.]*"))
-        files = [file for file in below if is_of(file, CONTAINERS["parquet"])]
+        files = files_below(path, CONTAINERS["parquet"])
         if not files:
             raise UserError(f"--from: {path}: {data.layout} wanted; found {_contents(path)}.", f"Download {data.hub}.")
         files = _of_split(files, split, path)

@@ -1,6 +1,6 @@
 """Tables of rows, in whatever files they lie; what a row means as an example is no matter here."""
 
-from rcgrpo_jax.data.tables.base import Container, FileTable, Row, Table, find_files, is_of
+from rcgrpo_jax.data.tables.base import Container, FileTable, Row, Table, files_below, find_files
 from rcgrpo_jax.data.tables.documents import Documents
 from rcgrpo_jax.data.tables.parquet import Parquet
 from rcgrpo_jax.data.tables.separated import Separated
@@ -13,4 +13,4 @@ CONTAINERS: dict[str, Container] = {
     "webdataset": WebDataset(),
 }
 
-__all__ = ["CONTAINERS", "Container", "FileTable", "Row", "Table", "find_files", "is_of"]
+__all__ = ["CONTAINERS", "Container", "FileTable", "Row", "Table", "files_below", "find_files"]

@@ -105,7 +105,11 @@ class FileTable:
 
 
 def check_whole(file: Path) -> None:
-    """Raises a UserError for a pointer of Git LFS, or an empty file."""
+    """Raises a UserError for a pointer of Git LFS, an empty file, or one that cannot be opened."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).", "Check the path and its permissions.") from None
     kind = filetypes.describe(file)
     if kind == filetypes.LFS_POINTER:
         raise UserError(f"{file}: this is {kind}; the file itself was wanted.", filetypes.LFS_REMEDY)
@@ -113,25 +117,26 @@ def check_whole(file: Path) -> None:
         raise UserError(f"{file}: this is {kind}; rows were wanted.", "Download it again, or move it away.")
 
 
+def files_below(path: Path, container: Container) -> list[Path]:
+    """The files of a container in a folder and those below it, sorted, without hidden ones; or the file itself."""
+    if path.is_file():
+        return [path]
+    found = (file for file in path.rglob("*") if file.name.lower().endswith(container.suffixes) and file.is_file())
+    return sorted(x for x in found if not any(part.startswith(".") for part in x.relative_to(path).parts))
+
+
 def find_files(path: Path, container: Container) -> list[Path]:
-    """The file itself, or the files of a container in a folder and those below it, sorted.
+    """As `files_below`.
 
     Raises:
         UserError: There is no such path, or no such file in it.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"--from: {path}: there is no such file or folder.", "Correct the path.")
-    found = sorted(file for file in path.rglob("[!.]*") if is_of(file, container))
+    found = files_below(path, container)
     if not found:
         raise UserError(
             f"--from: {path}: no {' or '.join(container.suffixes)} file found; {container.form} was wanted.",
             "Name the folder that holds the files.",
         )
     return found
-
-
-def is_of(file: Path, container: Container) -> bool:
-    """Whether a file has a suffix of the container."""
-    return file.name.lower().endswith(container.suffixes) and file.is_file()
