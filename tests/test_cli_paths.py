@@ -13,6 +13,7 @@ from PIL import Image
 from rcgrpo_jax.cli import ablate
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.config_file import load_config
+from rcgrpo_jax.cli.data import COMMANDS as DATA_COMMANDS
 from rcgrpo_jax.cli.main import COMMANDS
 from rcgrpo_jax.cli.paths import (
     PathParser,
@@ -82,9 +83,12 @@ TEXTS = {  # flags and fields whose text is no path
     "reward", "option", "plugin",
     "step",
 }  # fmt: skip
+COLUMNS = {"image", "mask", "instruction", "target", "caption", "task", "split"}  # of data prepare: names in a table
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*(name for name in COMMANDS if name != "data"), *(f"data_{name}" for name in DATA_COMMANDS)]
+)
 def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
     """A new flag that names a file must not forget `~`."""
     defined = {}
@@ -103,7 +107,7 @@ def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
         module.run([])
     plain = {name for name, flag in defined.items() if type(flag.parser) is flags.ArgumentParser}
     assert defined
-    assert plain <= TEXTS
+    assert plain <= (COLUMNS if command == "data_prepare" else TEXTS)
     assert any(isinstance(flag.parser, PathParser) for flag in defined.values())
 
 

@@ -12,7 +12,7 @@ import small_run
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
-from rcgrpo_jax.cli.data import write_folder
+from rcgrpo_jax.cli.data_scenes import write_folder
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.scenes.source import Scenes

@@ -419,9 +419,10 @@ def test_the_written_folder_reads_back_the_same(tmp_path, capsys, flags):
 
 
 @pytest.mark.parametrize(("argv", "problem"), [
-    (["scene", "--out=x"], "unknown data set 'scene'.*Did you mean 'scenes'"),
+    ([], "no command; scenes.* was wanted"),
+    (["scene", "--out=x"], "unknown command 'scene'.*Did you mean 'scenes'"),
     (["scenes"], "missing --out"),
-    (["--out=x"], "0 arguments given, 1 wanted"),
+    (["--out=x"], "unknown command '--out=x'"),
     (["scenes", "--out=x", "--split=test"], "split"),
     (["scenes", "--out=x", "--count=0"], "count"),
     (["scenes", "--out=x", "--size=8"], "size"),

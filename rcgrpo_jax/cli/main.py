@@ -23,7 +23,7 @@ COMMANDS = {
     "ablate": "variants of a run against each other, several seeds each",
     "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",
-    "data": "write a data set of synthetic editing tasks",
+    "data": "make data sets",
     "demo": "the whole way on the small editor that ships with the package",
 }
 ALIASES = {"pretrain": "sft"}  # earlier name -> command
