@@ -12,9 +12,9 @@ import small_run
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
-from rcgrpo_jax.cli.data_scenes import write_folder
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
+from rcgrpo_jax.data.scenes.files import write_folder
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
