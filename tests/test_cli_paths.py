@@ -79,7 +79,7 @@ def test_path_flags_and_fields_are_expanded(home):
 
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
-    "reward", "option", "plugin",
+    "reward", "option", "plugin", "success", "threshold",
     "step",
 }  # fmt: skip
 

@@ -39,7 +39,8 @@ class BlockSet:
     within: Interval  # the better of two rollouts of one prompt from the other
     early: Interval  # the same by the noisier half of the steps
     late: Interval  # by the cleaner half
-    direction: int  # of `within`: 1 above chance, -1 below, 0 not told from it; corrected for the number of sets
+    across_direction: int  # 1 above chance, -1 below, 0 not told from it; corrected for the number of sets
+    within_direction: int
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,14 @@ def _separate(
         scores: Likewise.
         success: Which succeeded.
         blocks: Whose mean it is.
-        count: How many sets there are of the kind: 1 - 0.05 / count is the level of `direction` (Bonferroni).
+        count: How many sets there are of the kind: 1 - 0.05 / count is the level of the directions (Bonferroni).
     """
     means = densities[..., list(blocks)].mean(axis=-1)  # [N, S, 3]
     shares = [concordance(means[..., part], scores) for part in range(len(PARTS))]
-    within = [within_prompts(x) for x in shares]
-    certain = interval(within[0], 1 - (1 - LEVEL) / count)
-    direction = int(certain.low > CHANCE) - int(certain.high < CHANCE)
-    across = interval(between_rollouts(means[..., 0], success))
-    return BlockSet(tuple(blocks), across, *map(interval, within), direction), shares[0]
+    areas = [between_rollouts(means[..., 0], success), *map(within_prompts, shares)]
+    corrected = [interval(area, 1 - (1 - LEVEL) / count) for area in areas[:2]]
+    directions = [int(x.low > CHANCE) - int(x.high < CHANCE) for x in corrected]
+    return BlockSet(tuple(blocks), *map(interval, areas), *directions), shares[0]
 
 
 def _choose(single: Float[np.ndarray, "L N"], last: Float[np.ndarray, "L N"]) -> Choice:

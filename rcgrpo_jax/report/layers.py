@@ -76,8 +76,9 @@ def layer_tables(found: Diagnosis, doubles: int) -> list[Table]:
     header = ["across rollouts", "within prompts", "within, noisier half", "within, cleaner half"]
 
     def line(name: str, x: BlockSet) -> list[str]:
-        sign = {1: " *", 0: "", -1: " (below)"}[x.direction]
-        return [name, _cell(x.across), _cell(x.within) + sign, _cell(x.early), _cell(x.late)]
+        sign = {1: " *", 0: "", -1: " (below)"}
+        across, within = _cell(x.across) + sign[x.across_direction], _cell(x.within) + sign[x.within_direction]
+        return [name, across, within, _cell(x.early), _cell(x.late)]
 
     single = [line(block_name(x.blocks[0], doubles), x) for x in found.single]
     last = [line(str(len(x.blocks)), x) for x in found.last]
@@ -98,7 +99,7 @@ def verdict(found: Diagnosis, doubles: int, causes: Sequence[str] = ()) -> list[
     choice, total = found.choice, len(found.single)
     best, block = found.last[choice.layers - 1], found.single[choice.block]
     lines = [_of_what(found.counts, found.threshold, causes)]
-    if best.direction > 0:
+    if best.within_direction > 0:
         lines.append(
             f"Recommended: acd.layers={choice.layers} of {total}. The better of two rollouts of a prompt has the "
             f"higher ACD in {_cell(best.within)} of the pairs. On prompts that it was not chosen by: "
@@ -114,8 +115,15 @@ def verdict(found: Diagnosis, doubles: int, causes: Sequence[str] = ()) -> list[
         f"The best single block is {block_name(choice.block, doubles)}: {_cell(block.within)}. Its gain over the best "
         f"last blocks, on prompts that neither was chosen by: {_cell(choice.gain, '+')}."
     )
-    if below := [block_name(x.blocks[0], doubles) for x in found.single if x.direction < 0]:
-        lines.append(f"Where the better rollout has the lower ACD, beyond chance: {', '.join(below)}.")
+    for field, more, less in (
+        ("within_direction", "the better rollout of a prompt has the higher ACD", "it has the lower"),
+        ("across_direction", "successes of all prompts have the higher ACD", "failures have it"),
+    ):
+        above, below = (
+            ", ".join(block_name(x.blocks[0], doubles) for x in found.single if getattr(x, field) == sign) or "no block"
+            for sign in (1, -1)
+        )
+        lines.append(f"Beyond chance {more} in {above}; {less} in {below}.")
     return lines
 
 
@@ -145,7 +153,11 @@ def _numbers(found: Diagnosis) -> dict[str, Any]:
 
     def blocks(x: BlockSet) -> dict[str, Any]:
         areas = {name: interval(getattr(x, name)) for name in ("across", "within", "early", "late")}
-        return {"blocks": list(x.blocks), **areas, "direction": x.direction}
+        return {
+            "blocks": list(x.blocks),
+            **areas,
+            "directions": {"across": x.across_direction, "within": x.within_direction},
+        }
 
     choice = found.choice
     return {
