@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,6 +119,17 @@ def test_what_has_no_score_is_asked_for_again_and_what_has_one_is_not():
     assert np.isfinite(whole.scores).all()
     assert whole.causes == ()
     np.testing.assert_array_equal(whole.scores[2], torn.scores[2])
+    make(function=partial(score, fails=False))  # what was torn off is gone
+    assert asked == [2]
+
+
+@pytest.mark.slow
+def test_batches_and_devices_change_nothing():
+    alone = make()
+    Path("rollouts.jsonl").unlink()
+    spread = make(batch=3, devices=jax.local_devices()[:2])  # one row is padding
+    np.testing.assert_allclose(spread.densities, alone.densities, rtol=1e-4)
+    np.testing.assert_allclose(spread.scores, alone.scores, rtol=1e-4)
 
 
 # What they say
@@ -137,11 +149,12 @@ def test_the_blocks_that_tell_rollouts_apart_are_found():
 
 
 def test_a_block_that_tells_the_wrong_way_is_said_to():
-    found = diagnose(drawn((-1, 0, 0)))
+    found = diagnose(drawn((-2, 0, 0)))
     assert found.single[0].within_direction == -1
     assert found.single[0].within.high < 0.5
     text = "\n".join(verdict(found, 1))
     assert "No choice of acd.layers orders the rollouts of a prompt better than chance" in text
+    assert "The better rollout has the lower ACD, beyond chance, with acd.layers of 3." in text
     assert "it has the lower in double 0." in text
     assert "(below)" in layer_tables(found, 1)[0].lines[1][2]
 

@@ -111,6 +111,8 @@ def verdict(found: Diagnosis, doubles: int, causes: Sequence[str] = ()) -> list[
             f"{choice.layers} of {total}: {_cell(best.within)} of the pairs."
         )
     lines.append(f"Not worse with certainty: acd.layers of {', '.join(map(str, choice.as_good))}.")
+    if below := [str(len(x.blocks)) for x in found.last if x.within_direction < 0]:
+        lines.append(f"The better rollout has the lower ACD, beyond chance, with acd.layers of {', '.join(below)}.")
     lines.append(
         f"The best single block is {block_name(choice.block, doubles)}: {_cell(block.within)}. Its gain over the best "
         f"last blocks, on prompts that neither was chosen by: {_cell(choice.gain, '+')}."
