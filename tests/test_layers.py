@@ -19,7 +19,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.edit import EditOptions, edit_all
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.pictures import read_lines
-from rcgrpo_jax.experiments.layer_rollouts import block_means, roll_out
+from rcgrpo_jax.experiments.layer_rollouts import Success, block_means, roll_out
 from rcgrpo_jax.experiments.layers import diagnose
 from rcgrpo_jax.experiments.rollout_log import Rollouts
 from rcgrpo_jax.report.layer_plot import draw_areas
@@ -54,7 +54,7 @@ def make(name="mean", function=lambda inputs: inputs.edited.mean((2, 3, 4)), **o
     """Rollouts of scenes in this folder."""
     given = {"examples": EXAMPLES, "seeds": range(SEEDS), "options": EditOptions(2, 2.5, 0), "batch": 2} | options
     model, source = open_model(str(small_run.model_folder())), Scenes("validation", 4, SIZE)
-    return roll_out(model, None, source, (name, Local(function), {}), Path(), **given, **EDITING)
+    return roll_out(model, None, source, Success(name, Local(function), {}), Path(), **given, **EDITING)
 
 
 def drawn(effects=(0, 0, 0), examples=40, seeds=6) -> Rollouts:

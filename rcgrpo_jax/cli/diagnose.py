@@ -18,6 +18,7 @@ from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError, nearest
 from rcgrpo_jax.evaluation.edit import EditOptions
 from rcgrpo_jax.evaluation.measure_rewards import measure_rewards
+from rcgrpo_jax.experiments.layer_rollouts import Success
 from rcgrpo_jax.experiments.layers import MEDIAN, parse_threshold
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
@@ -88,8 +89,8 @@ def run(argv: list[str]) -> None:
     check_all({values.success: reward})
     with Jobs(lines=10) as progress:
         text = diagnose_layers(
-            model, lora, source, (values.success, reward, options), out, threshold=threshold, examples=values.examples,
-            seeds=range(values.seed, values.seed + values.seeds),
+            model, lora, source, Success(values.success, reward, options), out, threshold=threshold,
+            examples=values.examples, seeds=range(values.seed, values.seed + values.seeds),
             options=EditOptions(values.steps, values.guidance, values.seed), batch=values.batch, size=size,
             instruction_only=values.acd_text == "instruction", **editor_options(values), devices=devices,
             progress=progress,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.editors.model import EditorOptions, Model
@@ -25,6 +25,14 @@ from rcgrpo_jax.rewards import Reward, start_all
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
 
+class Success(NamedTuple):
+    """What a good edit scores high on."""
+
+    name: str
+    reward: Reward
+    options: Mapping[str, Any]  # that the reward was made with
+
+
 def block_means(densities: Float[Array, "K L"]) -> Float[Array, "3 L"]:
     """Means over the steps of `PARTS`; the middle one of an odd number of steps is in both halves."""
     steps = densities.shape[0]
@@ -36,7 +44,7 @@ def roll_out(
     model: Model,
     lora: dict | None,
     source: Source,
-    reward: tuple[str, Reward, Mapping[str, Any]],
+    success: Success,
     folder: Path,
     *,
     examples: int,
@@ -57,7 +65,7 @@ def roll_out(
         model: The model.
         lora: Adapter with its scale folded in; None is the base.
         source: The examples.
-        reward: Name, reward, and its options.
+        success: Scores the edits.
         folder: Gets the rollouts; it is there.
         examples: How many; all if there are fewer.
         seeds: Of the noises.
@@ -74,7 +82,6 @@ def roll_out(
             memory holds a batch, or the folder holds other rollouts.
         UsageError: There are no examples, or the size is not a whole number of tokens.
     """
-    name, score, reward_options = reward
     if not (blocks := model.sizes.num_blocks):
         raise UserError(
             f"--model: {model.path} reports the attention of no block; ACD needs it.", "Name a model that reports it."
@@ -85,10 +92,11 @@ def roll_out(
         check_fits(model, size, options.num_steps, editor_options["dtype"], min(batch, len(indices)))
     editor = model.open(EditorOptions(acd_layers=blocks, **editor_options), mesh)
     size = check_request(editor, source, indices, size)
-    names, digests = _check_examples(source, indices, size, score)
+    names, digests = _check_examples(source, indices, size, success.reward)
     settings = edit_settings(editor, options, size) | {
         "acd_text": "instruction" if instruction_only else "all", "lora": adapter_fingerprint(lora) if lora else "",
-        "reward": name, "options": {k: v for k, v in reward_options.items() if k not in score.incidental},
+        "reward": success.name,
+        "options": {name: x for name, x in success.options.items() if name not in success.reward.incidental},
     }  # fmt: skip
     del settings["seed"]
     claim(folder, settings)
@@ -102,7 +110,7 @@ def roll_out(
             batches = read_batches(source, missing, batch_rows(batch, len(indices), mesh), size)
             chosen = options._replace(seed=seed)
             for edited in edit_batches(editor, batches, chosen, lora, mesh, block_means, instruction_only):
-                scores, cause = _score(name, score, edited.batch, edited.pictures)
+                scores, cause = _score(success, edited.batch, edited.pictures)
                 for row, example in enumerate(edited.batch.own):
                     index = int(edited.batch.indices[row])
                     log.add(example.name, index, seed, digests[index], scores[row], cause, edited.acd[row])
@@ -124,7 +132,10 @@ def _check_examples(
     return tuple(names), digests
 
 
-def _score(name: str, reward: Reward, batch: ExampleBatch, pictures: np.ndarray) -> tuple[np.ndarray, str]:
+def _score(
+    success: Success, batch: ExampleBatch, pictures: UInt8[np.ndarray, "P H W 3"]
+) -> tuple[Float[np.ndarray, " P"], str]:
     """The scores of a batch, each edit a group of its own, and why there are none."""
-    found = start_all({name: reward}, reward_inputs(batch, pictures[:, None], reward)).result()
-    return found.by_reward[name][:, 0], found.failures.get(name, "")
+    inputs = reward_inputs(batch, pictures[:, None], success.reward)
+    found = start_all({success.name: success.reward}, inputs).result()
+    return found.by_reward[success.name][:, 0], found.failures.get(success.name, "")

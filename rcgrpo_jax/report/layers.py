@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.evaluation.tables import Table, markdown, plain
-from rcgrpo_jax.experiments.layer_rollouts import roll_out
+from rcgrpo_jax.experiments.layer_rollouts import Success, roll_out
 from rcgrpo_jax.experiments.layers import BlockSet, Counts, Diagnosis, diagnose
 from rcgrpo_jax.experiments.rollout_log import ROLLOUTS, SETTINGS
 from rcgrpo_jax.report.layer_plot import draw_areas
-from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, write_text
 
 FILES = ("layers.json", "layers.md", "layers.png")
@@ -30,7 +29,7 @@ def diagnose_layers(
     model: Model,
     lora: dict | None,
     source: Source,
-    reward: tuple[str, Reward, Mapping[str, Any]],
+    success: Success,
     out: Path,
     *,
     threshold: float | None = None,
@@ -42,7 +41,7 @@ def diagnose_layers(
         model: The model.
         lora: Adapter with its scale folded in; None is the base.
         source: The examples.
-        reward: Name, reward and its options.
+        success: Scores the edits.
         out: Gets `settings.json` and `rollouts.jsonl`, and then `layers.json`, `layers.md` and `layers.png`.
         threshold: As for `diagnose`.
         **options: Of `roll_out`.
@@ -56,7 +55,7 @@ def diagnose_layers(
     """
     make_folder(out, "--out", files=WRITTEN)
     with hold(out):
-        rollouts = roll_out(model, lora, source, reward, out, **options)
+        rollouts = roll_out(model, lora, source, success, out, **options)
         found, doubles = diagnose(rollouts, threshold), model.sizes.num_double_blocks
         remarks = verdict(found, doubles, rollouts.causes)
         head = {
