@@ -80,7 +80,7 @@ def test_path_flags_and_fields_are_expanded(home):
 
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
-    "reward", "option", "plugin",
+    "reward", "option", "plugin", "success", "threshold",
     "step",
 }  # fmt: skip
 COLUMNS = {"image", "mask", "instruction", "target", "caption", "task", "split"}  # of data prepare: names in a table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from rcgrpo_jax.data.example import Needs, Source, check_needs
+from rcgrpo_jax.data.example import EditExample, Needs, Source, check_needs
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.examples import ExampleBatch, read_batches
 from rcgrpo_jax.evaluation.pictures import read_picture
@@ -117,16 +117,29 @@ def judge(
 
 
 def _inputs(batch: ExampleBatch, pictures: Mapping[str, Pictures], reward: Reward) -> RewardInputs:
-    """The examples with their pictures as candidates, without the rows that repeat: scores may cost money."""
-    for example in batch.own:
+    """The examples with their pictures as candidates."""
+    check_scorable(batch.own, reward)
+    return reward_inputs(batch, np.stack([read(batch) for read in pictures.values()], axis=1), reward)
+
+
+def check_scorable(examples: Iterable[EditExample], reward: Reward) -> None:
+    """Refuses examples of which a reward cannot score an edit.
+
+    Raises:
+        UserError: With the example and what it lacks.
+    """
+    for example in examples:
         reward.validate(example.instruction)
         check_needs(example, Needs(right_target="the reward" * reward.needs_target))
         check_needs(example, Needs(caption="the reward" * reward.needs_caption))
+
+
+def reward_inputs(batch: ExampleBatch, edited: UInt8[np.ndarray, "P G H W 3"], reward: Reward) -> RewardInputs:
+    """What a reward is given of examples and their edits, without the rows that repeat: scores may cost money."""
     own = slice(batch.count)
-    edited = np.stack([read(batch)[own] for read in pictures.values()], axis=1)
     return RewardInputs(
         _unit(batch.pixels[own]),
-        _unit(edited),
+        _unit(edited[own]),
         jnp.asarray(batch.masks[own]),
         tuple(batch.instructions[own]),
         _unit(batch.targets[own]) if reward.needs_target else None,

@@ -81,7 +81,7 @@ def paired_interval(values: Values, other: Values) -> Interval:
     return mean_interval(values - other) if len(values) == len(other) else _interval([values, other])
 
 
-def share_interval(values: Float[np.ndarray, " N"]) -> Interval:
+def share_interval(values: Float[np.ndarray, " N"], level: float = LEVEL) -> Interval:
     """Estimates the mean of `N` shares in [0, 1], such as wins with ties as halves: Wilson's score interval.
 
     It is Wilson's for N wins and losses. Values between 0 and 1 vary less than these, so that it is too wide for them,
@@ -90,7 +90,7 @@ def share_interval(values: Float[np.ndarray, " N"]) -> Interval:
     kept = values[np.isfinite(values)]
     if not (count := len(kept)):
         return Interval(np.nan, np.nan, np.nan)
-    mean, square = float(kept.mean()), stats.norm.ppf((1 + LEVEL) / 2) ** 2
+    mean, square = float(kept.mean()), stats.norm.ppf((1 + level) / 2) ** 2
     centre = (mean + square / (2 * count)) / (1 + square / count)
     half = np.sqrt(square * mean * (1 - mean) / count + (square / (2 * count)) ** 2) / (1 + square / count)
     return Interval(mean, float(centre - half), float(centre + half))
