@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "whether a run fits on TPUs or GPUs and what it takes, by the compiler",
     "evaluate": "how well a model edits, with and without a LoRA",
     "judge": "whether a reward can tell good edits from bad, before a run learns from it",
+    "study": "a page that asks people which edits they prefer, and what their votes say",
     "ablate": "variants of a run against each other, several seeds each",
     "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",
