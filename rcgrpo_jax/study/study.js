@@ -98,7 +98,7 @@ function begin(found) {
 function welcome() {
   votes = null;
   $("total").textContent = EXAMPLES.length * QUESTIONS.length;
-  $("problem").textContent = "";
+  $("problem").textContent = $("voter").value = "";
   say("");
   show("welcome");
   $("voter").focus();
