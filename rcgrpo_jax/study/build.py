@@ -130,10 +130,9 @@ def balanced_orders(examples: int, makers: int, rng: np.random.Generator) -> Int
         rng: Draws the squares.
     """
     cyclic = np.add.outer(np.arange(makers), np.arange(makers)) % makers
-    squares = []
-    for _ in range(-(-examples // makers)):
-        square = rng.permutation(makers)[cyclic[:, rng.permutation(makers)]]
-        squares.append(rng.permutation(square))  # its rows
+    squares = [  # columns and rows of the cyclic one in random order: each row by itself is a random permutation
+        rng.permutation(cyclic) for _ in range(-(-examples // makers))
+    ]
     return np.concatenate(squares)[:examples]
 
 
