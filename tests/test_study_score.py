@@ -259,3 +259,6 @@ def test_the_command_writes_numbers_and_tables_and_spares_other_files(tmp_path, 
     assert (code, "scores.md is there and begins with" in problem) == (1, True)
     code, problem, _ = small_run.fail(capsys, *argv, f"--out={paths[0]}")
     assert "which is read; another place was wanted" in problem
+    write_key(tmp_path / "other.json", KEY)
+    code, problem, _ = small_run.fail(capsys, *argv, f"--out={tmp_path / 'other.json'}")
+    assert "a file that this command has written was wanted" in problem

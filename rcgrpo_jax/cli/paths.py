@@ -25,7 +25,7 @@ _PATH_FIELD = re.compile(
 STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
-    ".json": (b'{\n  "software": {', b'{\n  "topology": "', b'{\n  "reward": "', b'{\n  "study": "'),
+    ".json": (b'{\n  "software": {', b'{\n  "topology": "', b'{\n  "reward": "', b'{\n  "scored_study": "'),
     ".md": (b"**Preference rates",),
     ".tex": (b"% \\usepackage{booktabs}",),
 }

@@ -131,7 +131,7 @@ def balanced_orders(examples: int, makers: int, rng: np.random.Generator) -> Int
     """
     cyclic = np.add.outer(np.arange(makers), np.arange(makers)) % makers
     squares = [  # columns and rows of the cyclic one in random order: each row by itself is a random permutation
-        rng.permutation(cyclic) for _ in range(-(-examples // makers))
+        rng.permutation(cyclic[:, rng.permutation(makers)]) for _ in range(-(-examples // makers))
     ]
     return np.concatenate(squares)[:examples]
 

@@ -203,7 +203,7 @@ def as_json(scores: Scores) -> dict[str, Any]:
         return [{"question": q, field: name, **numbers(x)} for q, row in rates.items() for name, x in row.items()]
 
     return {
-        "study": scores.study,
+        "scored_study": scores.study,  # the key's file begins with "study", and must not be taken for this one
         "examples": scores.examples,
         "given": scores.given,
         "wanted": scores.wanted,
