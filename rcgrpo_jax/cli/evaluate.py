@@ -10,7 +10,7 @@ from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
-from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, path_flag
+from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, name_folders, path_flag
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_model
@@ -96,7 +96,7 @@ def picture_folders(values: flags.FlagValues) -> dict[str, Path]:
     Raises:
         UsageError: Both or neither are given, a flag that says how a model edits, or two folders of one name.
     """
-    folders = [Path(folder) for folder in values.pictures or ()]
+    folders = name_folders("pictures", values.pictures or ())
     if bool(values.model) == bool(folders):
         found = "both --model and --pictures" if folders else "neither --model nor --pictures"
         raise UsageError(
@@ -108,10 +108,4 @@ def picture_folders(values: flags.FlagValues) -> dict[str, Path]:
             f"--{given[0]}: found with --pictures; it says how a model edits, and these edits are made.",
             f"Leave --{given[0]} out.",
         )
-    named = {folder.absolute().name: folder for folder in folders}
-    if len(named) < len(folders):
-        raise UsageError(
-            f"--pictures: {', '.join(map(str, folders))} found; folders of different names were wanted.",
-            "Rename one: the names stand in the table.",
-        )
-    return named
+    return folders

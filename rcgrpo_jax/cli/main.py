@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "how well a model edits, with and without a LoRA",
     "judge": "whether a reward can tell good edits from bad, before a run learns from it",
     "diagnose": "which blocks' attention tells good edits from bad: what acd.layers should be",
+    "study": "a page that asks people which edits they prefer, and what their votes say",
     "ablate": "variants of a run against each other, several seeds each",
     "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",

@@ -164,8 +164,29 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = []
     for title, (header, *lines) in tables:
         rule = ["---"] * len(header)
-        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (header, rule, *lines)), ""]
+        rows = ([cell.replace("|", r"\|") for cell in line] for line in (header, rule, *lines))
+        parts += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join(parts)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """The tables in LaTeX, for a document that has `booktabs`."""
+    parts = ["% \\usepackage{booktabs}"]
+    for title, (header, *lines) in tables:
+        first, *rows = [f"{' & '.join(map(_latex_text, line))} \\\\" for line in (header, *lines)]
+        parts += [
+            "\\begin{table}", "\\centering", f"\\caption{{{_latex_text(title)}}}",
+            f"\\begin{{tabular}}{{{'l' * len(header)}}}", "\\toprule", first, "\\midrule", *rows, "\\bottomrule",
+            "\\end{tabular}", "\\end{table}", "",
+        ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _latex_text(text: str) -> str:
+    """A text as LaTeX prints it."""
+    special = {**{x: f"\\{x}" for x in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
+    special |= {"^": "\\textasciicircum{}", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "[": "{[}", "]": "{]}"}
+    return "".join(special.get(x, x) for x in text)
 
 
 def plain(tables: Sequence[Table]) -> str:
