@@ -21,6 +21,7 @@ LAYERS = [
     ("editors",),
     ("encoding",),
     ("evaluation", "runs"),
+    ("masking",),
     ("rl",),
     ("sft",),
     ("experiments", "training"),
