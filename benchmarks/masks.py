@@ -1,8 +1,8 @@
 """`python -m benchmarks.masks`: how near found masks come to exact ones, by way of finding them.
 
 The exact ones are those of scenes (`validation`, and `photo`: shapes on photographs), and with `--cutouts FOLDER` the
-alpha channels of its pictures, pasted on photographs, one each: to be removed, with the photograph as the target. A mask
-that came out empty counts as an overlap of 0.
+alpha channels of its pictures, pasted on photographs, one each: to be removed, with the photograph as the target. A
+mask that came out empty counts as an overlap of 0.
 
 - *IoU*: intersection over union of pixels at the default threshold.
 - *soft IoU*: sum min(a, b) / sum max(a, b) of the scores themselves, as `--soft` keeps them.

@@ -11,15 +11,15 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.masking.method import HALF, Method, Scores
 from rcgrpo_jax.rewards.colour import lab_from_srgb
 
-SMOOTH = 1 / 256  # shorter sides, at least a pixel: standard deviation of the filter that takes out file noise
-NOTICED = 5.0  # CIELAB units that a difference has at least where an edit is
-SEED = 2.0  # times the threshold: what a region reaches somewhere
+SMOOTH, LEAST_SMOOTH = 1 / 256, 1.5  # shorter sides, pixels: standard deviation of the filter that takes out file noise
+NOTICED = 8.0  # CIELAB units that a difference has at least where an edit is
+SEED = 2.5  # times the threshold: what a region reaches somewhere
 LEAST = 1 / 2000  # of the picture: smaller regions are specks
 
 
 def difference_method() -> Method:
     """The method `difference`; its examples need targets."""
-    return Method(_scores, {"smooth": SMOOTH, "noticed": NOTICED, "seed": SEED, "least": LEAST})
+    return Method(_scores, {"smooth": [SMOOTH, LEAST_SMOOTH], "noticed": NOTICED, "seed": SEED, "least": LEAST})
 
 
 def _scores(example: EditExample) -> Scores:
@@ -36,14 +36,14 @@ def difference_scores(source: UInt8[np.ndarray, "H W 3"], target: UInt8[np.ndarr
 
     The border is where `d` passes `t = max(NOTICED, o / 2)`, `o` the threshold of Otsu (1979). Half of it, since the
     weaker parts of an edit lie below `o`, and the noise of JPEG files far below. A region must reach `SEED t` somewhere
-    and be no speck; its holes are filled. The score is a ramp across the border, `(d - t / 2) / t` in [0, 1], and 0 away
-    from all regions.
+    and be no speck; its holes are filled. The score is a ramp across the border, `(d - t / 2) / t` in [0, 1], and 0
+    away from all regions.
 
     Args:
         source: The picture before.
         target: The picture after, of the same size.
     """
-    smooth = max(SMOOTH * min(source.shape[:2]), 1.0)
+    smooth = max(SMOOTH * min(source.shape[:2]), LEAST_SMOOTH)
     before, after = (np.asarray(lab_from_srgb(np.float32(picture) / 255)) for picture in (source, target))
     filtered = ndimage.gaussian_filter(after - before, (smooth, smooth, 0))
     d = np.linalg.norm(filtered, axis=-1)
@@ -69,7 +69,7 @@ def otsu_threshold(values: Float[np.ndarray, "..."], bins: int = 256) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         apart = weighted / below - (weighted[-1] - weighted) / above
         between = below * above * apart**2
-    return float(middles[np.nanargmax(between)])
+    return float(middles[np.argmax(np.nan_to_num(between, nan=-1.0))])  # NaN where a class is empty
 
 
 def _regions(d: Float[np.ndarray, "H W"], t: float) -> Bool[np.ndarray, "H W"]:
