@@ -59,6 +59,7 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
+        "masks": ["onnxruntime>=1.20"],  # runs the segmenters of `rcgrpo data mask`
         "photo": ["scikit-image>=0.25", "scikit-learn>=1.5"],  # the photographs of scenes:photo
         "evaluate": [LPIPS],
         "wandb": ["wandb>=0.19"],
@@ -68,6 +69,8 @@ setup(
             LPIPS,
             f"jax[tpu]{JAX}; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "beartype>=0.19",
+            "onnx>=1.17",  # writes the segmenters of tests
+            "onnxruntime>=1.20",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, Source
-from rcgrpo_jax.data.images import read_image
+from rcgrpo_jax.data.images import as_rgb, open_image
 from rcgrpo_jax.data.scenes.backgrounds import photograph
 from rcgrpo_jax.data.scenes.photographs import find_photographs
 from rcgrpo_jax.data.scenes.source import Scenes
@@ -106,7 +106,7 @@ def as_jpeg(example: EditExample, quality: int) -> EditExample:
     def through(picture: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=quality)
-        return read_image(file)
+        return as_rgb(open_image(file, "JPEG"), "JPEG")
 
     return replace(example, image=through(example.image), target=through(example.target))
 
