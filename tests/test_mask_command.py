@@ -115,6 +115,7 @@ def test_a_call_that_was_killed_goes_on(unmasked, tmp_path):
     made, asked = masks_of(unmasked, out)
     assert asked == ["00003-2", "00004-3", "00005-4"]
     assert len(EditFolder(out)) == len(made.lines) == COUNT + 2
+    assert masks_of(unmasked, out)[1] == []
 
 
 def test_masks_of_other_settings_and_other_folders_are_left_alone(unmasked, tmp_path):
