@@ -1,13 +1,13 @@
 """`python -m benchmarks.masks`: how near found masks come to exact ones, by way of finding them.
 
 The exact ones are those of scenes (`validation`, and `photo`: shapes on photographs), and with `--cutouts FOLDER` the
-alpha channels of its pictures, pasted on photographs, one each: to be removed, with the photograph as the target. A
-mask that came out empty counts as an overlap of 0.
+alpha channels of its pictures, pasted on photographs, one each: to be removed, with the photograph as the target.
 
 - *IoU*: intersection over union of pixels at the default threshold.
 - *soft IoU*: sum min(a, b) / sum max(a, b) of the scores themselves, as `--soft` keeps them.
 - *token IoU*: of the regions on a grid of 16 x 16 pixels, any touched token inside: what training sees.
 - *covered*: the share of the exact mask that the found one has.
+- *missed*: examples whose found mask has nothing of the exact one.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--segmenter", help="ONNX file")
     parser.add_argument("--cutouts", type=Path, help="folder of pictures with an alpha channel")
     arguments = parser.parse_args(argv)
-    lines = [["examples", "method", *COLUMNS, "empty"]]
+    lines = [["examples", "method", *COLUMNS, "missed"]]
     try:
         for name, method, found in rows(arguments):
             intervals = (mean_interval(found[None, :, i]) for i in range(len(COLUMNS)))
