@@ -8,6 +8,8 @@ alpha channels of its pictures, pasted on photographs, one each: to be removed, 
 - *token IoU*: of the regions on a grid of 16 x 16 pixels, any touched token inside: what training sees.
 - *covered*: the share of the exact mask that the found one has.
 - *missed*: examples whose found mask has nothing of the exact one.
+
+A second table has the share of sources in which `difference` finds an edit if they are saved once more, as JPEG files.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from rcgrpo_jax.data.scenes.backgrounds import photograph
 from rcgrpo_jax.data.scenes.photographs import find_photographs
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.statistics import mean_interval
+from rcgrpo_jax.evaluation.statistics import mean_interval, share_interval
 from rcgrpo_jax.evaluation.tables import Table, markdown
 from rcgrpo_jax.masking.method import HALF, Finish, Method, MethodOptions, finish_mask
 from rcgrpo_jax.masking.methods import METHODS
@@ -36,7 +38,7 @@ from rcgrpo_jax.masking.methods import METHODS
 TOKEN = 16  # pixels of a token's side
 COLUMNS = ("IoU", "soft IoU", "token IoU", "covered")
 SIDE = 256  # pixels of a photograph with a cut-out
-QUALITIES = (90, 75)  # of JPEG files
+QUALITIES, ALARMING = (90, 75), (90, 75, 50)  # of JPEG files
 
 Mask = Float[np.ndarray, "H W"]
 
@@ -119,6 +121,12 @@ def measure(
     return np.array([compare(method.scores(change(example)), example.mask) for example in examples])
 
 
+def false_alarms(source: Source, method: Method, quality: int) -> Float[np.ndarray, " N"]:
+    """1 for each example whose source and the same source as a JPEG file have a difference, else 0."""
+    pairs = ((x, as_jpeg(replace(x, target=x.image), quality)) for x in (source[i] for i in range(len(source))))
+    return np.array([finish_mask(method.scores(replace(x, target=y.target)), Finish()).any() for x, y in pairs], float)
+
+
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, Float[np.ndarray, "N 4"]]]:
     """Examples, method and what was measured, one row after the other."""
     sources: dict[str, Source] = {f"scenes:{x}": Scenes(x, arguments.count) for x in ("validation", "photo")}
@@ -157,7 +165,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(*lines[-1], sep=" | ", flush=True)
     except UserError as error:
         parser.error(str(error))
-    print(markdown([Table(f"Mean of {arguments.count} examples [95 % interval]", lines)]))
+    alarms = [["examples", *(f"JPEG {quality}" for quality in ALARMING)]]
+    for split in ("validation", "photo"):
+        scenes, method = Scenes(split, arguments.count), METHODS["difference"](MethodOptions())
+        shares = (share_interval(false_alarms(scenes, method, quality)) for quality in ALARMING)
+        alarms.append([f"scenes:{split}", *(f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in shares)])
+    tables = [Table(f"Mean of {arguments.count} examples [95 % interval]", lines), Table("Edits that are none", alarms)]
+    print(markdown(tables))
 
 
 if __name__ == "__main__":
