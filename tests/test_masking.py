@@ -5,10 +5,9 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from PIL import Image
+from references import onnx
 from skimage.filters import threshold_otsu
 
 from rcgrpo_jax.data.example import EditExample
@@ -97,20 +96,21 @@ def test_a_difference_without_a_target_is_refused():
 # Segmenters
 
 
-def network(path, size=(24, 32), channels=3, factor=1.0, dtype=TensorProto.FLOAT):
+def network(path, size=(24, 32), channels=3, factor=1.0, dtype="FLOAT"):
     """An ONNX file whose output is `factor` x the first channel of its input."""
+    helper, kind = onnx.helper, getattr(onnx.TensorProto, dtype)
     shape = [1, channels, *size]
     nodes = [
         helper.make_node("Slice", ["input", "starts", "ends", "axes"], ["first"]),
         helper.make_node("Mul", ["first", "factor"], ["output"]),
     ]
     constants = [
-        helper.make_tensor(n, TensorProto.INT64, [1], [v]) for n, v in (("starts", 0), ("ends", 1), ("axes", 1))
+        helper.make_tensor(n, onnx.TensorProto.INT64, [1], [v]) for n, v in (("starts", 0), ("ends", 1), ("axes", 1))
     ]
-    constants.append(helper.make_tensor("factor", dtype, [1], [factor]))
+    constants.append(helper.make_tensor("factor", kind, [1], [factor]))
     graph = helper.make_graph(
-        nodes, "tiny", [helper.make_tensor_value_info("input", dtype, shape)],
-        [helper.make_tensor_value_info("output", dtype, [1, 1, *size])], constants,
+        nodes, "tiny", [helper.make_tensor_value_info("input", kind, shape)],
+        [helper.make_tensor_value_info("output", kind, [1, 1, *size])], constants,
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     onnx.save(model, path)
@@ -137,7 +137,7 @@ def test_a_segmenter_sees_the_picture_in_its_size_and_normalisation_and_its_map_
     [
         ({"channels": 4}, r"\[1, 3, height, width\] was wanted"),
         ({"size": ("h", "w")}, r"\[1, 3, height, width\] was wanted"),
-        ({"dtype": TensorProto.DOUBLE}, r"tensor\(double\)"),
+        ({"dtype": "DOUBLE"}, r"tensor\(double\)"),
     ],
 )
 def test_a_network_of_other_inputs_is_refused(tmp_path, options, problem):
