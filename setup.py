@@ -60,6 +60,7 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
         "data": ["pyarrow>=18"],  # Parquet files of `data prepare`
+        "masks": ["onnxruntime>=1.20"],  # runs the segmenters of `rcgrpo data mask`
         "photo": ["scikit-image>=0.25", "scikit-learn>=1.5"],  # the photographs of scenes:photo
         "evaluate": [LPIPS],
         "wandb": ["wandb>=0.19"],
@@ -70,6 +71,8 @@ setup(
             f"jax[tpu]{JAX}; sys_platform == 'linux' and platform_machine == 'x86_64'",  # its compiler needs no TPU
             "beartype>=0.19",
             "pyarrow>=18",
+            "onnx>=1.17",  # writes the segmenters of tests
+            "onnxruntime>=1.20",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -10,6 +10,7 @@ from rcgrpo_jax.errors import UsageError, nearest
 COMMANDS = {
     "scenes": "synthetic editing tasks -> a folder of PNG files",
     "prepare": "a published data set, or tables of your own -> ArrayRecord files",
+    "mask": "examples without masks -> a folder with masks",
 }
 USAGE = "usage: rcgrpo data COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
