@@ -36,12 +36,12 @@ def evaluate(
     """Edits examples from unperturbed noise, and measures the edits, as 8-bit pictures in memory.
 
     The measures are those of `evaluation.measures`; what cannot be measured is left out, as LPIPS where its weights are
-    not installed. An example's noise depends on the seed and its index alone, so that different models can be compared
-    in pairs.
+    not installed, and success where examples have no targets. An example's noise depends on the seed and its index
+    alone, so that different models can be compared in pairs.
 
     Args:
         editor: The model.
-        source: Examples with targets.
+        source: The examples, with targets or without.
         indices: Which of them.
         num_steps: K.
         guidance: Guidance scale.
@@ -57,7 +57,7 @@ def evaluate(
         One value a measure and example, in the order of the indices.
 
     Raises:
-        UserError: An example has no target or one that is flawed, or cannot be read.
+        UserError: An example cannot be read, or its target is flawed or missing where others have one.
         UsageError: There are no examples, their targets are flawed on purpose, or the size is not a whole number of
             tokens.
     """
@@ -65,6 +65,6 @@ def evaluate(
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     batches = read_batches(source, indices, batch_rows(batch, len(indices), mesh), size)
-    edits = edit_batches(editor, right_batches(batches, need_targets=True), options, lora, mesh)
+    edits = edit_batches(editor, right_batches(batches), options, lora, mesh)
     found = measure_edits(edits, source, choose(measures), progress)
     return replace(found, settings={**edit_settings(editor, options, size), "data": found.settings["data"]})

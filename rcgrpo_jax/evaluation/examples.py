@@ -82,19 +82,14 @@ def read_batches(source: Source, indices: Sequence[int], batch: int, size: tuple
         yield ExampleBatch((*examples, *examples[-1:] * missing), np.array(chosen + chosen[-1:] * missing), len(chosen))
 
 
-def right_batches(batches: Iterable[ExampleBatch], need_targets: bool = False) -> Iterator[ExampleBatch]:
+def right_batches(batches: Iterable[ExampleBatch]) -> Iterator[ExampleBatch]:
     """The batches as they come.
 
     Raises:
-        UserError: A target is flawed on purpose, or missing where one is needed.
+        UserError: A target is flawed on purpose.
     """
     for batch in batches:
         for example in batch.own:
-            if need_targets and example.target is None:
-                raise UserError(
-                    f"{example.name}: no target image; the success of an edit is measured against one.",
-                    "Add targets, or evaluate on scenes:heldout:500.",
-                )
             if example.flawed:
                 raise UserError(
                     f"{example.name}: its target is flawed on purpose; a right one was wanted.",

@@ -18,7 +18,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, check_targets, read_batches, right_batches
 from rcgrpo_jax.evaluation.measures import Measure, MeasureInputs, choose
 from rcgrpo_jax.evaluation.pictures import read_common, read_lines, read_picture
-from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
 
 
 def measure(
@@ -85,7 +85,7 @@ def measure_edits(
     measures: Sequence[Measure],
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Measures batch after batch.
+    """Measures batch after batch, of which no more than the last is in memory.
 
     Args:
         edits: Batches of examples and their edits, all of one size; one at least.
@@ -94,13 +94,13 @@ def measure_edits(
         progress: Called for each example, after its batch.
 
     Returns:
-        All values and pictures. Its settings are the size and the digest of the data.
+        All values, and the first `PICTURED` pictures. Its settings are the size and the digest of the data.
 
     Raises:
         UserError: A target is missing, and the first examples have theirs.
     """
     opened: dict[Measure, tuple] | None = None
-    names, images, values, digest = [], [], [], Digest()
+    names, images, values, digest, size = [], [], [], Digest(), ()
     for batch, pictures, acd in edits:
         for example in batch.own:
             digest.add(example)
@@ -117,12 +117,12 @@ def measure_edits(
         found = _compute(tuple(opened), inputs, besides)
         values.append({name: np.asarray(x, np.float32)[: batch.count] for name, x in found.items()})
         names += [example.name for example in batch.own]
-        images.append(pictures[: batch.count])
+        images += [picture.copy() for picture in pictures[: min(batch.count, PICTURED - len(images))]]
+        size = pictures.shape[1:3]
         for _ in batch.own:
             progress()
     joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
-    images = np.concatenate(images)
-    return Evaluation(tuple(names), joined, images, {"size": list(images.shape[1:3]), "data": str(digest)})
+    return Evaluation(tuple(names), joined, np.stack(images), {"size": list(size), "data": str(digest)})
 
 
 def _of_folder(

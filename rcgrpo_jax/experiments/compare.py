@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.example import Needs, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
@@ -20,7 +19,7 @@ from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.examples import check_targets
 from rcgrpo_jax.evaluation.measure import measure
-from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
 from rcgrpo_jax.evaluation.tables import Table, make_tables, markdown, notes, plain
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
@@ -28,7 +27,6 @@ from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.runs.workdir import write_text
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
-PICTURED = 8  # examples in the grid
 FILES = ("*.npz", "table.md", "grid.png")  # that `compare` writes
 
 
@@ -92,7 +90,7 @@ def evaluate_adapters(
 
     Args:
         model: The model.
-        source: Examples with targets.
+        source: The examples; what takes a target is not measured of those that have none.
         adapters: Name -> adapter with its scale folded in (`weights.lora.load_loras`); None is the base.
         steps: K.
         guidance: Guidance scale.
@@ -110,14 +108,13 @@ def evaluate_adapters(
         Name and evaluation of each adapter, as soon as it is there.
 
     Raises:
-        UserError: As `evaluate`, or no memory here holds the edits.
+        UserError: As `evaluate`.
         UsageError: As `evaluate`.
     """
     mesh = make_mesh({"fsdp": -1}, devices)
     if len(source):  # else `evaluate` says so
         height, width = size or source[0].image.shape[:2]
         check_fits(model, (height, width), steps, dtype, min(batch, len(source)))
-        _check_edits_fit(len(source), height, width)
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
     making = {"num_steps": steps, "guidance": guidance, "seed": seed, "batch": batch, "size": size, "mesh": mesh}
     for name, lora in adapters.items():
@@ -126,7 +123,8 @@ def evaluate_adapters(
             found = evaluate(editor, source, range(len(source)), **options)
         else:
             check_targets(source)
-            needs = Needs(right_target="evaluate")  # before hours of edits
+            # What would end the measuring is refused before hours of edits.
+            needs = Needs(right_target="evaluate" * (len(source) > 0 and source[0].has_target))
             edit_all(editor, source, range(len(source)), edits / name, needs=needs, **options)
             found = measure(edits / name, source, batch=batch)
         yield name, replace(found, origin={"lora": adapter_fingerprint(lora)} if lora else {})
@@ -150,8 +148,6 @@ def measure_folders(
         progress: Told of each picture; the job has the folder's name.
     """
     for name, folder in folders.items():
-        if len(source):
-            _check_edits_fit(len(source), *(size or source[0].image.shape[:2]))
         yield name, measure(folder, source, batch=batch, size=size, progress=count_steps(progress, name, len(source)))
 
 
@@ -171,9 +167,3 @@ def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[Gri
         image, mask = resize_image(example.image, (height, width)), resize_mask(example.mask, (height, width))
         rows.append(GridRow(example.instruction, image, mask, np.stack([*pictures.values()]), [*pictures]))
     return rows
-
-
-def _check_edits_fit(count: int, height: int, width: int) -> None:
-    """Refuses edits that no memory here holds all together."""
-    edits = f"--data: {count} edits of {width}x{height}"
-    check_memory(edits, 3 * count * height * width, "Evaluate on fewer examples.")
