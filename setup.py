@@ -46,7 +46,7 @@ setup(
         "psutil>=6",
         "pydantic>=2.11",
         "safetensors>=0.5",
-        "scipy>=1.13",
+        "scipy>=1.15",
         "tenacity>=9.0",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",

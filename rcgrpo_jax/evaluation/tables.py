@@ -64,10 +64,10 @@ def make_tables(variants: Variants, columns: Sequence[Column] | None = None) -> 
 
     def difference(group: Sequence[Evaluation], other: Sequence[Evaluation]) -> list[str]:
         intervals = [(c, paired_interval(values(group, c), values(other, c))) for c in columns]
-        return [_cell(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
+        return [format_interval(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
 
     means = [
-        [name, str(len(group)), *(_cell(mean_interval(values(group, c)), c.decimals) for c in columns)]
+        [name, str(len(group)), *(format_interval(mean_interval(values(group, c)), c.decimals) for c in columns)]
         for name, group in variants.items()
     ]
     count = len(evaluations[0].names)
@@ -153,7 +153,7 @@ def _by_kind(variants: Variants) -> Table:
 
     def cell(evaluations: Sequence[Evaluation], kind: str) -> str:
         chosen = [i for i, other in enumerate(kinds) if other == kind]
-        return _cell(mean_interval(np.stack([x.measures["success"][chosen] for x in evaluations])), 3)
+        return format_interval(mean_interval(np.stack([x.measures["success"][chosen] for x in evaluations])), 3)
 
     lines = [[name, *(cell(evaluations, kind) for kind in names)] for name, evaluations in variants.items()]
     return Table("Edit success by kind", [["variant", *names], *lines])
@@ -168,6 +168,26 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
+def latex(tables: Sequence[Table]) -> str:
+    """The tables in LaTeX, for a document that has `booktabs`."""
+    parts = ["% \\usepackage{booktabs}"]
+    for title, (header, *lines) in tables:
+        first, *rows = [f"{' & '.join(map(_latex_text, line))} \\\\" for line in (header, *lines)]
+        parts += [
+            "\\begin{table}", "\\centering", f"\\caption{{{_latex_text(title)}}}",
+            f"\\begin{{tabular}}{{{'l' * len(header)}}}", "\\toprule", first, "\\midrule", *rows, "\\bottomrule",
+            "\\end{tabular}", "\\end{table}", "",
+        ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _latex_text(text: str) -> str:
+    """A text as LaTeX prints it."""
+    special = {**{x: f"\\{x}" for x in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
+    special |= {"^": "\\textasciicircum{}", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "[": "{[}", "]": "{]}"}
+    return "".join(special.get(x, x) for x in text)
+
+
 def plain(tables: Sequence[Table]) -> str:
     """The tables with their columns aligned."""
     parts = []
@@ -178,7 +198,8 @@ def plain(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def _cell(interval: Interval, decimals: int, sign: bool = False) -> str:
+def format_interval(interval: Interval, decimals: int, sign: bool = False) -> str:
+    """`mean [low, high]`; the mean alone where its bounds are not known."""
     mean, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in interval)
     return mean if np.isnan(interval.low) else f"{mean} [{low}, {high}]"
 
