@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
@@ -61,6 +62,22 @@ def read_example(source: Source, index: int, size: tuple[int, int]) -> EditExamp
     target = None if example.target is None else resize_image(example.target, size)
     image, mask = resize_image(example.image, size), resize_mask(example.mask, size)
     return replace(example, image=image, mask=mask, target=target)
+
+
+def official_example(example: EditExample, size: tuple[int, int]) -> EditExample:
+    """An example in `size = (height, width)` as CompBench's script resizes it: bicubic, and the mask by the nearest."""
+    levels = Image.fromarray(np.rint(example.mask * 255).astype(np.uint8))
+    return replace(
+        example,
+        image=resize_official(example.image, size),
+        mask=np.float32(levels.resize(size[::-1], Image.Resampling.NEAREST)) / 255,
+        target=None if example.target is None else resize_official(example.target, size),
+    )
+
+
+def resize_official(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture in `size = (height, width)` by Pillow's bicubic filter on 8 bits."""
+    return np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def read_batches(source: Source, indices: Sequence[int], batch: int, size: tuple[int, int]) -> Iterator[ExampleBatch]:

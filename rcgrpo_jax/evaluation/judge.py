@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.data.example import Needs, Source, check_needs
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.examples import ExampleBatch, read_batches
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, read_batches
 from rcgrpo_jax.evaluation.pictures import read_picture
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, share_interval
 from rcgrpo_jax.rewards import Reward, RewardInputs, start_all
@@ -114,6 +114,12 @@ def judge(
         )
     tables = {name: found[:, g].astype(np.float64) for g, name in enumerate(pictures)}
     return Judged(tables, seconds / found.size, cause)
+
+
+def scores_of(name: str, reward: Reward, edited: EditedBatch) -> dict[str, Float[np.ndarray, " n"]]:
+    """The reward's score of each edit of a batch, under its name; NaN where none came. Rows that repeat have none."""
+    inputs = _inputs(edited.batch, {name: lambda batch: edited.pictures}, reward)
+    return {name: start_all({name: reward}, inputs).result().by_reward[name][:, 0]}
 
 
 def _inputs(batch: ExampleBatch, pictures: Mapping[str, Pictures], reward: Reward) -> RewardInputs:
