@@ -189,11 +189,22 @@ def measure_results(
     first = next(batches, None)
     if first is None:
         return Measured([failed[entry.index] for entry in entries], {})
-    found = measure_edits(chain([first], batches), source, measures, progress, options=options)
+    scored: list[Mapping[str, float]] = []
+
+    def scoring() -> Iterator[EditedBatch]:
+        for edited in chain([first], batches):
+            scores = score(edited)
+            scored.extend({name: float(x[i]) for name, x in scores.items()} for i in range(edited.batch.count))
+            yield edited
+
+    found = measure_edits(scoring(), source, measures, progress, options=options or MeasureOptions())
     there = [entry for entry in entries if entry.index not in failed]
-    values = {entry.index: {name: float(x[i]) for name, x in found.measures.items()} for i, entry in enumerate(there)}
-    rows = [failed.get(entry.index) or Row(*entry, values[entry.index]) for entry in entries]
-    return Measured(rows, {entry.name: x for entry, x in zip(there, found.images, strict=False)})
+    rows = {
+        entry.index: Row(*entry, {name: float(x[i]) for name, x in found.measures.items()} | scored[i])
+        for i, entry in enumerate(there)
+    }
+    pictures = {entry.name: x for entry, x in zip(there, found.images, strict=False)}
+    return Measured([(failed | rows)[entry.index] for entry in entries], pictures)
 
 
 def _read_batches(
