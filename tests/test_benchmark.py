@@ -208,9 +208,12 @@ def test_examples_of_other_tasks_are_left_out_and_counted(tmp_path):
         list_entries([*Examples(), *Examples()], COMPBENCH)
 
 
-def test_an_id_is_the_name_without_its_task():
-    with_tasks = [Examples(name=f"add/{IDS[0]}")[0]]
-    assert list_entries(with_tasks, COMPBENCH).entries == list_entries([Examples()[0]], COMPBENCH).entries
+@pytest.mark.parametrize("fields", [{"name": "%s"}, {"name": "add/%s"}, {"name": "safe", "id": "add-%s"}], ids=str)
+def test_the_id_is_that_of_the_results_however_the_data_name_it(fields):
+    examples = Examples(**{field: text.replace("%s", IDS[0]) for field, text in fields.items()})
+    (entry,) = list_entries([examples[0]], COMPBENCH).entries
+    assert entry == (0, IDS[0], "add")
+    assert entry.name == f"add/{IDS[0]}"
 
 
 def test_without_targets_what_needs_none_is_measured_and_the_rest_is_noted(tmp_path, monkeypatch, capsys):

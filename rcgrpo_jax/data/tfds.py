@@ -80,7 +80,7 @@ class TfdsSource:
             del required[1]
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")
-        optional = {"name": "text", "caption": "text", "target": "RGB", "flawed": "bool"}
+        optional = {"name": "text", "caption": "text", "target": "RGB", "flawed": "bool", "id": "text"}
         known = [
             (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
         ]
@@ -144,6 +144,7 @@ class TfdsSource:
                 caption=row.get("caption") or None,
                 target=row.get("target"),
                 flawed=row.get("flawed", False),
+                id=row.get("id", ""),
             )
         )
 

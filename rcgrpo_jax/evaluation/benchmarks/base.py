@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from rcgrpo_jax.data.example import EditExample
+
 
 class Published(NamedTuple):
     """A row of somebody else's table."""
@@ -15,7 +17,7 @@ class Published(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    """A benchmark of edits. Its examples come from any source: each names its task and has the benchmark's id as name.
+    """A benchmark of edits. Its examples come from any source: each names its task, and has the benchmark's id.
 
     Attributes:
         name: As users write it.
@@ -23,6 +25,7 @@ class Benchmark(NamedTuple):
         tasks: Task -> how many examples of it have been published.
         size: (height, width) in pixels that every picture is brought to, to be measured.
         measures: Names of `evaluation.measures`, or groups of them: those that the published rows have.
+        identify: Example -> its id, which no other example of its task has.
         picture: (folder of an editor's results, task, id) -> where the edit of an example lies.
         layout: The same in words, for messages.
         published: Rows to stand beside, the first one at the top.
@@ -35,6 +38,7 @@ class Benchmark(NamedTuple):
     tasks: Mapping[str, int]
     size: tuple[int, int]
     measures: tuple[str, ...]
+    identify: Callable[[EditExample], str]
     picture: Callable[[Path, str, str], Path]
     layout: str
     published: tuple[Published, ...] = ()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, Published
+
+
+def image_path(example: EditExample) -> str:
+    """The `image_path` of an example. `rcgrpo data prepare` puts its task before it, since two tasks may have one."""
+    found = example.id or example.name
+    prefix = f"{example.task}-", f"{example.task}/"
+    return found[len(prefix[0]) :] if found.startswith(prefix) else found
 
 
 def picture(folder: Path, task: str, name: str) -> Path:
@@ -29,6 +37,7 @@ COMPBENCH = Benchmark(
     tasks={"add": 982, "remove": 1331, "replace": 152},
     size=(512, 512),
     measures=("official", "region"),
+    identify=image_path,
     picture=picture,
     layout="MODEL/MODEL_local/TASK/IMAGE_PATH",
     published=(

@@ -74,7 +74,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
     """Lists the examples of a benchmark's tasks; each is read once for it.
 
     Args:
-        source: Examples that name their task, and have the benchmark's id as name, with the task before it or without.
+        source: Examples that name their task and have the benchmark's ids.
         benchmark: Whose tasks.
         progress: Called for each example.
 
@@ -85,7 +85,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
     entries, others, seen = [], Counter(), {}
     for index in range(len(source)):
         example = source[index]
-        entry = Entry(index, example.name.removeprefix(f"{example.task}/"), example.task)
+        entry = Entry(index, benchmark.identify(example), example.task)
         if example.task not in benchmark.tasks:
             others[example.task] += 1
         elif (other := seen.setdefault(entry.name, index)) != index:
