@@ -130,7 +130,7 @@ def _result_folders(values: flags.FlagValues) -> dict[str, Path]:
     Raises:
         UsageError: There is nothing to measure, two editors have one name, or a flag asks for something else.
     """
-    folders = [Path(folder) for folder in values.results or ()]
+    folders = [Path(os.path.abspath(folder)) for folder in values.results or ()]  # "." has a name, too
     if values.pictures:
         raise UsageError("--pictures: found with --benchmark.", "Name the folder of an editor with --results.")
     if not (folders or values.model):
@@ -140,14 +140,14 @@ def _result_folders(values: flags.FlagValues) -> dict[str, Path]:
         )
     if not values.model:
         check_nothing_edits(values, "--results alone")
-    names = [folder.absolute().name for folder in folders]
+    names = [folder.name for folder in folders]
     names += ["base", "lora"] if values.model else []
     if len(set(names)) < len(names):
         raise UsageError(
             f"--results: editors of the names {', '.join(names)} found; different names were wanted.",
             "Rename a folder, and the one in it: the names stand in the table.",
         )
-    return {folder.absolute().name: folder for folder in folders}
+    return {folder.name: folder for folder in folders}
 
 
 def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from rcgrpo_jax.data.example import EditExample, Source, stamp_of
+from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
@@ -65,10 +65,6 @@ class Qualified:
     def __getitem__(self, index: int) -> EditExample:
         return replace(self._source[index], name=self._names[index])
 
-    def stamp(self, index: int) -> str | None:
-        """As `stamp_of` the source."""
-        return stamp_of(self._source, index)
-
 
 def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], None] = lambda: None) -> Listed:
     """Lists the examples of a benchmark's tasks; each is read once for it.
@@ -118,9 +114,7 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
         found = f"no folder {roots[0].relative_to(folder)} or the like in it" if is_folder else "no such folder"
         raise UserError(
             f"--results: {folder}: {found}; pictures in {benchmark.layout} were wanted.",
-            f"Name one editor's folder, as {' or '.join(map(str, inside[:3]))}."
-            if inside
-            else "Name the folder MODEL.",
+            f"Name one editor's folder, such as {inside[0]}." if inside else "Name the folder MODEL.",
         )
 
     def locate(entry: Entry) -> Path:
