@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
-from benchmark_data import IDS, TASKS, Examples, write_results
+from compbench_data import IDS, TASKS, Examples, write_results
 from PIL import Image
 
 from rcgrpo_jax.cli import benchmark as benchmark_command

@@ -6,11 +6,11 @@ import re
 import weakref
 from pathlib import Path
 
-import benchmark_data
+import compbench_data
 import numpy as np
 import pyarrow.parquet
 import pytest
-from benchmark_data import IDS, SIDE, TASKS, Examples, write_results
+from compbench_data import IDS, SIDE, TASKS, Examples, write_results
 from PIL import Image
 
 from rcgrpo_jax.cli import benchmark as benchmark_command
@@ -71,7 +71,7 @@ def test_every_example_is_measured_as_its_picture_is_in_the_size_of_the_benchmar
     assert [(row["task"], row["id"], row["failure"]) for row in rows] == [(x, y, None) for x in TASKS for y in IDS]
     for index, row in enumerate(rows):
         example = source[index]
-        edited = np.asarray(Image.open(benchmark_data.result_file(tmp_path / "a", example)))
+        edited = np.asarray(Image.open(compbench_data.result_file(tmp_path / "a", example)))
         image, edited = (
             np.asarray(Image.fromarray(x).resize(SIZE, Image.Resampling.BICUBIC), np.float64) / 255
             for x in (example.image, edited)
@@ -85,7 +85,7 @@ def test_every_example_is_measured_as_its_picture_is_in_the_size_of_the_benchmar
 def test_the_mean_is_that_of_the_tasks_and_differences_are_those_of_pairs(tmp_path, source):
     folders = [write_results(tmp_path / name, noise) for name, noise in (("a", 3), ("b", 9))]
     for index in (1, 2):
-        benchmark_data.result_file(folders[0], source[index]).unlink()  # one edit is left of the first task
+        compbench_data.result_file(folders[0], source[index]).unlink()  # one edit is left of the first task
     out = run(tmp_path, *(f"--results={folder}" for folder in folders))
     a, b = (np.array([np.nan if row["failure"] else row["psnr"] for row in rows_of(out / f"{x}.jsonl")]) for x in "ab")
     found = numbers(out)
@@ -106,7 +106,7 @@ def test_the_mean_is_that_of_the_tasks_and_differences_are_those_of_pairs(tmp_pa
 def test_what_is_missing_unreadable_or_of_no_example_is_counted_and_named_and_the_run_goes_on(tmp_path, source, capsys):
     folder = write_results(tmp_path / "a", 9)
     whole = rows_of(run(tmp_path, f"--results={folder}") / "a.jsonl")
-    files = [benchmark_data.result_file(folder, source[index]) for index in range(9)]
+    files = [compbench_data.result_file(folder, source[index]) for index in range(9)]
     files[1].unlink()
     files[4].write_bytes(files[4].read_bytes()[:200])
     files[5].write_text("text")
@@ -140,7 +140,7 @@ def test_a_picture_of_another_size_is_measured_in_that_of_the_benchmark(tmp_path
         for index in range(9):
             picture = Image.fromarray(source[index].target).resize((32, 32), Image.Resampling.BICUBIC)
             if side == 32:
-                picture.save(benchmark_data.result_file(folder, source[index]))
+                picture.save(compbench_data.result_file(folder, source[index]))
     out = run(tmp_path, *(f"--results={tmp_path / name}" for name in ("small", "same")))
     assert rows_of(out / "small.jsonl") == rows_of(out / "same.jsonl")
 
