@@ -240,6 +240,7 @@ def test_a_judge_scores_every_edit_in_a_table_of_its_own(tmp_path):
     out = run(tmp_path, f"--results={folder}", "--judge=preservation")
     scores = [row["preservation"] for row in rows_of(out / "a.jsonl")]
     assert all(0 < score < 1 for score in scores)
+    assert len(set(scores)) == 9
     assert float(numbers(out)["a", "mean", "preservation"]["mean"]) == pytest.approx(np.mean(scores))
     assert "CompBench, local edits, judge measures" in (out / "table.md").read_text()
 

@@ -96,7 +96,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
         raise UsageError(
             f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
-            f"`rcgrpo data prepare {benchmark.name}` makes such data; any other has a field `task`.",
+            f"`rcgrpo data prepare {benchmark.name}` makes such data.",
         )
     return Listed(entries, others)
 

@@ -61,13 +61,12 @@ def compute_values(benchmark: Benchmark, editors: Mapping[str, Edits], seed: int
     tasks = np.array([row.task for row in editors[first].rows])
 
     def add(editor: str, kind: str, measure: str, found: Float[np.ndarray, " N"]) -> None:
-        present = [task for task in benchmark.tasks if (tasks == task).any()]
-        strata = [found[tasks == task] for task in present]
-        counts = [int((~np.isnan(x)).sum()) for x in strata]
-        for task, interval, count in zip(
-            (MEAN, *present), stratified_intervals(strata, seed), (sum(counts), *counts), strict=True
-        ):
-            values.append(Value(editor, kind, task, measure, interval, count))
+        strata = {task: found[tasks == task] for task in benchmark.tasks if (tasks == task).any()}
+        counts = [int((~np.isnan(x)).sum()) for x in strata.values()]
+        if any(counts):
+            intervals = stratified_intervals([*strata.values()], seed)
+            for task, interval, count in zip((MEAN, *strata), intervals, (sum(counts), *counts), strict=True):
+                values.append(Value(editor, kind, task, measure, interval, count))
 
     for name, table in tables.items():
         for measure in measures:
