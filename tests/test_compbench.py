@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import weakref
+from functools import partial
 from pathlib import Path
 
 import compbench_data
@@ -22,9 +23,11 @@ from rcgrpo_jax.evaluation.benchmarks import results as reader
 from rcgrpo_jax.evaluation.benchmarks.results import list_entries, measure_results, open_results
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, to_csv
+from rcgrpo_jax.evaluation.judge import scores_of
 from rcgrpo_jax.evaluation.measures import choose
 from rcgrpo_jax.evaluation.tables import latex, markdown
 from rcgrpo_jax.experiments import benchmark as experiment
+from rcgrpo_jax.rewards.base import Reward, Unscored
 
 COMPBENCH = BENCHMARKS["compbench"]
 MEASURES = ("psnr", "ssim")
@@ -243,6 +246,20 @@ def test_a_judge_scores_every_edit_in_a_table_of_its_own(tmp_path):
     assert len(set(scores)) == 9
     assert float(numbers(out)["a", "mean", "preservation"]["mean"]) == pytest.approx(np.mean(scores))
     assert "CompBench, local edits, judge measures" in (out / "table.md").read_text()
+
+
+def test_a_judge_without_an_answer_leaves_gaps_and_says_why(tmp_path, source, caplog):
+    class Mute(Reward):
+        def start(self, inputs):
+            raise Unscored("no server")
+
+    entries = list_entries(source, COMPBENCH).entries
+    locate, score = open_results(write_results(tmp_path / "a", 9), COMPBENCH), partial(scores_of, "mute", Mute())
+    found = measure_results(source, entries, locate, choose(MEASURES), SIZE, batch=9, score=score)
+    assert all(np.isnan(row.values["mute"]) and not row.failure for row in found.rows)
+    assert "mute: no scores of 9 edits: no server" in caplog.text
+    (line,) = [x for x in remarks(COMPBENCH, {"a": Edits(found.rows)}) if "mute" in x]
+    assert line == "a: mute could not be measured of 9 edits that are there; they are left out."
 
 
 # Tables

@@ -92,17 +92,18 @@ def run_benchmark(values: flags.FlagValues) -> None:
     located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
     read = {"--data": values.data, "--model": values.model}
     for folder in folders.values():
-        check_apart("--out", out, {"--results": folder}, FILES)
-        check_apart("--edits", edits, {"--results": folder})
+        for flag, written in (("--out", out), ("--edits", edits)):
+            check_apart(flag, written, {"--results": folder})
     check_apart("--out", out, read, FILES)
     check_apart("--edits", edits, read)
     check_file("out", out / "grid.png", ".png")
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     open_devices()
-    how = _measuring(values, benchmark)
-    model = open_model(values.model) if values.model else None
-    lora = read_lora(values, model) if model else None
-    source = open_source(values.data, values.polarity, mask_value=values.mask_value)
+    with distributed.raise_together():
+        how = _measuring(values, benchmark)
+        model = open_model(values.model) if values.model else None
+        lora = read_lora(values, model) if model else None
+        source = open_source(values.data, values.polarity, mask_value=values.mask_value)
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
         with distributed.raise_together():
