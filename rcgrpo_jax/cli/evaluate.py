@@ -15,6 +15,7 @@ from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.measures import MeasureOptions
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
@@ -41,6 +42,10 @@ def _flags(values: flags.FlagValues) -> None:
     path_flag(
         "edits", "directory that keeps the edits as they are made, so that a call that was stopped goes on", values
     )
+    about = "measures or groups, with commas between, such as official,region (docs/compbench.md); editor by default"
+    flags.DEFINE_list("measures", None, about, values)
+    path_flag("clip", "CLIP model of LC-I and LC-T: a folder, or its name on the hub", values)
+    path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
@@ -68,7 +73,8 @@ def run(argv: list[str]) -> None:
     check_apart("--edits", Path(values.edits or ""), inputs if values.edits else {})
     for folder in folders.values():
         check_apart("--out", out, {"--pictures": folder})
-    common = {"batch": values.batch, "size": size}
+    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    common = {"batch": values.batch, "size": size, "measures": values.measures, "measure_options": options}
     with Jobs(lines=10) as progress:
         if folders:
             open_devices()
