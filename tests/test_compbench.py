@@ -31,14 +31,14 @@ from rcgrpo_jax.rewards.base import Reward, Unscored
 
 COMPBENCH = BENCHMARKS["compbench"]
 MEASURES = ("psnr", "ssim")
-SIZE = (32, 32)  # that pictures are measured in
+SMALL = 32  # pixels that pictures are measured in
 
 
 @pytest.fixture(autouse=True)
 def source(monkeypatch) -> Examples:
     """Measures in a small size what needs no weights, and opens the nine examples whatever the --data."""
     source = Examples()
-    monkeypatch.setitem(BENCHMARKS, "compbench", COMPBENCH._replace(size=SIZE, measures=MEASURES))
+    monkeypatch.setitem(BENCHMARKS, "compbench", COMPBENCH._replace(side=SMALL, measures=MEASURES))
     monkeypatch.setattr(benchmark_command, "open_source", lambda *_, **__: source)
     return source
 
@@ -76,11 +76,11 @@ def test_every_example_is_measured_as_its_picture_is_in_the_size_of_the_benchmar
         example = source[index]
         edited = np.asarray(Image.open(compbench_data.result_file(tmp_path / "a", example)))
         image, edited = (
-            np.asarray(Image.fromarray(x).resize(SIZE, Image.Resampling.BICUBIC), np.float64) / 255
+            np.asarray(Image.fromarray(x).resize((SMALL, SMALL), Image.Resampling.BICUBIC), np.float64) / 255
             for x in (example.image, edited)
         )
-        mask = np.asarray(Image.fromarray(np.uint8(example.mask * 255)).resize(SIZE, Image.Resampling.NEAREST)) / 255
-        error = np.square((image - edited) * (1 - mask)[..., None]).mean()
+        mask = Image.fromarray(np.uint8(example.mask * 255)).resize((SMALL, SMALL), Image.Resampling.NEAREST)
+        error = np.square((image - edited) * (1 - np.asarray(mask) / 255)[..., None]).mean()
         assert row["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
     assert pyarrow.parquet.read_table(out / "a.parquet").to_pylist() == rows
 
@@ -170,7 +170,7 @@ def test_a_folder_of_another_layout_is_refused_with_the_one_that_is_meant(tmp_pa
 def test_an_id_that_leads_out_of_the_folder_is_a_failure(tmp_path, name):
     folder = write_results(tmp_path / "a")
     entries = list_entries([*Examples(name=name)][:1], COMPBENCH).entries
-    found = measure_results(Examples(), entries, open_results(folder, COMPBENCH), choose(MEASURES), SIZE)
+    found = measure_results(Examples(), entries, open_results(folder, COMPBENCH), choose(MEASURES), SMALL)
     assert "leads out of the folder" in found.rows[0].failure
 
 
@@ -188,7 +188,7 @@ def test_memory_holds_a_batch_whatever_the_number_of_examples(tmp_path, monkeypa
         most = max(most, len(alive))
 
     monkeypatch.setattr(EditExample, "__init__", counted)
-    found = measure_results(source, entries, open_results(folder, COMPBENCH), choose(MEASURES), SIZE, batch=4)
+    found = measure_results(source, entries, open_results(folder, COMPBENCH), choose(MEASURES), SMALL, batch=4)
     assert len(found.rows) == 9 * count
     assert len(found.pictures) == 8  # for people
     assert 4 <= most <= 16  # four batches, read, resized and measured
@@ -255,7 +255,7 @@ def test_a_judge_without_an_answer_leaves_gaps_and_says_why(tmp_path, source, ca
 
     entries = list_entries(source, COMPBENCH).entries
     locate, score = open_results(write_results(tmp_path / "a", 9), COMPBENCH), partial(scores_of, "mute", Mute())
-    found = measure_results(source, entries, locate, choose(MEASURES), SIZE, batch=9, score=score)
+    found = measure_results(source, entries, locate, choose(MEASURES), SMALL, batch=9, score=score)
     assert all(np.isnan(row.values["mute"]) and not row.failure for row in found.rows)
     assert "mute: no scores of 9 edits: no server" in caplog.text
     (line,) = [x for x in remarks(COMPBENCH, {"a": Edits(found.rows)}) if "mute" in x]
@@ -267,10 +267,10 @@ def test_a_judge_without_an_answer_leaves_gaps_and_says_why(tmp_path, source, ca
 
 @pytest.fixture(scope="module")
 def laid_out() -> tuple:
-    rng = np.random.default_rng(0)
+    rng, names = np.random.default_rng(0), ("official_psnr", "official_ssim", "region_psnr")
     rows = {
-        name: [Row(i, f"{i}", TASKS[i % 3], {x: rng.normal() for x in ("psnr", "ssim")}) for i in range(30)]
-        for name in ("base_50%", "lora")
+        editor: [Row(i, f"{i}", TASKS[i % 3], {x: rng.normal() for x in names}) for i in range(30)]
+        for editor in ("base_50%", "lora")
     }
     editors = {name: Edits(x) for name, x in rows.items()}
     values = compute_values(COMPBENCH, editors)
@@ -284,12 +284,17 @@ def test_published_rows_stand_above_ours_in_every_form(laid_out):
     names = ["InstructPix2Pix", "GoT", "Step1X-Edit", "FLUX.1-Kontext-dev", "RC-GRPO-Editing", "base_50%", "lora"]
     assert [line[0] for line in first[1:]] == names
     assert [line[1] for line in first[1:]] == ["published"] * 5 + ["measured"] * 2
-    assert first[5][2:] == ["", "24.95", "0.897"]
-    assert re.fullmatch(r"-?\d+\.\d\d \[-?\d+\.\d\d, -?\d+\.\d\d\]", first[6][3])
-    assert "| RC-GRPO-Editing | published |  | 24.95 | 0.897 |" in markdown(tables)
-    assert "RC-GRPO-Editing & published &  & 24.95 & 0.897 \\\\" in latex(tables)
-    assert "RC-GRPO-Editing,published,mean,psnr,24.952,,,\n" in to_csv(values)
-    assert "base_50\\% & measured & 30 &".replace("_", "\\_") in latex(tables)
+    assert first[5][2:] == ["", "24.952", "0.897"]
+    assert re.fullmatch(r"(-?\d+\.\d{3}) \[-?\d+\.\d{3}, -?\d+\.\d{3}\]", first[6][3])
+    assert "| RC-GRPO-Editing | published |  | 24.952 | 0.897 |" in markdown(tables)
+    assert "RC-GRPO-Editing & published &  & 24.952 & 0.897 \\\\" in latex(tables)
+    assert "RC-GRPO-Editing,published,mean,official_psnr,24.952,,,\n" in to_csv(values)
+    assert "base\\_50\\% & measured & 30 &" in latex(tables)
+
+
+def test_measures_of_another_form_have_tables_without_published_rows(laid_out):
+    (table,) = [x for x in laid_out[0] if "region measures: unweighted mean" in x.title]
+    assert [line[0] for line in table.lines] == ["editor", "base_50%", "lora"]
 
 
 def test_latex_has_its_columns_braces_and_no_bare_sign(laid_out):

@@ -18,7 +18,7 @@ from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING
 
-SIZE = (32, 32)
+SMALL = 32  # pixels that pictures are edited and measured in
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def made(monkeypatch) -> list[int]:
     monkeypatch.setattr(FluxKontextEditor, "load_encoders", lambda self: None)
     monkeypatch.setattr(FluxKontextEditor, "params", {})
     monkeypatch.setattr(benchmark_command, "open_source", lambda *_, **__: Examples())
-    small = BENCHMARKS["compbench"]._replace(size=SIZE, measures=("psnr",))
+    small = BENCHMARKS["compbench"]._replace(side=SMALL, measures=("psnr",))
     monkeypatch.setitem(BENCHMARKS, "compbench", small)
     return indices
 
@@ -57,7 +57,7 @@ def test_a_model_edits_every_task_in_the_size_of_the_benchmark_and_is_measured(t
     edits = tmp_path / "out" / "edits" / "base"
     wanted = {f"{task}%2F{name.replace('/', '%2F')}.png" for task in TASKS for name in IDS}
     assert {file.name for file in edits.glob("*.png")} == wanted  # each task has the same ids
-    assert Image.open(edits / min(wanted)).size == SIZE
+    assert Image.open(edits / min(wanted)).size == (SMALL, SMALL)
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| other | measured | 9 |" in table
     assert "| base | measured | 9 |" in table

@@ -87,7 +87,7 @@ def run_benchmark(values: flags.FlagValues) -> None:
     """Edits, measures and compares; several processes share the work, and the first one writes and prints."""
     benchmark, out = BENCHMARKS[values.benchmark], Path(values.out)
     folders = _result_folders(values)
-    size = parse_size(values.size) if values.size else benchmark.size
+    size = parse_size(values.size) if values.size else (benchmark.side, benchmark.side)
     edits = Path(values.edits) if values.edits else out / "edits"
     located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
     read = {"--data": values.data, "--model": values.model}

@@ -16,6 +16,7 @@ from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.measures import MeasureOptions
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
@@ -43,9 +44,10 @@ def _flags(values: flags.FlagValues) -> None:
     about = "directory that keeps the edits as they are made, so that a call that was stopped goes on"
     path_flag("edits", f"{about}; of a benchmark OUT/edits by default", values)
     define_benchmark(values)
-    flags.DEFINE_list("measures", None, "x", values)
-    flags.DEFINE_string("clip", None, "x", values)
-    flags.DEFINE_string("lpips_squeeze", None, "x", values)
+    about = "measures or groups, with commas between, such as official,region (docs/compbench.md); editor by default"
+    flags.DEFINE_list("measures", None, about, values)
+    path_flag("clip", "CLIP model of LC-I and LC-T: a folder, or its name on the hub", values)
+    path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
@@ -79,7 +81,8 @@ def run(argv: list[str]) -> None:
     check_apart("--edits", Path(values.edits or ""), inputs if values.edits else {})
     for folder in folders.values():
         check_apart("--out", out, {"--pictures": folder})
-    common = {"batch": values.batch, "size": size}
+    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    common = {"batch": values.batch, "size": size, "measures": values.measures, "measure_options": options}
     with Jobs(lines=10) as progress:
         if folders:
             open_devices()

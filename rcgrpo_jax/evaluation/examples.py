@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
@@ -64,22 +63,6 @@ def read_example(source: Source, index: int, size: tuple[int, int]) -> EditExamp
     return replace(example, image=image, mask=mask, target=target)
 
 
-def official_example(example: EditExample, size: tuple[int, int]) -> EditExample:
-    """An example in `size = (height, width)` as CompBench's script resizes it: bicubic, and the mask by the nearest."""
-    levels = Image.fromarray(np.rint(example.mask * 255).astype(np.uint8))
-    return replace(
-        example,
-        image=resize_official(example.image, size),
-        mask=np.float32(levels.resize(size[::-1], Image.Resampling.NEAREST)) / 255,
-        target=None if example.target is None else resize_official(example.target, size),
-    )
-
-
-def resize_official(picture: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in `size = (height, width)` by Pillow's bicubic filter on 8 bits."""
-    return np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
 def read_batches(source: Source, indices: Sequence[int], batch: int, size: tuple[int, int]) -> Iterator[ExampleBatch]:
     """Reads examples batch by batch.
 
@@ -99,14 +82,19 @@ def read_batches(source: Source, indices: Sequence[int], batch: int, size: tuple
         yield ExampleBatch((*examples, *examples[-1:] * missing), np.array(chosen + chosen[-1:] * missing), len(chosen))
 
 
-def right_batches(batches: Iterable[ExampleBatch]) -> Iterator[ExampleBatch]:
+def right_batches(batches: Iterable[ExampleBatch], need_targets: bool = False) -> Iterator[ExampleBatch]:
     """The batches as they come.
 
     Raises:
-        UserError: A target is flawed on purpose.
+        UserError: A target is flawed on purpose, or missing where one is needed.
     """
     for batch in batches:
         for example in batch.own:
+            if need_targets and example.target is None:
+                raise UserError(
+                    f"{example.name}: no target image; the success of an edit is measured against one.",
+                    "Add targets, or evaluate on scenes:heldout:500.",
+                )
             if example.flawed:
                 raise UserError(
                     f"{example.name}: its target is flawed on purpose; a right one was wanted.",

@@ -67,6 +67,7 @@ class _Described:
     names: tuple[str, ...]
     settings: Settings
     origin: Origin = Origin()
+    uncaptioned: Count = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Evaluation:
     images: UInt8[np.ndarray, "n H W 3"]  # the first edits, `PICTURED` at most; `rcgrpo ablate` keeps none
     settings: Mapping[str, Any]  # what the values depend on besides the adapter: base model, data, noise, solver, ACD
     origin: Mapping[str, Any] = field(default_factory=dict)  # the adapter's fingerprint, or its run's configuration
+    uncaptioned: int = 0  # how many examples have no caption
 
     @property
     def of_pictures(self) -> bool:
@@ -103,7 +105,10 @@ class Evaluation:
         """
         path = Path(path)
         temporary = path.with_name(f"{path.name}.partial")
-        described = {"names": self.names, "settings": dict(self.settings), "origin": dict(self.origin)}
+        described = {
+            "names": self.names, "settings": dict(self.settings), "origin": dict(self.origin),
+            "uncaptioned": self.uncaptioned,
+        }  # fmt: skip
         measures = {f"measures/{name}": values for name, values in self.measures.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,8 @@ class Evaluation:
         measures = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith("measures/")}
         if problem := _array_problem(measures, images, len(described["names"])):
             raise UserError(f"{path}: not an evaluation: {problem}.", remedy)
-        return cls(tuple(described["names"]), measures, images, described["settings"], described.get("origin", {}))
+        rest = (described["settings"], described.get("origin", {}), described.get("uncaptioned", 0))
+        return cls(tuple(described["names"]), measures, images, *rest)
 
 
 def _of_pictures(settings: Any) -> bool:

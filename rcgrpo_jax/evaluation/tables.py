@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.measures import REGISTERED, note
+from rcgrpo_jax.evaluation.measures import EDITOR, REGISTERED, note
+from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, paired_interval
 
@@ -28,7 +29,7 @@ class Column(NamedTuple):
 
 def all_columns() -> list[Column]:
     """A column for each of `evaluation.measures`."""
-    return [Column(one.name, one.header, one.decimals, one.better) for one in REGISTERED.values()]
+    return [Column(one.name, one.label, one.decimals, one.better) for one in REGISTERED.values()]
 
 
 class Table(NamedTuple):
@@ -131,19 +132,50 @@ def group_table(label: str, groups: Mapping[str, Float[np.ndarray, " Q"]]) -> Ta
 
 def notes(evaluation: Evaluation, *others: Evaluation) -> list[str]:
     """What a reader of the tables must know to read them right, a line each; of all evaluations in them."""
-    measured = set.intersection(*(set(x.measures) for x in (evaluation, *others)))
-    lines = [
-        "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
-        "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS are in "
-        "no reward."
-    ]
+    evaluations = (evaluation, *others)
+    measured = set.intersection(*(set(x.measures) for x in evaluations))
+    groups = {one.group for name, one in REGISTERED.items() if name in measured} or {EDITOR}
+    lines = []
+    if EDITOR in groups:
+        lines.append(
+            "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
+            "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS "
+            "are in no reward."
+        )
     if "acd" in measured:
         lines.append(f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.")
+    if "official_lc_t" in measured and evaluation.uncaptioned:
+        lines.append(
+            f"{evaluation.uncaptioned} of {len(evaluation.names)} examples have no caption: official LC-T compares "
+            "them with a blank, as CompBench's script does."
+        )
+    if "official_psnr" in measured:
+        equal = max(int((x.measures["official_psnr"] >= OFFICIAL_CAP).sum()) for x in evaluations)
+        if equal:
+            lines.append(
+                f"{equal} edits have a background that is equal to the source's. Official PSNR counts each as "
+                f"{OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so would its mean."
+            )
     return [
         *lines,
         "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
-        *(note(one) for name, one in REGISTERED.items() if name not in measured),
+        *_lost(evaluations, measured),
+        *(note(one) for name, one in REGISTERED.items() if name not in measured and one.group in groups),
     ]
+
+
+def _lost(evaluations: Sequence[Evaluation], measured: set[str]) -> list[str]:
+    """A line for each measure that has no value for some edits."""
+    lines = []
+    for name, one in REGISTERED.items():
+        if name in measured and all(len(x.names) == len(evaluations[0].names) for x in evaluations):
+            count = int(np.any([~np.isfinite(x.measures[name]) for x in evaluations], axis=0).sum())
+            if count:
+                lines.append(
+                    f"{one.label} is not measured of {count} of {len(evaluations[0].names)} edits, which are left out "
+                    f"of its means and, in pairs, of its differences: {one.wanted}."
+                )
+    return lines
 
 
 def _by_kind(variants: Variants) -> Table:
@@ -200,6 +232,8 @@ def plain(tables: Sequence[Table]) -> str:
 
 def format_interval(interval: Interval, decimals: int, sign: bool = False) -> str:
     """`mean [low, high]`; the mean alone where its bounds are not known."""
+    if np.isnan(interval.mean):
+        return "-"  # nothing was measured
     mean, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in interval)
     return mean if np.isnan(interval.low) else f"{mean} [{low}, {high}]"
 

@@ -22,8 +22,9 @@ from rcgrpo_jax.evaluation.benchmarks.results import Entry, Listed, Locate, Qual
 from rcgrpo_jax.evaluation.benchmarks.rows import Row, has_parquet, measures_of, write_jsonl, write_parquet
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, to_csv
 from rcgrpo_jax.evaluation.edit import edit_all
-from rcgrpo_jax.evaluation.examples import EditedBatch, official_example
+from rcgrpo_jax.evaluation.examples import EditedBatch
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, note
+from rcgrpo_jax.evaluation.official import official_example
 from rcgrpo_jax.evaluation.pictures import picture_file
 from rcgrpo_jax.evaluation.tables import Table, latex, markdown, plain
 from rcgrpo_jax.parallel import distributed
@@ -129,7 +130,7 @@ def measure_editor(
     own = [entries[i] for i in distributed.local_job_range(len(entries))]
     with distributed.raise_together():
         rows, pictures = measure_results(
-            source, own, locate, how.measures, benchmark.size, batch=how.batch, options=how.options, score=how.score,
+            source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options, score=how.score,
             progress=count_steps(progress, f"measure {name}", len(own)),
         )  # fmt: skip
     parts = distributed.gather_texts(json.dumps(rows))
@@ -226,7 +227,7 @@ def _grid_rows(
     for entry in entries:
         shown = {name: kept[entry.name] for name, kept in pictures.items() if entry.name in kept}
         if len(shown) == len(pictures):
-            example = official_example(source[entry.index], benchmark.size)
+            example = official_example(source[entry.index], benchmark.side)
             shown |= {} if example.target is None else {"target": example.target}
             rows.append(GridRow(example.instruction, example.image, example.mask, [*shown.values()], [*shown]))
     return rows

@@ -23,7 +23,7 @@ class Benchmark(NamedTuple):
         name: As users write it.
         title: As its authors write it.
         tasks: Task -> how many examples of it have been published.
-        size: (height, width) in pixels that every picture is brought to, to be measured.
+        side: Pixels of the square that every picture is brought to, to be measured (`evaluation.official`).
         measures: Names of `evaluation.measures`, or groups of them: those that the published rows have.
         identify: Example -> its id, which no other example of its task has.
         picture: (folder of an editor's results, task, id) -> where the edit of an example lies.
@@ -36,7 +36,7 @@ class Benchmark(NamedTuple):
     name: str
     title: str
     tasks: Mapping[str, int]
-    size: tuple[int, int]
+    side: int
     measures: tuple[str, ...]
     identify: Callable[[EditExample], str]
     picture: Callable[[Path, str, str], Path]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, Published
+from rcgrpo_jax.evaluation.official import SIDE
 
 
 def image_path(example: EditExample) -> str:
@@ -35,7 +36,7 @@ COMPBENCH = Benchmark(
     name="compbench",
     title="CompBench, local edits",
     tasks={"add": 982, "remove": 1331, "replace": 152},
-    size=(512, 512),
+    side=SIDE,
     measures=("official", "region"),
     identify=image_path,
     picture=picture,

@@ -18,9 +18,10 @@ from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
-from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, official_example, resize_official, right_batches
-from rcgrpo_jax.evaluation.measure import measure_edits
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, right_batches
+from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure_edits
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions
+from rcgrpo_jax.evaluation.official import official_example, official_picture
 
 Locate = Callable[["Entry"], Path]  # where the edit of an example lies
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -145,10 +146,10 @@ def measure_results(
     entries: Sequence[Entry],
     locate: Locate,
     measures: Sequence[Measure],
-    size: tuple[int, int],
+    side: int,
     *,
     batch: int = 8,
-    options: MeasureOptions | None = None,
+    options: MeasureOptions = NO_OPTIONS,
     score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {},
     progress: Callable[[], None] = lambda: None,
 ) -> Measured:
@@ -161,7 +162,7 @@ def measure_results(
         entries: Which of them.
         locate: Where the edit of each lies; it may raise a UserError.
         measures: What to measure.
-        size: (height, width) that examples and edits are brought to (`examples.official_example`).
+        side: Pixels of the square that examples and edits are brought to (`evaluation.official`).
         batch: Examples at a time.
         options: Where the weights of measures are.
         score: Edits -> `[P]` of each of further measures, such as a judge's score (`evaluation.judge.scores_of`).
@@ -179,7 +180,7 @@ def measure_results(
         failed[entry.index] = Row(*entry, {}, failure, file)
         progress()
 
-    batches = _read_batches(source, entries, locate, size, min(batch, max(len(entries), 1)), fail)
+    batches = _read_batches(source, entries, locate, side, min(batch, max(len(entries), 1)), fail)
     first = next(batches, None)
     if first is None:
         return Measured([failed[entry.index] for entry in entries], {})
@@ -191,7 +192,7 @@ def measure_results(
             scored.extend({name: float(x[i]) for name, x in scores.items()} for i in range(edited.batch.count))
             yield edited
 
-    found = measure_edits(scoring(), source, measures, progress, options=options or MeasureOptions())
+    found = measure_edits(scoring(), source, measures, progress, options)
     there = [entry for entry in entries if entry.index not in failed]
     rows = {
         entry.index: Row(*entry, {name: float(x[i]) for name, x in found.measures.items()} | scored[i])
@@ -205,7 +206,7 @@ def _read_batches(
     source: Source,
     entries: Sequence[Entry],
     locate: Locate,
-    size: tuple[int, int],
+    side: int,
     batch: int,
     fail: Callable[[Entry, str, str], None],
 ) -> Iterator[EditedBatch]:
@@ -221,12 +222,12 @@ def _read_batches(
         file = None
         try:
             file = locate(entry)
-            picture = resize_official(read_image(file), size)
+            picture = official_picture(read_image(file), side)
         except UserError as error:
             is_missing = file is not None and not os.path.lexists(file)
             fail(entry, MISSING if is_missing else error.problem, str(file or ""))
             continue
-        rows.append((entry.index, official_example(source[entry.index], size), picture))
+        rows.append((entry.index, official_example(source[entry.index], side), picture))
         if len(rows) == batch:
             yield gather(rows)
             rows = []
