@@ -21,7 +21,7 @@ from rcgrpo_jax.data.masks import read_mask
 
 WIDTH, HEIGHT = 96, 64  # of the pictures; all are measured at 512 x 512
 TOLERANCE = 1e-3
-COUNT = 5  # add, remove, replace, add, remove
+COUNT = 4  # add, remove, replace, add
 
 
 def write_pictures(folder: Path) -> list[dict[str, Path]]:
