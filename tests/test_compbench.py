@@ -235,6 +235,16 @@ def test_a_value_that_could_not_be_measured_is_null_and_counted():
     assert (found["add"].interval.mean, found["add"].count) == (25, 2)
 
 
+def test_what_the_official_script_would_do_otherwise_is_said():
+    rows = [
+        Row(i, f"{i}", "add", {"official_psnr": psnr, "official_lc_t": 20.0}) for i, psnr in enumerate((100.0, 30.0))
+    ]
+    said = remarks(COMPBENCH, {"a": Edits(rows)}, {}, list_entries(Examples(caption=" "), COMPBENCH).uncaptioned)
+    assert any(line.startswith("9 examples have no caption") for line in said)
+    assert any(line.startswith("a: 1 edits have a background that is equal") for line in said)
+    assert not any("caption" in line for line in remarks(COMPBENCH, {"a": Edits(rows)}))
+
+
 # Judges
 
 

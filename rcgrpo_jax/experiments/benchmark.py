@@ -177,9 +177,10 @@ def write_benchmark(
         if has_parquet():
             write_parquet(out / f"{name}.parquet", rows)
     values = compute_values(benchmark, editors)
-    tables, said = make_tables(benchmark, editors, values), remarks(benchmark, editors, listed.others)
+    tables = make_tables(benchmark, editors, values)
+    said = remarks(benchmark, editors, listed.others, listed.uncaptioned)
     known = {x for edits in editors.values() for x in measures_of(edits.rows)}
-    said += [note(one) for one in how.measures if one.name not in known]
+    said += [f"{note(one)} {one.remedy}".rstrip() for one in how.measures if one.name not in known]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
     write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(said) + "\n")

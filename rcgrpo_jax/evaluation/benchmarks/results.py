@@ -45,6 +45,7 @@ class Listed(NamedTuple):
 
     entries: list[Entry]
     others: Counter[str]  # tasks that are none of the benchmark -> examples
+    uncaptioned: int = 0  # how many entries have no caption
 
 
 class Measured(NamedTuple):
@@ -79,7 +80,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
         UserError: An example cannot be read, or two of a task have one id.
         UsageError: No example has one of the tasks.
     """
-    entries, others, seen = [], Counter(), {}
+    entries, others, seen, uncaptioned = [], Counter(), {}, 0
     for index in range(len(source)):
         example = source[index]
         entry = Entry(index, benchmark.identify(example), example.task)
@@ -92,6 +93,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
             )
         else:
             entries.append(entry)
+            uncaptioned += not example.has_caption
         progress()
     if not entries:
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
@@ -99,7 +101,7 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
             f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
             f"`rcgrpo data prepare {benchmark.name}` makes such data.",
         )
-    return Listed(entries, others)
+    return Listed(entries, others, uncaptioned)
 
 
 def open_results(folder: Path, benchmark: Benchmark) -> Locate:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row, measures_of
 from rcgrpo_jax.evaluation.measures import REGISTERED
+from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.statistics import Interval, stratified_intervals
 from rcgrpo_jax.evaluation.tables import Column, Table, format_interval
 
@@ -103,7 +104,10 @@ def make_tables(benchmark: Benchmark, editors: Mapping[str, Edits], values: Sequ
 
 
 def remarks(
-    benchmark: Benchmark, editors: Mapping[str, Edits], others: Mapping[str, int] = MappingProxyType({})
+    benchmark: Benchmark,
+    editors: Mapping[str, Edits],
+    others: Mapping[str, int] = MappingProxyType({}),
+    uncaptioned: int = 0,
 ) -> list[str]:
     """What a reader of the tables must know, a line each.
 
@@ -111,6 +115,7 @@ def remarks(
         benchmark: Of the tables.
         editors: As for `compute_values`.
         others: Tasks that are none of the benchmark -> examples.
+        uncaptioned: How many examples have no caption.
     """
     lines = [f"Published rows: {benchmark.origin}.", *benchmark.remarks] if benchmark.published else []
     there = Counter(row.task for row in next(iter(editors.values())).rows)
@@ -119,7 +124,17 @@ def remarks(
     if others:
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items())
         lines.append(f"Left out, as of tasks that are none of the benchmark: {found}.")
+    if uncaptioned and any("official_lc_t" in row.values for edits in editors.values() for row in edits.rows):
+        lines.append(
+            f"{uncaptioned} examples have no caption: official LC-T compares them with a blank, as CompBench's script "
+            "does."
+        )
     for name, edits in editors.items():
+        if equal := sum(row.values.get("official_psnr", 0) >= OFFICIAL_CAP for row in edits.rows):
+            lines.append(
+                f"{name}: {equal} edits have a background that is equal to the source's. Official PSNR counts each as "
+                f"{OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so would its mean."
+            )
         for measure in measures_of(edits.rows):
             lost = sum(np.isnan(row.values.get(measure, np.nan)) for row in edits.rows if not row.failure)
             if lost:
