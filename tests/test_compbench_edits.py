@@ -61,7 +61,7 @@ def test_a_model_edits_every_task_in_the_size_of_the_benchmark_and_is_measured(t
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| other | measured | 9 |" in table
     assert "| base | measured | 9 |" in table
-    assert "| base - other | mean | 9 |" in table
+    assert "| other - base | mean | 9 |" in table
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"name": "add'])

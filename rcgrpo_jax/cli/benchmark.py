@@ -109,11 +109,12 @@ def run_benchmark(values: flags.FlagValues) -> None:
         with distributed.raise_together():
             listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
         if model:
-            located |= edit_adapters(
+            edited = edit_adapters(
                 model, source, listed.entries, {"base": None} | ({"lora": lora} if lora else {}), edits, size,
                 steps=values.steps, guidance=values.guidance, seed=values.seed, batch=values.batch,
                 acd_layers=values.acd_layers, progress=progress, **editor_options(values),
             )  # fmt: skip
+            located = edited | located  # differences are from the base
         measured = {
             name: measure_editor(name, locate, benchmark, source, listed.entries, how, progress)
             for name, locate in located.items()
