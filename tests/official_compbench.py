@@ -14,7 +14,6 @@ from PIL import Image
 from references import Reference, torch, transformers
 
 MEASURES = ("lc_i", "lc_t", "psnr", "ssim", "lpips")
-SIDE = 512
 _fn = Reference("torch.nn.functional")
 _lpips = Reference("torchmetrics.functional.image.lpips")
 _multimodal = Reference("torchmetrics.multimodal")
@@ -65,10 +64,11 @@ class OfficialScript:
     Args:
         clip: Folder of a CLIP model.
         trunk: SqueezeNet's.
+        side: Pixels; the script has 512.
     """
 
-    def __init__(self, clip: Path, trunk: torch.nn.Sequential):
-        model = transformers.CLIPModel.from_pretrained(clip).eval()
+    def __init__(self, clip: Path, trunk: torch.nn.Sequential, side: int = 512):
+        self.side, model = side, transformers.CLIPModel.from_pretrained(clip).eval()
         self.model, self.processor = (
             model,
             transformers.CLIPProcessor(
@@ -97,13 +97,13 @@ class OfficialScript:
         """The five numbers of one edit, from files."""
 
         def read(path: Path) -> Image.Image:
-            return Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            return Image.open(path).convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
 
         def tensor(image: Image.Image) -> torch.Tensor:
             return torch.tensor(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)[None]
 
         before, after = read(source), read(edited)
-        region = np.array(Image.open(mask).convert("L").resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        region = np.array(Image.open(mask).convert("L").resize((self.side, self.side), Image.Resampling.NEAREST))
         shown = 1 - torch.tensor(region.astype(np.float32) / 255)
         a, b = tensor(before) * shown, tensor(after) * shown
         with torch.no_grad():

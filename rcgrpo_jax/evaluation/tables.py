@@ -134,9 +134,10 @@ def notes(evaluation: Evaluation, *others: Evaluation) -> list[str]:
     """What a reader of the tables must know to read them right, a line each; of all evaluations in them."""
     evaluations = (evaluation, *others)
     measured = set.intersection(*(set(x.measures) for x in evaluations))
-    groups = {one.group for name, one in REGISTERED.items() if name in measured} or {EDITOR}
+    editor = [one for one in REGISTERED.values() if one.group == EDITOR]
+    of_editor = any(one.name in measured for one in editor) or not measured
     lines = []
-    if EDITOR in groups:
+    if of_editor:
         lines.append(
             "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
             "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS "
@@ -144,37 +145,45 @@ def notes(evaluation: Evaluation, *others: Evaluation) -> list[str]:
         )
     if "acd" in measured:
         lines.append(f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.")
-    if "official_lc_t" in measured and evaluation.uncaptioned:
-        lines.append(
-            f"{evaluation.uncaptioned} of {len(evaluation.names)} examples have no caption: official LC-T compares "
-            "them with a blank, as CompBench's script does."
-        )
-    if "official_psnr" in measured:
-        equal = max(int((x.measures["official_psnr"] >= OFFICIAL_CAP).sum()) for x in evaluations)
-        if equal:
-            lines.append(
-                f"{equal} edits have a background that is equal to the source's. Official PSNR counts each as "
-                f"{OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so would its mean."
-            )
     return [
         *lines,
         "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
+        *_official_notes(evaluations, measured),
         *_lost(evaluations, measured),
-        *(note(one) for name, one in REGISTERED.items() if name not in measured and one.group in groups),
+        *(note(one) for one in editor if of_editor and one.name not in measured),
     ]
+
+
+def _official_notes(evaluations: Sequence[Evaluation], measured: set[str]) -> list[str]:
+    """Where the group `official` has a value for what hardly has one."""
+    lines, first = [], evaluations[0]
+    if "official_lc_t" in measured and first.uncaptioned:
+        lines.append(
+            f"{first.uncaptioned} of {len(first.names)} examples have no caption: official LC-T compares them with a "
+            "blank, as CompBench's script does."
+        )
+    if "official_psnr" in measured:
+        equal = [int((x.measures["official_psnr"] >= OFFICIAL_CAP).sum()) for x in evaluations]
+        if any(equal):
+            lines.append(
+                f"{' and '.join(map(str, equal))} edits have a background that is equal to the source's. Official PSNR "
+                f"counts each as {OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so has its mean."
+            )
+    return lines
 
 
 def _lost(evaluations: Sequence[Evaluation], measured: set[str]) -> list[str]:
     """A line for each measure that has no value for some edits."""
     lines = []
-    for name, one in REGISTERED.items():
-        if name in measured and all(len(x.names) == len(evaluations[0].names) for x in evaluations):
-            count = int(np.any([~np.isfinite(x.measures[name]) for x in evaluations], axis=0).sum())
-            if count:
-                lines.append(
-                    f"{one.label} is not measured of {count} of {len(evaluations[0].names)} edits, which are left out "
-                    f"of its means and, in pairs, of its differences: {one.wanted}."
-                )
+    for name in (name for name in REGISTERED if name in measured):
+        count = int(np.any([~np.isfinite(x.measures[name]) for x in evaluations], axis=0).sum())
+        if count:
+            one = REGISTERED[name]
+            why = "" if one.group == EDITOR else f": {one.wanted}"
+            lines.append(
+                f"{one.label} is not measured of {count} of {len(evaluations[0].names)} edits, which are left out of "
+                f"its means and, in pairs, of its differences{why}."
+            )
     return lines
 
 

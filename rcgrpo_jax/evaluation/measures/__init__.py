@@ -3,7 +3,6 @@
 from rcgrpo_jax.evaluation.measures.acd import ACD
 from rcgrpo_jax.evaluation.measures.base import (
     EDITOR,
-    GROUPS,
     REGISTERED,
     Measure,
     MeasureInputs,
@@ -27,6 +26,6 @@ for _measure in (SUCCESS, CAPTION, PSNR, SSIM, LPIPS, OVERALL, ACD, LPIPS_VGG, *
     register(_measure)
 
 __all__ = [
-    "EDITOR", "GROUPS", "REGISTERED", "Measure", "MeasureInputs", "MeasureOptions", "choose", "load_weights", "note",
+    "EDITOR", "REGISTERED", "Measure", "MeasureInputs", "MeasureOptions", "choose", "load_weights", "note",
     "register",
 ]  # fmt: skip

@@ -30,6 +30,9 @@ class MeasureOptions(NamedTuple):
     lpips_squeeze: str = ""  # safetensors file of SqueezeNet and its heads (`weights.lpips.load_squeeze`)
 
 
+EDITOR = "editor"  # the group that is measured where nothing is asked for
+
+
 class Measure(NamedTuple):
     """One number of an edit, and its column in a table.
 
@@ -50,7 +53,9 @@ class Measure(NamedTuple):
             of what was loaded. Measures that have the same function share these too.
         wanted: What is said where it is not measured, after "HEADER is not measured: ".
         remedy: What to do where it was asked for, and `load` gave nothing.
-        group: Measures that are chosen together: see `GROUPS`.
+        group: Measures that are chosen together: `editor`, of a model's edits in their own size; `official`, what
+            CompBench's script computes, whose batches are `evaluation.official`'s; `region`, the same with its flaws
+            corrected; `single`, chosen by name alone.
         required: Whether it was asked for, by its name or its group: `choose` says so.
     """
 
@@ -66,7 +71,7 @@ class Measure(NamedTuple):
     prepare: Callable[[Any, EditedBatch], Any] | None = None
     wanted: str = "it was left out"
     remedy: str = ""
-    group: str = "editor"
+    group: str = EDITOR
     required: bool = False
 
     @property
@@ -75,13 +80,6 @@ class Measure(NamedTuple):
         return f"{self.group} {self.header}" if self.group in ("official", "region") else self.header
 
 
-EDITOR = "editor"  # the group that is measured where nothing is asked for
-GROUPS = {
-    EDITOR: "of the editor's own examples, in the size of its edits",
-    "official": "what CompBench's script computes, to the digit, at 512 x 512",
-    "region": "the same with its flaws corrected, in the size of the edits",
-    "single": "chosen by name alone",
-}
 _MEASURES: dict[str, Measure] = {}
 REGISTERED: Mapping[str, Measure] = MappingProxyType(_MEASURES)  # name -> measure, in the order of a table's columns
 
