@@ -231,7 +231,7 @@ def test_measures_without_their_weights_are_left_out_unless_they_were_asked_for(
     out = run(tmp_path, f"--results={folder}")
     assert {*rows_of(out / "a.jsonl")[0]} == {"id", "task", "failure", "official_psnr", "official_ssim"}
     said = capsys.readouterr().out
-    assert "official LPIPS is not measured" in said
+    assert "official LPIPS is not measured: its weights are not given. Give --lpips_squeeze FILE" in said
     assert "Give --clip FOLDER" in said
     assert "| RC-GRPO-Editing | published |  | 24.952 | 0.897 |" in (out / "table.md").read_text()
     with pytest.raises(UserError, match="official_lc_i: its weights were not found") as error:

@@ -158,12 +158,14 @@ def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
     if not values.measures:  # what was not asked for by name is left out where its weights are not given
         measures = [one._replace(required=False) for one in measures]
     options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
-    load_weights(measures, options)
+    weights = load_weights(measures, options)
+    without = [one for one in measures if one.load is not None and weights[one.load] is None]
+    measures = [one for one in measures if one not in without]
     if not values.judge:
         if values.judge_option:
             raise UsageError("--judge_option: found without --judge.", "Name the judge, or leave it out.")
-        return Measuring(measures, options, values.batch)
+        return Measuring(measures, options, values.batch, without=without)
     known = known_rewards({})
     (reward,) = make_repeats(values.judge, read_options(values.judge, values.judge_option, known), 1, known)
     check_all({values.judge: reward})
-    return Measuring(measures, options, values.batch, partial(scores_of, values.judge, reward))
+    return Measuring(measures, options, values.batch, partial(scores_of, values.judge, reward), without)

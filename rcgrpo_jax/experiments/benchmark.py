@@ -47,6 +47,7 @@ class Measuring:
     options: MeasureOptions
     batch: int = 8
     score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {}  # a judge's (`judge.scores_of`)
+    without: Sequence[Measure] = ()  # what is not measured for lack of weights
 
 
 class Found(NamedTuple):
@@ -180,7 +181,8 @@ def write_benchmark(
     tables = make_tables(benchmark, editors, values)
     said = remarks(benchmark, editors, listed.others, listed.uncaptioned)
     known = {x for edits in editors.values() for x in measures_of(edits.rows)}
-    said += [f"{note(one)} {one.remedy}".rstrip() for one in how.measures if one.name not in known]
+    said += [note(one) for one in how.measures if one.name not in known]
+    said += [f"{one.label} is not measured: its weights are not given. {one.remedy}" for one in how.without]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
     write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(said) + "\n")

@@ -56,7 +56,8 @@ def compute_values(benchmark: Benchmark, editors: Mapping[str, Edits], seed: int
         for row in benchmark.published
         for name, mean in row.values.items()
     ]
-    measures = measures_of(itertools.chain.from_iterable(edits.rows for edits in editors.values()))
+    found = measures_of(itertools.chain.from_iterable(edits.rows for edits in editors.values()))
+    measures = [*(name for name in REGISTERED if name in found), *(name for name in found if name not in REGISTERED)]
     tables = {name: _by_measure(edits.rows, measures) for name, edits in editors.items()}
     first, *others = tables
     tasks = np.array([row.task for row in editors[first].rows])
