@@ -114,6 +114,7 @@ def found(examples, options) -> Evaluation:
 # The script
 
 
+@pytest.mark.filterwarnings("ignore:Encountered caption longer")  # torchmetrics cuts it too, and says so
 @pytest.mark.parametrize("side", [112, pytest.param(512, marks=pytest.mark.slow)])
 def test_official_measures_are_those_of_the_script(examples, options, found, side):
     found = found if side == 112 else measure_at(side, examples, options)
