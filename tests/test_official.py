@@ -24,7 +24,7 @@ from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch
 from rcgrpo_jax.evaluation.measure import measure
-from rcgrpo_jax.evaluation.measures import REGISTERED, MeasureInputs, MeasureOptions, choose, region
+from rcgrpo_jax.evaluation.measures import REGISTERED, Measure, MeasureInputs, MeasureOptions, base, choose, region
 from rcgrpo_jax.evaluation.measures.clip import official_box, processed
 from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.measures.psnr import CAP
@@ -114,6 +114,7 @@ def found(examples, options) -> Evaluation:
 # The script
 
 
+@pytest.mark.filterwarnings("ignore:Encountered caption longer")  # torchmetrics cuts it too, and says so
 @pytest.mark.parametrize("side", [112, pytest.param(512, marks=pytest.mark.slow)])
 def test_official_measures_are_those_of_the_script(examples, options, found, side):
     found = found if side == 112 else measure_at(side, examples, options)
@@ -283,6 +284,21 @@ def test_a_caption_that_is_too_long_loses_its_end_in_the_script_alone(examples, 
     np.testing.assert_allclose(official[0], official[1], atol=1e-6)
     assert np.abs(corrected[0] - corrected[1]).max() > 1e-3
     np.testing.assert_allclose(official[2], corrected[2], atol=1e-6)
+
+
+def test_measures_that_prepare_the_same_share_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(base, "_MEASURES", dict(base._MEASURES))
+    one = Measure(
+        "one", "one", 1, "↑", lambda inputs, x: x, load=lambda options: 3.0, group="single",
+        prepare=lambda loaded, edited: calls.append(loaded) or np.full(1, loaded, np.float32),
+    )  # fmt: skip
+    base.register(one)
+    base.register(one._replace(name="two"))
+    photo = data.coffee()[:32, :32]
+    source = [EditExample("a", photo, np.ones((32, 32), np.float32), "Invert it.")]
+    values = measure(photo[None], source, measures=["one", "two"]).measures
+    assert (values["one"], values["two"], calls) == (3, 3, [3.0])
 
 
 # Groups, options and files

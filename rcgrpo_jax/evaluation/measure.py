@@ -155,9 +155,8 @@ class _Meter:
                 f"{lacking}: no target image, and examples before it have theirs.",
                 "Add it, or leave such examples out.",
             )
-        prepared = {
-            one.prepare: one.prepare(self._weights[one.load], edited) for one in self._opened if one.prepare is not None
-        }
+        loads = {one.prepare: one.load for one in self._opened if one.prepare is not None}
+        prepared = {prepare: prepare(self._weights[load], edited) for prepare, load in loads.items()}
         besides = tuple(self._besides(one, edited.batch.indices, prepared) for one in self._opened)
         return _compute(self._opened, inputs, besides)
 

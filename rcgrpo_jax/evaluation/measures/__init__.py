@@ -1,4 +1,4 @@
-"""What is measured of an edit, a file a measure. Importing this package registers them, in the order of a table."""
+"""What is measured of an edit, a file a measure or a group. Importing this registers them, in a table's order."""
 
 from rcgrpo_jax.evaluation.measures.acd import ACD
 from rcgrpo_jax.evaluation.measures.base import (
