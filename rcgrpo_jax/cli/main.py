@@ -6,11 +6,10 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 
 from rcgrpo_jax.cli.surroundings import jax_options, surroundings
 from rcgrpo_jax.errors import STOPPED, UsageError, UserError, nearest
-from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
+from rcgrpo_jax.parallel.slurm import launched_processes
 
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
@@ -29,7 +28,7 @@ COMMANDS = {
     "demo": "the whole way on the small editor that ships with the package",
 }
 ALIASES = {"pretrain": "sft"}  # earlier name -> command
-DISTRIBUTED = ("train", "sft")  # commands of which several processes make one run
+DISTRIBUTED = ("train", "sft", "evaluate")  # commands of which several processes make one run
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
 )
@@ -64,9 +63,9 @@ def _run(argv: list[str], debug: bool) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
-        if argv[0] not in DISTRIBUTED and (count := _processes(os.environ)) > 1:
+        if argv[0] not in DISTRIBUTED and (count := launched_processes(os.environ)) > 1:
             raise UsageError(
-                f"one of {count} processes; {' and '.join(DISTRIBUTED)} alone spread their work over several.",
+                f"one of {count} processes; {', '.join(DISTRIBUTED)} alone spread their work over several.",
                 "Run it once, in a single process.",
             )
         command = importlib.import_module(f"rcgrpo_jax.cli.{argv[0]}")
@@ -89,11 +88,6 @@ def _run(argv: list[str], debug: bool) -> int:
         remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in reason), NOT_FORESEEN)
         print(f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n  {remedy}", file=sys.stderr)
         return 1
-
-
-def _processes(environ: Mapping[str, str]) -> int:
-    """How many processes the launcher has started of this command."""
-    return whole_number(environ.get("RCGRPO_NUM_PROCESSES")) or slurm_tasks(environ)
 
 
 def _leave(code: int) -> None:

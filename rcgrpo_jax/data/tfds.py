@@ -77,7 +77,8 @@ class TfdsSource:
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")
         optional = {
-            "name": "text", "caption": "text", "task": "text", "has_target": "bool", "target": "RGB", "flawed": "bool",
+            "name": "text", "id": "text", "caption": "text", "task": "text", "has_target": "bool", "target": "RGB",
+            "flawed": "bool",
         }  # fmt: skip
         known = [
             (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
@@ -143,6 +144,7 @@ class TfdsSource:
                 target=row.get("target") if row.get("has_target", True) else None,
                 task=row.get("task", ""),
                 flawed=row.get("flawed", False),
+                id=row.get("id", ""),
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.data.example import EditExample, Needs, Source, check_needs
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.examples import ExampleBatch, read_batches
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, read_batches
 from rcgrpo_jax.evaluation.pictures import read_picture
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, share_interval
 from rcgrpo_jax.rewards import Reward, RewardInputs, start_all
 
+logger = logging.getLogger(__name__)
 APART = 1000  # between the seeds of two repeats: more than the askings of a question, each of which has the next seed
 TARGETS, SOURCES = "targets", "sources"
 
@@ -114,6 +116,15 @@ def judge(
         )
     tables = {name: found[:, g].astype(np.float64) for g, name in enumerate(pictures)}
     return Judged(tables, seconds / found.size, cause)
+
+
+def scores_of(name: str, reward: Reward, edited: EditedBatch) -> dict[str, Float[np.ndarray, " n"]]:
+    """The reward's score of each edit of a batch, under its name; NaN where none came. Rows that repeat have none."""
+    inputs = _inputs(edited.batch, {name: lambda batch: edited.pictures}, reward)
+    found = start_all({name: reward}, inputs).result()
+    for cause in found.failures.values():
+        logger.warning("%s: no scores of %d edits: %s", name, edited.batch.count, cause)
+    return {name: found.by_reward[name][:, 0]}
 
 
 def _inputs(batch: ExampleBatch, pictures: Mapping[str, Pictures], reward: Reward) -> RewardInputs:

@@ -1,0 +1,56 @@
+"""CompBench (arXiv 2505.12200), its local edits: what is added, removed and replaced in 640 x 640 photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rcgrpo_jax.data.example import EditExample
+from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, Published
+from rcgrpo_jax.evaluation.official import SIDE
+
+
+def image_path(example: EditExample) -> str:
+    """The `image_path` of an example. `rcgrpo data prepare` puts its task before it, since two tasks may have one."""
+    found = example.id or example.name
+    prefix = f"{example.task}-", f"{example.task}/"
+    return found[len(prefix[0]) :] if found.startswith(prefix) else found
+
+
+def picture(folder: Path, task: str, name: str) -> Path:
+    """Where the official script looks for an edit: `{results}/{model}/{model}_local/{task}/{image_path}`.
+
+    Args:
+        folder: `{results}/{model}`.
+        task: Of the example.
+        name: Its `image_path`.
+    """
+    return folder / f"{folder.name}_local" / task / name
+
+
+def _row(editor: str, *values: float) -> Published:
+    names = ("official_lc_i", "official_lc_t", "official_psnr", "official_ssim", "official_lpips")
+    return Published(editor, dict(zip(names, values, strict=True)))
+
+
+COMPBENCH = Benchmark(
+    name="compbench",
+    title="CompBench, local edits",
+    tasks={"add": 982, "remove": 1331, "replace": 152},
+    side=SIDE,
+    measures=("official", "region"),
+    identify=image_path,
+    picture=picture,
+    layout="MODEL/MODEL_local/TASK/IMAGE_PATH",
+    published=(
+        _row("InstructPix2Pix", 0.777, 19.445, 21.416, 0.695, 0.173),
+        _row("GoT", 0.807, 20.268, 24.675, 0.890, 0.067),
+        _row("Step1X-Edit", 0.817, 20.501, 23.371, 0.882, 0.078),
+        _row("FLUX.1-Kontext-dev", 0.818, 21.027, 24.585, 0.890, 0.071),
+        _row("RC-GRPO-Editing", 0.822, 21.548, 24.952, 0.897, 0.068),
+    ),
+    origin="arXiv 2604.09386, Table 1",
+    remarks=(
+        "What is measured here is the unweighted mean of the tasks, as in CompBench's own tables. Whether the "
+        "published rows are such means or means over all edits is not known, nor are their seeds and solver steps.",
+    ),
+)
