@@ -80,7 +80,8 @@ def test_path_flags_and_fields_are_expanded(home):
 
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
-    "reward", "option", "plugin", "success", "threshold", "step", "question",
+    "reward", "option", "plugin", "success", "threshold", "step", "question", "adapter",
+    "judge", "judge_option",
 }  # fmt: skip
 COLUMNS = {"image", "mask", "instruction", "target", "caption", "task", "split"}  # of data prepare: names in a table
 

@@ -1,6 +1,7 @@
 """A model edits a benchmark, each edit once, whoever stops it, and stands in a table with other editors."""
 
 import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from PIL import Image
 
 from rcgrpo_jax.cli import benchmark as benchmark_command
 from rcgrpo_jax.cli import evaluate as command
-from rcgrpo_jax.editors.flux_kontext import FluxKontextEditor
+from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING
+from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
+from rcgrpo_jax.weights.lora import save_lora
 
 SMALL = 32  # pixels that pictures are edited and measured in
 
@@ -41,10 +44,10 @@ def made(monkeypatch) -> list[int]:
     return indices
 
 
-def run(tmp_path, *argv: str) -> None:
+def run(tmp_path, *argv: str, adapters: Sequence[str] = ()) -> None:
     given = ["--benchmark=compbench", "--data=nine", f"--model={small_run.model_folder()}", "--dtype=float32"]
     given += ["--steps=2", "--text_tokens=16", "--batch=2", f"--out={tmp_path / 'out'}"]
-    command.run(small_run.last_of_each(*given, *argv))
+    command.run([*small_run.last_of_each(*given, *argv), *(f"--adapter={text}" for text in adapters)])
 
 
 def psnr_of(tmp_path, editor: str) -> list[float]:
@@ -62,6 +65,23 @@ def test_a_model_edits_every_task_in_the_size_of_the_benchmark_and_is_measured(t
     assert "| other | measured | 9 |" in table
     assert "| base | measured | 9 |" in table
     assert "| other - base | mean | 9 |" in table
+
+
+def test_several_loras_edit_beside_the_base_and_another_published_table(tmp_path, made):
+    model = FluxKontext(small_run.model_folder())
+    adapter = init_adapter(jax.random.key(0), model.param_shapes, LoRAConfig(2, 4.0))
+    for name in ("one", "two"):
+        save_lora(tmp_path / name, adapter, LoRAConfig(2, 4.0), model.param_shapes)
+    loras = [f"{name}={tmp_path / name}" for name in ("one", "two")]
+    run(tmp_path, f"--edits={tmp_path / 'edits'}", adapters=loras[:1])
+    assert made == [*range(9)] * 2
+    made.clear()
+    run(tmp_path, f"--edits={tmp_path / 'edits'}", "--published=table-2", adapters=loras)
+    assert made == [*range(9)]  # of the second alone
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Table 2" in table
+    assert table.index("| base | measured | 9 |") < table.index("| one | measured | 9 |")
+    assert all(f"| {name} - base | mean | 9 |" in table for name in ("one", "two"))
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"name": "add'])

@@ -60,7 +60,11 @@ def test_latex_has_its_columns_braces_and_no_bare_sign(laid_out):
 
 
 def test_published_rows_are_those_of_the_paper():
-    (ours,) = [row for row in COMPBENCH.published if row.editor == "RC-GRPO-Editing"]
+    (ours,) = [row for row in COMPBENCH.published.rows if row.editor == "RC-GRPO-Editing"]
     assert [*ours.values.values()] == [0.822, 21.548, 24.952, 0.897, 0.068]
     assert sum(COMPBENCH.tasks.values()) == 2465
-    assert {name for row in COMPBENCH.published for name in row.values} <= {x.name for x in choose(["official"])}
+    rows = {name: [row.values for row in table.rows] for name, table in COMPBENCH.tables.items()}
+    assert {name: len(found) for name, found in rows.items()} == {"table-1": 5, "table-2": 4, "table-3": 4}
+    assert rows["table-1"][3:] == [rows["table-2"][0], rows["table-2"][3]]  # the base and the method
+    assert rows["table-3"][1] == rows["table-2"][3]
+    assert {tuple(row) for found in rows.values() for row in found} == {tuple(x.name for x in choose(["official"]))}

@@ -252,7 +252,7 @@ def test_the_command_writes_numbers_table_and_plot_and_goes_on(capsys):
         (["--size=60x64"], 2, "multiples of 16 were wanted"),
         (["--out=scenes", "--data=scenes"], 2, "--out: scenes is --data scenes"),
     ],
-    ids=lambda x: x[0] if isinstance(x, list) else "",
+    ids=lambda x: " ".join(x).replace(str(small_run.data_folder()), "small") if isinstance(x, list) else "",
 )
 def test_bad_requests(capsys, more, code, problem):
     Path("scenes").mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.judge import make_repeats, read_options
 from rcgrpo_jax.cli.lora_flags import read_lora
-from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file
+from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, expand_home
 from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
@@ -33,11 +36,13 @@ from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.slurm import launched_processes
 from rcgrpo_jax.progress import Jobs, count_steps, no_progress
 from rcgrpo_jax.rewards import check_all, known_rewards
+from rcgrpo_jax.weights.lora import load_loras
 
 _MAKE = (  # flags that say how a model edits
-    "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype", "quantization",
+    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype",
+    "quantization",
 )  # fmt: skip
-_OWN = ("results", "judge", "judge_option")  # of a benchmark
+_OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
 
 
 def define_benchmark(values: flags.FlagValues) -> None:
@@ -45,6 +50,10 @@ def define_benchmark(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("benchmark", None, [*BENCHMARKS], "benchmark that the examples of --data are", values)
     about = "folder of an editor's results, in the benchmark's layout; may be given again"
     flags.DEFINE_multi(PathParser("results"), flags.ArgumentSerializer(), "results", None, about, values)
+    tables = dict.fromkeys(name for benchmark in BENCHMARKS.values() for name in benchmark.tables)
+    flags.DEFINE_enum("published", None, [*tables], "published table to stand beside; the main one by default", values)
+    about = "a further LoRA, NAME=PATH, that edits beside base and --lora; may be given again"
+    flags.DEFINE_multi_string("adapter", [], about, values)
     flags.DEFINE_string("judge", None, "reward that scores the edits of a benchmark too, such as editscore", values)
     flags.DEFINE_multi_string("judge_option", [], "NAME=VALUE of --judge; may be given again", values)
     several = "; of a benchmark, with several processes, where neither a TPU nor Slurm tells"
@@ -86,7 +95,10 @@ def check_nothing_edits(values: flags.FlagValues, beside: str) -> None:
 def run_benchmark(values: flags.FlagValues) -> None:
     """Edits, measures and compares; several processes share the work, and the first one writes and prints."""
     benchmark, out = BENCHMARKS[values.benchmark], Path(values.out)
-    folders = _result_folders(values)
+    if values.published:
+        benchmark = benchmark._replace(published=benchmark.tables[values.published])
+    loras = _adapter_paths(values)
+    folders = _result_folders(values, loras)
     size = parse_size(values.size) if values.size else (benchmark.side, benchmark.side)
     edits = Path(values.edits) if values.edits else out / "edits"
     located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
@@ -102,7 +114,7 @@ def run_benchmark(values: flags.FlagValues) -> None:
     with distributed.raise_together():
         how = _measuring(values, benchmark)
         model = open_model(values.model) if values.model else None
-        lora = read_lora(values, model) if model else None
+        adapters = _read_adapters(values, loras, model) if model else {}
         source = open_source(values.data, values.polarity, mask_value=values.mask_value)
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
@@ -110,9 +122,9 @@ def run_benchmark(values: flags.FlagValues) -> None:
             listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
         if model:
             edited = edit_adapters(
-                model, source, listed.entries, {"base": None} | ({"lora": lora} if lora else {}), edits, size,
-                steps=values.steps, guidance=values.guidance, seed=values.seed, batch=values.batch,
-                acd_layers=values.acd_layers, progress=progress, **editor_options(values),
+                model, source, listed.entries, adapters, edits, size, steps=values.steps, guidance=values.guidance,
+                seed=values.seed, batch=values.batch, acd_layers=values.acd_layers, progress=progress,
+                **editor_options(values),
             )  # fmt: skip
             located = edited | located  # differences are from the base
         measured = {
@@ -126,7 +138,32 @@ def run_benchmark(values: flags.FlagValues) -> None:
         print(summary(found, out))
 
 
-def _result_folders(values: flags.FlagValues) -> dict[str, Path]:
+def _adapter_paths(values: flags.FlagValues) -> dict[str, str]:
+    """Name -> path of each `--adapter`.
+
+    Raises:
+        UsageError: One is not NAME=PATH, or its name is not one of a file.
+    """
+    paths = {}
+    for text in values.adapter:
+        name, equals, path = text.partition("=")
+        if not (equals and path and re.fullmatch(r"[\w.+-]*\w", name)) or name in paths:
+            raise UsageError(
+                f"--adapter: {text!r} found; NAME=PATH was wanted, each with a name of letters, digits and -._+.",
+                "Write --adapter rdp=runs/rdp/lora.",
+            )
+        paths[name] = expand_home("--adapter", path)
+    return paths
+
+
+def _read_adapters(values: flags.FlagValues, paths: Mapping[str, str], model: Model) -> dict[str, dict | None]:
+    """What edits: the base, the LoRA of `--lora`, and those of `--adapter`, with their scales folded in."""
+    lora = read_lora(values, model)
+    further = {name: load_loras([path], [1.0], model.param_shapes) for name, path in paths.items()}
+    return {"base": None} | ({"lora": lora} if lora else {}) | further
+
+
+def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict[str, Path]:
     """The folders of `--results` by their own names.
 
     Raises:
@@ -143,11 +180,11 @@ def _result_folders(values: flags.FlagValues) -> dict[str, Path]:
     if not values.model:
         check_nothing_edits(values, "--results alone")
     names = [folder.name for folder in folders]
-    names += ["base", "lora"] if values.model else []
+    names += ["base", "lora", *adapters] if values.model else []
     if len(set(names)) < len(names):
         raise UsageError(
-            f"--results: editors of the names {', '.join(names)} found; different names were wanted.",
-            "Rename a folder, and the one in it: the names stand in the table.",
+            f"--results, --adapter: editors of the names {', '.join(names)} found; different names were wanted.",
+            "Rename one (of a folder, the one in it too): the names stand in the table.",
         )
     return {folder.name: folder for folder in folders}
 

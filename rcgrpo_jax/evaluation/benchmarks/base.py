@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rcgrpo_jax.data.example import EditExample
@@ -14,6 +15,13 @@ class Published(NamedTuple):
 
     editor: str
     values: Mapping[str, float]  # name of a measure -> mean, in that measure's units
+
+
+class PublishedTable(NamedTuple):
+    """A table of a publication."""
+
+    origin: str = ""  # whose it is
+    rows: tuple[Published, ...] = ()
 
 
 class Benchmark(NamedTuple):
@@ -28,8 +36,8 @@ class Benchmark(NamedTuple):
         identify: Example -> its id, which no other example of its task has.
         picture: (folder of an editor's results, task, id) -> where the edit of an example lies.
         layout: The same in words, for messages.
-        published: Rows to stand beside, the first one at the top.
-        origin: Whose rows they are.
+        published: The rows to stand beside, the first one at the top.
+        tables: Name -> published tables that may stand beside instead.
         remarks: What a reader of the table must know.
     """
 
@@ -41,6 +49,6 @@ class Benchmark(NamedTuple):
     identify: Callable[[EditExample], str]
     picture: Callable[[Path, str, str], Path]
     layout: str
-    published: tuple[Published, ...] = ()
-    origin: str = ""
+    published: PublishedTable = PublishedTable()
+    tables: Mapping[str, PublishedTable] = MappingProxyType({})
     remarks: tuple[str, ...] = ()

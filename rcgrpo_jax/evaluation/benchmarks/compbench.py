@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rcgrpo_jax.data.example import EditExample
-from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, Published
+from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, Published, PublishedTable
 from rcgrpo_jax.evaluation.official import SIDE
 
 
@@ -32,6 +32,37 @@ def _row(editor: str, *values: float) -> Published:
     return Published(editor, dict(zip(names, values, strict=True)))
 
 
+PAPER = "arXiv 2604.09386"
+TABLES = {
+    "table-1": PublishedTable(
+        f"{PAPER}, Table 1",
+        (
+            _row("InstructPix2Pix", 0.777, 19.445, 21.416, 0.695, 0.173),
+            _row("GoT", 0.807, 20.268, 24.675, 0.890, 0.067),
+            _row("Step1X-Edit", 0.817, 20.501, 23.371, 0.882, 0.078),
+            _row("FLUX.1-Kontext-dev", 0.818, 21.027, 24.585, 0.890, 0.071),
+            _row("RC-GRPO-Editing", 0.822, 21.548, 24.952, 0.897, 0.068),
+        ),
+    ),
+    "table-2": PublishedTable(
+        f"{PAPER}, Table 2",
+        (
+            _row("base", 0.818, 21.027, 24.585, 0.890, 0.071),
+            _row("GRPO (global perturb.)", 0.820, 21.529, 24.384, 0.884, 0.074),
+            _row("GRPO + RDP", 0.821, 21.540, 24.788, 0.893, 0.070),
+            _row("RDP + ACD", 0.822, 21.548, 24.952, 0.897, 0.068),
+        ),
+    ),
+    "table-3": PublishedTable(
+        f"{PAPER}, Table 3",
+        (
+            _row("tau 1.0, 1.0", 0.821, 21.533, 24.906, 0.896, 0.069),
+            _row("tau 0.9, 1.1", 0.822, 21.548, 24.952, 0.897, 0.068),
+            _row("tau 0.8, 1.2", 0.819, 21.640, 24.726, 0.883, 0.072),
+            _row("tau 1.2, 0.8", 0.821, 21.499, 24.996, 0.902, 0.068),
+        ),
+    ),
+}
 COMPBENCH = Benchmark(
     name="compbench",
     title="CompBench, local edits",
@@ -41,14 +72,8 @@ COMPBENCH = Benchmark(
     identify=image_path,
     picture=picture,
     layout="MODEL/MODEL_local/TASK/IMAGE_PATH",
-    published=(
-        _row("InstructPix2Pix", 0.777, 19.445, 21.416, 0.695, 0.173),
-        _row("GoT", 0.807, 20.268, 24.675, 0.890, 0.067),
-        _row("Step1X-Edit", 0.817, 20.501, 23.371, 0.882, 0.078),
-        _row("FLUX.1-Kontext-dev", 0.818, 21.027, 24.585, 0.890, 0.071),
-        _row("RC-GRPO-Editing", 0.822, 21.548, 24.952, 0.897, 0.068),
-    ),
-    origin="arXiv 2604.09386, Table 1",
+    published=TABLES["table-1"],
+    tables=TABLES,
     remarks=(
         "What is measured here is the unweighted mean of the tasks, as in CompBench's own tables. Whether the "
         "published rows are such means or means over all edits is not known, nor are their seeds and solver steps.",

@@ -53,7 +53,7 @@ def compute_values(benchmark: Benchmark, editors: Mapping[str, Edits], seed: int
     unknown = np.nan
     values = [
         Value(row.editor, THEIRS, MEAN, name, Interval(mean, unknown, unknown), None)
-        for row in benchmark.published
+        for row in benchmark.published.rows
         for name, mean in row.values.items()
     ]
     found = measures_of(itertools.chain.from_iterable(edits.rows for edits in editors.values()))
@@ -118,7 +118,7 @@ def remarks(
         others: Tasks that are none of the benchmark -> examples.
         uncaptioned: How many examples have no caption.
     """
-    lines = [f"Published rows: {benchmark.origin}.", *benchmark.remarks] if benchmark.published else []
+    lines = [f"Published rows: {benchmark.published.origin}.", *benchmark.remarks] if benchmark.published.rows else []
     there = Counter(row.task for row in next(iter(editors.values())).rows)
     if lacking := [task for task in benchmark.tasks if not there[task]]:
         lines.append(f"The data have no example of {', '.join(lacking)}: the mean is of the other tasks.")
