@@ -139,6 +139,8 @@ explore() { # Fig. 5: the untrained editor under both perturbations, judged by t
 parse "$@"
 check
 trained_on=""
+[ "$dry_run" ] || { mkdir -p "$out" && out=$(cd "$out" && pwd); }
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
 prepare compbench
 training_data
 if [ -n "$topology" ]; then
