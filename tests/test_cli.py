@@ -131,7 +131,8 @@ def test_commands_for_one_process_refuse_to_be_several(capsys, monkeypatch, envi
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     code, problem, _ = small_run.fail(capsys, "demo", "--out=nowhere")
-    assert (code, problem) == (2, "one of 2 processes; train, sft, data encode alone spread their work over several.")
+    problem_wanted = "one of 2 processes; train, sft, evaluate, data encode alone spread their work over several."
+    assert (code, problem) == (2, problem_wanted)
 
 
 def test_interruption_from_the_keyboard_is_quiet(capsys, monkeypatch):
