@@ -13,6 +13,9 @@ if [ "${1:-}" = --all ]; then
 fi
 
 make_venv .venv
+if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then # the browser of tests/test_study_page.py
+  install_packages chromium chromium-driver
+fi
 pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
 "${pip[@]}" torch==2.13.0 # first and by itself, so that nothing else chooses a build
 "${pip[@]}" --editable '.[test]'

@@ -1,6 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment that works on a bare Debian.
 # Usage: make_venv DIRECTORY
+#        install_packages NAME ...
+
+install_packages() { # of Debian
+  local sudo=""
+  [ "$(id -u)" = 0 ] || sudo="sudo"
+  $sudo apt-get update -qq && $sudo apt-get install -y -qq "$@"
+}
 
 make_venv() {
   local directory=$1 python=${PYTHON:-python3}
@@ -10,10 +17,7 @@ make_venv() {
   fi
   if [ ! -x "$directory/bin/pip" ]; then
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-      # Debian packs ensurepip apart from python3.
-      local sudo=""
-      [ "$(id -u)" = 0 ] || sudo="sudo"
-      $sudo apt-get update -qq && $sudo apt-get install -y -qq python3-venv
+      install_packages python3-venv # Debian packs ensurepip apart from python3.
     fi
     "$python" -m venv "$directory"
   fi

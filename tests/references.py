@@ -14,5 +14,5 @@ class Reference:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-torch, diffusers, transformers, peft = map(Reference, ("torch", "diffusers", "transformers", "peft"))
+torch, diffusers, transformers, peft, onnx = map(Reference, ("torch", "diffusers", "transformers", "peft", "onnx"))
 transformer_flux = Reference("diffusers.models.transformers.transformer_flux")

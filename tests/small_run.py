@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from rcgrpo_jax import rewards
-from rcgrpo_jax.cli.data_scenes import write_folder
 from rcgrpo_jax.cli.main import main
+from rcgrpo_jax.data.scenes.files import write_folder
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions

@@ -131,7 +131,8 @@ def test_commands_for_one_process_refuse_to_be_several(capsys, monkeypatch, envi
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     code, problem, _ = small_run.fail(capsys, "demo", "--out=nowhere")
-    assert (code, problem) == (2, "one of 2 processes; train, sft, data encode alone spread their work over several.")
+    several = "train, sft, evaluate, data encode"
+    assert (code, problem) == (2, f"one of 2 processes; {several} alone spread their work over several.")
 
 
 def test_interruption_from_the_keyboard_is_quiet(capsys, monkeypatch):

@@ -80,9 +80,10 @@ def test_path_flags_and_fields_are_expanded(home):
 
 TEXTS = {  # flags and fields whose text is no path
     "instruction", "mask_value", "size", "coordinator", "num_processes", "process_id", "topology", "variant", "config",
-    "reward", "option", "plugin",
-    "step",
+    "reward", "option", "plugin", "success", "threshold", "step", "question", "adapter",
+    "judge", "judge_option",
 }  # fmt: skip
+COLUMNS = {"image", "mask", "instruction", "target", "caption", "task", "split"}  # of data prepare: names in a table
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,12 @@ def test_every_flag_of_text_is_a_path_or_known_not_to_be(monkeypatch, command):
     for place in (module, __import__("rcgrpo_jax.cli.config_file", fromlist=["parse"])):
         if hasattr(place, "parse"):
             monkeypatch.setattr(place, "parse", keep)
-    with pytest.raises(UsageError):
-        module.run([])
+    for action in getattr(module, "ACTIONS", [None]):
+        with pytest.raises(UsageError):
+            module.run([action] if action else [])
     plain = {name for name, flag in defined.items() if type(flag.parser) is flags.ArgumentParser}
     assert defined
-    assert plain <= TEXTS
+    assert plain <= (COLUMNS if command == "data_prepare" else TEXTS)
     assert any(isinstance(flag.parser, PathParser) for flag in defined.values())
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from references import torch, transformers
 from safetensors.numpy import load_file, save_file
 from skimage import data
+from tiny_clip import write_clip
 
 from rcgrpo_jax import rewards
 from rcgrpo_jax.errors import UsageError, UserError
@@ -20,29 +21,14 @@ from rcgrpo_jax.models.clip_vision import CLIP, STD, crop, normalised, square_wi
 from rcgrpo_jax.models.config import CLIPConfig
 from rcgrpo_jax.weights.clip import load_clip
 from rcgrpo_jax.weights.networks import abstract_params
-from rcgrpo_jax.weights.tokenizers import write_clip_tokenizer
 
 TEXTS = ("a red cup on a table", "Make it blue.", "snow " * 100)
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    """A CLIP with random weights as transformers saves it; the towers differ in every size."""
-    folder = tmp_path_factory.mktemp("clip")
-    vocabulary = write_clip_tokenizer(folder)
-    text = dict(vocab_size=vocabulary, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-                eos_token_id=vocabulary - 1, bos_token_id=vocabulary - 2)  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30,
-                  patch_size=7)  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name or "lrn" in name:  # which start at 0 and 1
-            torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.3)
-    model.save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}).save_pretrained(
-        folder
-    )
+    """That of `tiny_clip`."""
+    folder = write_clip(tmp_path_factory.mktemp("clip"))
     load_clip.cache_clear()
     return folder
 

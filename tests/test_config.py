@@ -309,7 +309,7 @@ def test_the_options_of_rewards_are_listed_with_their_defaults():
         ({"zzz": {}},
          [f"zzz: no such reward; one of {', '.join(sorted(rewards.factories()))} was wanted"]),
         ({"oracle": {"nois": 0.1}}, ["oracle.nois: no such option; did you mean noise?"]),
-        ({"oracle": {"zzz": 0.1}}, ["oracle.zzz: no such option; one of noise, seed was wanted"]),
+        ({"oracle": {"zzz": 0.1}}, ["oracle.zzz: no such option; one of noise, num_pass, seed was wanted"]),
         ({"oracle": {"noise": "much", "seed": 0.5}},
          ["oracle.noise: 'much' found; float was wanted", "oracle.seed: 0.5 found; int was wanted"]),
         ({"oracle": {"noise": True}}, ["oracle.noise: True found; float was wanted"]),

@@ -268,7 +268,7 @@ def test_a_measure_is_one_registered_entry(monkeypatch):
     monkeypatch.setattr(base, "_MEASURES", dict(base._MEASURES))
     brightness = Measure(
         "brightness", "brightness", 1, "↑", lambda inputs, top, index: inputs.edited.max((1, 2, 3)) * top + index,
-        load=lambda: np.float32(2), read=lambda source, index: np.float32(index),
+        load=lambda options: np.float32(2), read=lambda source, index: np.float32(index),
     )  # fmt: skip
     register(brightness)
     found = measure(np.full((COUNT, SIZE, SIZE, 3), 255, np.uint8), SCENES, measures=["brightness"], batch=2)

@@ -17,7 +17,8 @@ from small_run import EDITS
 
 from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.data.folder import EditFolder
-from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
+from rcgrpo_jax.data.tfds import TfdsSource
+from rcgrpo_jax.data.tfds_writer import write_tfds
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor, TextEncoding
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches

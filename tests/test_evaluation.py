@@ -12,9 +12,9 @@ import small_run
 from jax.sharding import Mesh
 
 from rcgrpo_jax.cli import evaluate as command
-from rcgrpo_jax.cli.data_scenes import write_folder
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.images import save_image
+from rcgrpo_jax.data.scenes.files import write_folder
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.editors.model import EditorOptions
@@ -194,9 +194,16 @@ def test_a_damaged_file_is_no_evaluation(tmp_path, start, rest):
         Evaluation.load(file)
 
 
+def test_without_targets_what_takes_none_is_measured():
+    without = [replace(scenes()[i], target=None) for i in range(2)]
+    found = run(without, range(2))
+    assert set(found.measures) == {"psnr", "ssim", "lpips", "acd"}
+    np.testing.assert_array_equal(found.images, base().images[:2])
+
+
 def test_refuses_what_it_cannot_measure():
-    with pytest.raises(UserError, match=r"heldout-00000-add: no target image"):
-        run([replace(scenes()[0], target=None)], [0])
+    with pytest.raises(UserError, match=r"heldout-00001-\w+: no target image, and examples before it have theirs"):
+        run([scenes()[0], replace(scenes()[1], target=None)], [0, 1], batch=1)
     with pytest.raises(UserError, match=r"heldout-00000-add: its target is flawed on purpose"):
         run([replace(scenes()[0], flawed=True)], [0])
     with pytest.raises(UsageError, match="no examples"):
@@ -355,7 +362,6 @@ def test_the_command_measures_pictures_of_other_programs(tmp_path, capsys):
         (["--data=scenes:heldout:3:0.4"], "40% flawed targets"),
         (["--size=100x64"], "100 x 64 pixels found"),
         (["--guidance=nan"], "--guidance: nan"),
-        (["--data={data}"], "no target image"),
         (["--out={data}/metadata.jsonl"], "--out: "),
     ],
     ids=" ".join,

@@ -70,7 +70,7 @@ def test_what_is_described_has_its_types(tmp_path, described, problem):
     "arrays",
     [
         {"images": None},
-        {"images": np.zeros((1, 8, 8, 3), np.uint8)},
+        {"images": np.zeros((3, 8, 8, 3), np.uint8)},
         {"images": np.zeros((2, 8, 8, 3), np.float32)},
         {"images": np.zeros((2, 3), np.uint8)},
         {"images": np.array("text")},

@@ -213,6 +213,12 @@ def test_noise_is_normal_of_the_stated_width():
     assert np.abs(error).max() > 2 * 0.08
 
 
+def test_several_answers_are_averaged(small):
+    answers = [np.asarray(Oracle(noise=0.3, seed=5 + i)(small)) for i in range(3)]
+    np.testing.assert_allclose(Oracle(noise=0.3, seed=5, num_pass=3)(small), np.mean(answers, axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(Oracle(noise=0.3, seed=5)(small), answers[0])
+
+
 def test_noisy_rewards_stay_in_range(small):
     values = np.asarray(Oracle(noise=1.0)(small))
     assert values.min() == 0

@@ -26,6 +26,7 @@ from rcgrpo_jax.data.scenes.shapes import (
     signed_distance,
 )
 from rcgrpo_jax.data.scenes.source import KINDS, SPLITS, Scenes, parse_scenes
+from rcgrpo_jax.data.tfds import TfdsSource
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.rewards.colour import named_colour
 
@@ -416,6 +417,22 @@ def test_the_written_folder_reads_back_the_same(tmp_path, capsys, flags):
     shown = capsys.readouterr()
     assert "step 4/4" in shown.err
     assert f"4 tasks ({wanted.split}, {wanted.size} x {wanted.size}): {out}" in shown.out
+
+
+def test_the_layout_of_compbench_is_read_as_compbench(tmp_path):
+    run(["scenes", f"--out={tmp_path / 'in'}", "--count=6", "--size=32", "--layout=compbench"])
+    run(["prepare", "compbench", f"--from={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
+    found = {example.instruction: example for example in TfdsSource(str(tmp_path / "out"))}
+    wanted = [*Scenes("train", 6, 32)]
+    assert len(found) == 6
+    for example in wanted:
+        assert_same(found[example.instruction], example)
+        assert found[example.instruction].task == example.task == example.name.rpartition("-")[2]
+    with pytest.raises(UserError, match="flawed, which the layout of CompBench cannot say"):
+        run(["scenes", f"--out={tmp_path / 'in'}", "--size=32", "--layout=compbench", "--flaws=1"])
+    (tmp_path / "in/tasks/add/mask/photograph.png").touch()
+    with pytest.raises(UserError, match=r"holds another data set \(.*photograph.png"):
+        run(["scenes", f"--out={tmp_path / 'in'}", "--size=32", "--layout=compbench"])
 
 
 @pytest.mark.parametrize(("argv", "problem"), [

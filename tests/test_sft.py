@@ -20,8 +20,8 @@ from PIL import Image
 from references import diffusers, torch
 from torch_parity import relative_error
 
-from rcgrpo_jax.cli.data_scenes import write_folder
 from rcgrpo_jax.data.images import read_image, resize_image
+from rcgrpo_jax.data.scenes.files import write_folder
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.editors.model import to_unit
 from rcgrpo_jax.errors import UsageError, UserError

@@ -18,7 +18,8 @@ from PIL import Image
 from rcgrpo_jax.data.example import EditExample, Needs
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.sources import open_source, same_examples
-from rcgrpo_jax.data.tfds import TfdsSource, write_tfds
+from rcgrpo_jax.data.tfds import TfdsSource
+from rcgrpo_jax.data.tfds_writer import write_tfds
 from rcgrpo_jax.errors import UsageError, UserError
 
 UNICODE = "  把杯子涂成红色 🎨\u2028« noch röter »"
@@ -29,7 +30,7 @@ SIZES = [(20, 30), (33, 17), (16, 16), (40, 24), (18, 50)]
 def fields(example: EditExample) -> list:
     """Everything in an example, with dtypes, in a form that `==` compares."""
     arrays = [None if a is None else (a.dtype, a.tolist()) for a in (example.image, example.mask, example.target)]
-    return [example.name, example.instruction, example.caption, example.flawed, *arrays]
+    return [example.name, example.instruction, example.caption, example.flawed, example.task, *arrays]
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +146,11 @@ def test_grain_shuffles_and_workers_get_their_own_copy(folder, written):
     assert all(fields(example) == fields(by_name[example.name]) for example in epoch)
 
 
-def test_examples_without_targets_have_none(folder, tmp_path):
-    bare = [replace(folder[i], target=None, flawed=False) for i in range(2)]
-    source = TfdsSource(str(write_tfds(bare, "bare", tmp_path, split="test")), split="test")
-    assert [fields(source[i]) for i in range(2)] == [fields(example) for example in bare]
+def test_targets_captions_and_tasks_may_be_missing_from_some_examples(folder, tmp_path):
+    mixed = [replace(folder[0], target=None, task="add"), folder[1], replace(folder[2], target=None)]
+    source = TfdsSource(str(write_tfds(mixed, "mixed", tmp_path, split="test")), split="test")
+    assert [fields(source[i]) for i in range(3)] == [fields(example) for example in mixed]
+    assert [example.has_target for example in source] == [False, True, False]
 
 
 def test_datasets_of_other_forms(tmp_path):
@@ -275,11 +277,9 @@ def test_writing_is_all_or_nothing(folder, written, tmp_path):
     for name, split in (("My-Edits", "train"), ("edits", "all"), ("edits", "a b")):
         with pytest.raises(UsageError, match="lower-case letters, digits and underscores"):
             write_tfds(folder, name, tmp_path, split=split)
-    mixed = [folder[0], replace(folder[1], target=None)]
-    for source in (mixed, mixed[::-1], [folder[0], replace(folder[1], instruction="")]):
-        with pytest.raises(UserError, match=r"target found|instruction is blank"):
-            write_tfds(source, "mixed", tmp_path)
-    assert not list(tmp_path.glob("mixed/*"))
+    with pytest.raises(UserError, match="instruction is blank"):
+        write_tfds([folder[0], replace(folder[1], instruction="")], "partly", tmp_path)
+    assert not list(tmp_path.glob("partly/*"))
 
 
 def test_paths_name_folders_or_datasets(root, written, tmp_path):
@@ -303,7 +303,7 @@ def test_paths_name_folders_or_datasets(root, written, tmp_path):
 WITHOUT_TENSORFLOW = """
 import sys
 from rcgrpo_jax.data.sources import open_source, same_examples
-from rcgrpo_jax.data.tfds import write_tfds
+from rcgrpo_jax.data.tfds_writer import write_tfds
 
 folder, data_dir = sys.argv[1:]
 source = open_source(folder)

@@ -9,6 +9,8 @@ from rcgrpo_jax.errors import UsageError, nearest
 
 COMMANDS = {
     "scenes": "synthetic editing tasks -> a folder of PNG files",
+    "prepare": "a published data set, or tables of your own -> ArrayRecord files",
+    "mask": "examples without masks -> a folder with masks",
     "preview": "which aspect-ratio bucket each picture falls into, and what is cut of it",
     "encode": "the encodings of a run's data, ahead of the run",
 }

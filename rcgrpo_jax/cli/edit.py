@@ -15,8 +15,8 @@ from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import check_file, path_flag
 from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_image
 from rcgrpo_jax.editors.model import EditorOptions
-from rcgrpo_jax.editors.open import check_fits, open_model
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.editors.open import check_fits, check_tokens, open_model
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 
@@ -71,19 +71,14 @@ def run(argv: list[str]) -> None:
     model = open_model(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
-    side = model.sizes.token_pixels
-    if height % side or width % side:
-        raise UsageError(
-            f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
-            f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
-        )
+    check_tokens(model, (height, width))
     devices = open_devices()
     check_fits(model, (height, width), values.steps, values.dtype)
     lora = read_lora(values, model)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1}, devices)
     editor = model.open(EditorOptions(**editor_options(values), keep_text_encoders=False), mesh)
-    shape = (height * width // side**2, model.sizes.channels)
+    shape = (height * width // model.sizes.token_pixels**2, model.sizes.channels)
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))
     with jax.set_mesh(mesh):

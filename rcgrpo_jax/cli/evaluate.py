@@ -7,14 +7,16 @@ from pathlib import Path
 from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse, parse_size
+from rcgrpo_jax.cli.benchmark import check_no_benchmark, check_nothing_edits, define_benchmark, run_benchmark
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
-from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, path_flag
+from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, name_folders, path_flag
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.measures import MeasureOptions
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
@@ -23,10 +25,11 @@ ABOUT = """Edits examples that have targets, and measures the edits: success ins
 
 With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals. With --pictures in
 place of --model, edits that are there are measured, whoever made them: a PNG for each example, NAME.png, in pixels of
---size; given again, the folders are compared with the first."""
-_MAKE = (  # flags that say how a model edits
-    "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype", "quantization",
-)  # fmt: skip
+--size; given again, the folders are compared with the first.
+
+With --benchmark, the examples are those of a published benchmark, and its published rows stand in the table. --model
+edits all of them, and goes on where it was stopped; --results DIR, which may be given again, has the edits of another
+editor, in the layout of the benchmark. docs/compbench.md has the whole way."""
 
 
 def _flags(values: flags.FlagValues) -> None:
@@ -38,9 +41,13 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)
     flags.DEFINE_string("mask_value", "", "what its masks hold in the region instead: 15, or 2,5, or #800000", values)
     path_flag("out", "directory to write", values)
-    path_flag(
-        "edits", "directory that keeps the edits as they are made, so that a call that was stopped goes on", values
-    )
+    about = "directory that keeps the edits as they are made, so that a call that was stopped goes on"
+    path_flag("edits", f"{about}; of a benchmark OUT/edits by default", values)
+    define_benchmark(values)
+    about = "measures or groups, with commas between, such as official,region (docs/compbench.md); editor by default"
+    flags.DEFINE_list("measures", None, about, values)
+    path_flag("clip", "CLIP model of LC-I and LC-T: a folder, or its name on the hub", values)
+    path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
@@ -51,7 +58,9 @@ def _flags(values: flags.FlagValues) -> None:
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; that of the first image by default", values)
+    flags.DEFINE_string(
+        "size", None, "WIDTHxHEIGHT in pixels; that of the first image, or the benchmark's, by default", values
+    )
     flags.DEFINE_integer("acd_layers", 10, "last blocks whose attention counts for ACD", 1, flag_values=values)
     flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
@@ -60,6 +69,10 @@ def _flags(values: flags.FlagValues) -> None:
 
 def run(argv: list[str]) -> None:
     values, _ = parse("evaluate", ABOUT, argv, _flags, required=("data", "out"))
+    if values.benchmark:
+        run_benchmark(values)
+        return
+    check_no_benchmark(values)
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
     folders = picture_folders(values)
     check_file("out", out / "grid.png", ".png")
@@ -68,7 +81,8 @@ def run(argv: list[str]) -> None:
     check_apart("--edits", Path(values.edits or ""), inputs if values.edits else {})
     for folder in folders.values():
         check_apart("--out", out, {"--pictures": folder})
-    common = {"batch": values.batch, "size": size}
+    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    common = {"batch": values.batch, "size": size, "measures": values.measures, "measure_options": options}
     with Jobs(lines=10) as progress:
         if folders:
             open_devices()
@@ -96,22 +110,13 @@ def picture_folders(values: flags.FlagValues) -> dict[str, Path]:
     Raises:
         UsageError: Both or neither are given, a flag that says how a model edits, or two folders of one name.
     """
-    folders = [Path(folder) for folder in values.pictures or ()]
+    folders = name_folders("pictures", values.pictures or ())
     if bool(values.model) == bool(folders):
         found = "both --model and --pictures" if folders else "neither --model nor --pictures"
         raise UsageError(
             f"{found} found; one of them was wanted.",
             "Name the model that shall edit, or the folder of edits that are there.",
         )
-    if folders and (given := [name for name in _MAKE if values[name].present]):
-        raise UsageError(
-            f"--{given[0]}: found with --pictures; it says how a model edits, and these edits are made.",
-            f"Leave --{given[0]} out.",
-        )
-    named = {folder.absolute().name: folder for folder in folders}
-    if len(named) < len(folders):
-        raise UsageError(
-            f"--pictures: {', '.join(map(str, folders))} found; folders of different names were wanted.",
-            "Rename one: the names stand in the table.",
-        )
-    return named
+    if folders:
+        check_nothing_edits(values, "--pictures")
+    return folders

@@ -18,7 +18,7 @@ from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation import judge
-from rcgrpo_jax.evaluation.pictures import read_common
+from rcgrpo_jax.evaluation.pictures import size_of_edits
 from rcgrpo_jax.evaluation.statistics import Interval
 from rcgrpo_jax.progress import Jobs, count_steps
 from rcgrpo_jax.rewards import Reward, check_all, default_options, known_rewards, make, option_problems, try_reward
@@ -54,7 +54,7 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values, _ = parse("judge", ABOUT, argv, _flags, required=("reward", "data"))
     pictures, folders = _pictures(values)
-    size = parse_size(values.size) if values.size else _size_of_edits(folders)
+    size = parse_size(values.size) if values.size else size_of_edits(folders)
     if values.json:
         check_file("json", Path(values.json), ".json")
     known = known_rewards({values.reward: values.plugin} if values.plugin else {})
@@ -98,12 +98,6 @@ def _pictures(values: flags.FlagValues) -> tuple[dict[str, judge.Pictures], list
             "Rename a folder: the names stand in the table.",
         )
     return dict(named), folders
-
-
-def _size_of_edits(folders: Sequence[Path]) -> tuple[int, int] | None:
-    """(height, width) of the first folder that says so."""
-    commons = [read_common(folder) for folder in folders]
-    return next((tuple(common["settings"]["size"]) for common in commons if common), None)
 
 
 def read_options(name: str, texts: Sequence[str], known: Mapping[str, Factory]) -> dict[str, Any]:

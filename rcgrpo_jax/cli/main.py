@@ -6,11 +6,10 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
 
 from rcgrpo_jax.cli.surroundings import jax_options, surroundings
 from rcgrpo_jax.errors import STOPPED, UsageError, UserError, nearest
-from rcgrpo_jax.parallel.slurm import slurm_tasks, whole_number
+from rcgrpo_jax.parallel.slurm import launched_processes
 
 COMMANDS = {
     "convert": "released weights -> a directory of Orbax checkpoints",
@@ -20,6 +19,8 @@ COMMANDS = {
     "plan": "whether a run fits on TPUs or GPUs and what it takes, by the compiler",
     "evaluate": "how well a model edits, with and without a LoRA",
     "judge": "whether a reward can tell good edits from bad, before a run learns from it",
+    "diagnose": "which blocks' attention tells good edits from bad: what acd.layers should be",
+    "study": "a page that asks people which edits they prefer, and what their votes say",
     "ablate": "variants of a run against each other, several seeds each",
     "report": "one HTML page about a run",
     "export": "a trained LoRA -> diffusers format",
@@ -27,7 +28,7 @@ COMMANDS = {
     "demo": "the whole way on the small editor that ships with the package",
 }
 ALIASES = {"pretrain": "sft"}  # earlier name -> command
-DISTRIBUTED = ("train", "sft", "data encode")  # commands of which several processes make one run
+DISTRIBUTED = ("train", "sft", "evaluate", "data encode")  # commands of which several processes make one run
 USAGE = "usage: rcgrpo COMMAND [--FLAG=VALUE ...]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {about}" for name, about in COMMANDS.items()
 )
@@ -63,7 +64,7 @@ def _run(argv: list[str], debug: bool) -> int:
         if argv[0] not in COMMANDS:
             raise UsageError(_unknown(argv[0]), f"Use one of {', '.join(COMMANDS)}.")
         whole = " ".join(argv[: 2 if argv[0] == "data" else 1])
-        if whole not in DISTRIBUTED and (count := _processes(os.environ)) > 1:
+        if whole not in DISTRIBUTED and (count := launched_processes(os.environ)) > 1:
             raise UsageError(
                 f"one of {count} processes; {', '.join(DISTRIBUTED)} alone spread their work over several.",
                 "Run it once, in a single process.",
@@ -88,11 +89,6 @@ def _run(argv: list[str], debug: bool) -> int:
         remedy = next((remedy for sign, remedy in REMEDIES.items() if sign in reason), NOT_FORESEEN)
         print(f"rcgrpo {argv[0]}: error: {type(error).__name__}: {reason}\n  {remedy}", file=sys.stderr)
         return 1
-
-
-def _processes(environ: Mapping[str, str]) -> int:
-    """How many processes the launcher has started of this command."""
-    return whole_number(environ.get("RCGRPO_NUM_PROCESSES")) or slurm_tasks(environ)
 
 
 def _leave(code: int) -> None:

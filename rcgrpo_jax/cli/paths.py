@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,7 +25,9 @@ _PATH_FIELD = re.compile(
 STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
     ".html": (b"<!DOCTYPE html>",),
-    ".json": (b'{\n  "software": {', b'{\n  "topology": "', b'{\n  "reward": "'),
+    ".json": (b'{\n  "software": {', b'{\n  "topology": "', b'{\n  "reward": "', b'{\n  "scored_study": "'),
+    ".md": (b"**Preference rates",),
+    ".tex": (b"% \\usepackage{booktabs}",),
 }
 RUN = (  # what lies in the directory of a run, logs of the shell among it
     *FOLDERS, LOCK, "metrics.jsonl*", "start", "model", "lora", "evaluation", "*.html", "*.log", "*.out", "*.err", ".*",
@@ -51,6 +53,22 @@ class PathParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return "path"
+
+
+def name_folders(flag: str, paths: Iterable[str]) -> dict[str, Path]:
+    """Folders by their own names, in the order of a flag that is given again.
+
+    Raises:
+        UsageError: Two have one name.
+    """
+    folders = [Path(path) for path in paths]
+    named = {folder.absolute().name: folder for folder in folders}
+    if len(named) < len(folders):
+        raise UsageError(
+            f"--{flag}: {', '.join(map(str, folders))} found; folders of different names were wanted.",
+            "Rename one: the names stand in the table.",
+        )
+    return named
 
 
 def expand_home(field: str, path: str) -> str:

@@ -27,6 +27,7 @@ class EditExample:
     target: UInt8[np.ndarray, "H W 3"] | None = None  # the right result, where one is known
     flawed: bool = False  # whether the target is wrong on purpose, as a share of `data.scenes` may be
     task: str = ""  # the kind of edit, such as add or remove, where a data set tells them apart
+    id: str = ""  # what a data set calls it, where `name` had to change
 
     @property
     def has_target(self) -> bool:

@@ -65,7 +65,8 @@ class EditFolder:
         image_field: The key of the image in `metadata.jsonl`.
         mask_field: The key of the mask.
         instruction_field: The key of the instruction.
-        needs: Whether a line of `metadata.jsonl` without a mask is refused; else its mask is the whole picture.
+        needs: Whether a line of `metadata.jsonl`, or a folder, without masks is refused; else the mask is the whole
+            picture.
 
     Raises:
         UserError: There is no such folder, nothing in it, a bad line, or files that do not exist: all are looked for
@@ -154,7 +155,7 @@ def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, st
     if table.is_file():
         entries = list(_from_jsonl(table, marking, fields, needs, find))
     else:
-        entries = list(_from_folders(path, marking))
+        entries = list(_from_folders(path, marking, needs))
     if not entries:
         raise _nothing(path)
     if missing := [file for entry in entries for file in entry.files if not file.is_file()]:
@@ -195,7 +196,7 @@ def _marking(row: Mapping[str, Any], where: str, default: Marking) -> Marking:
     return found
 
 
-def _from_folders(root: Path, marking: Marking) -> Iterator[_Entry]:
+def _from_folders(root: Path, marking: Marking, needs: Needs) -> Iterator[_Entry]:
     suffixes = Image.registered_extensions()
     images = _by_stem(root / "images", suffixes)
     masks = _by_stem(root / "masks", suffixes)
@@ -204,7 +205,7 @@ def _from_folders(root: Path, marking: Marking) -> Iterator[_Entry]:
         yield _Entry(
             name=printable(name),
             image=images.get(name, root / "images" / f"{name}.*"),  # a name that exists nowhere: reported as missing
-            mask=masks.get(name, root / "masks" / f"{name}.*"),
+            mask=masks.get(name, root / "masks" / f"{name}.*" if masks or needs.mask else None),
             instruction=texts.get(name, root / "instructions" / f"{name}.txt"),
             marking=marking,
         )

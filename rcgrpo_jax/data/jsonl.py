@@ -16,7 +16,8 @@ from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.errors import UserError, nearest
 
 REMEDY = (
-    "Such files are not read: save each picture and mask as a PNG, and a metadata.jsonl beside them with a line an "
+    "`rcgrpo data prepare` brings Parquet, CSV, JSON and tar files into a form that is read. Or save each picture and "
+    "mask as a PNG, and a metadata.jsonl beside them with a line an "
     'example, {"image": "a.png", "mask": "a_mask.png", "instruction": "Make the mug red."}.'
 )
 MAX_LINE = 2**24  # bytes: a line holds paths and sentences

@@ -1,16 +1,13 @@
-"""Examples in the format of TensorFlow Datasets: ArrayRecord files, read and written without TensorFlow."""
+"""Examples in the format of TensorFlow Datasets: ArrayRecord files, read without TensorFlow."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import re
-import tempfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,18 +21,17 @@ from rcgrpo_jax.data.kinds import SourceKind, register
 from rcgrpo_jax.data.masks import Marking, Polarity, check_marking, edit_region
 from rcgrpo_jax.errors import UsageError, UserError, reason
 
-VERSION = "1.0.0"  # of every dataset written here
 _LOOKED_AT = 16  # files of a dataset that are looked at for pointers: of Git LFS's, none or most are
-_SHARD = 256  # examples in a file: at about half a megabyte each, the 100 to 200 MB that TFDS recommends
 
 
 class TfdsSource:
     """A random-access source of the examples of a TFDS dataset; pixels are decoded when an example is asked for.
 
     The image is a feature of uint8 `[H, W, 3]`, the mask one of uint8 `[H, W, 1]` or `[H, W]` from 0 to 255, the
-    instruction a text. Where the dataset has them, `name` and `caption` (texts), `target` (uint8 `[H, W, 3]`) and
-    `flawed` (bool) are read too; an empty caption is none, and without names examples are called by their index.
-    Encoded pictures are treated as files are (`images.read_image`, `masks.read_mask`).
+    instruction a text. Where the dataset has them, `name`, `caption` and `task` (texts), `target` (uint8 `[H, W, 3]`),
+    `has_target` and `flawed` (bool) are read too. An empty caption is none, a target is none where `has_target` is
+    false, and without names examples are called by their index. Encoded pictures are treated as files are
+    (`images.read_image`, `masks.read_mask`).
 
     Args:
         name: A dataset that TFDS finds in the data directory (`edits`, `edits/config`, `edits:1.0.0`), or the folder of
@@ -80,7 +76,10 @@ class TfdsSource:
             del required[1]
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")
-        optional = {"name": "text", "caption": "text", "target": "RGB", "flawed": "bool"}
+        optional = {
+            "name": "text", "id": "text", "caption": "text", "task": "text", "has_target": "bool", "target": "RGB",
+            "flawed": "bool",
+        }  # fmt: skip
         known = [
             (field, kind) for field, kind in optional.items() if field in features and _kind(features[field]) == kind
         ]
@@ -142,8 +141,10 @@ class TfdsSource:
                 mask=region,
                 instruction=instruction,
                 caption=row.get("caption") or None,
-                target=row.get("target"),
+                target=row.get("target") if row.get("has_target", True) else None,
+                task=row.get("task", ""),
                 flawed=row.get("flawed", False),
+                id=row.get("id", ""),
             )
         )
 
@@ -178,73 +179,6 @@ def dataset_and_split(path: str) -> tuple[str, str]:
     if not at or "/" in split:  # no split has a slash: the "@" is in the name of a folder
         return path, "train"
     return dataset, split
-
-
-def write_tfds(source: Source, name: str, data_dir: str | Path, *, split: str = "train") -> Path:
-    """Writes examples as a TFDS dataset of one split, in order, which TFDS and `TfdsSource` find by its name.
-
-    Images and targets are kept exactly, as PNG; masks are rounded to 8 bits, white where the edit belongs. The dataset
-    appears whole or not at all.
-
-    Args:
-        source: The examples; all have a target, or none has.
-        name: What TFDS will call the dataset: lower-case letters, digits and underscores.
-        data_dir: Where TFDS keeps its datasets; created if missing.
-        split: The name of the split.
-
-    Returns:
-        The folder of the version, `DATA_DIR/NAME/1.0.0`.
-
-    Raises:
-        UserError: An example is unusable, only some have a target, or the dataset exists or cannot be written.
-        UsageError: TFDS does not take the name of the dataset or split.
-    """
-    import tensorflow_datasets as tfds
-
-    for field, value in (("name", name), ("split", split)):
-        if not re.fullmatch("[a-z][a-z0-9_]*", value) or value == "all":
-            raise UsageError(
-                f"{field}: {value!r} found; lower-case letters, digits and underscores were wanted.",
-                f"Choose another {field}, such as 'edits' or 'train'.",
-            )
-    folder = Path(data_dir) / name / VERSION
-    if folder.exists():
-        raise UserError(f"{folder}: the dataset exists; a new one was wanted.", "Choose another name, or remove it.")
-
-    picture = {"shape": (None, None, 3), "encoding_format": "png"}
-    features = {
-        "name": tfds.features.Text(),
-        "image": tfds.features.Image(**picture),
-        "mask": tfds.features.Image(**picture | {"shape": (None, None, 1)}),
-        "instruction": tfds.features.Text(),
-        "caption": tfds.features.Text(doc="Of the edited image; empty where there is none."),
-    }
-    has_target = source[0].target is not None
-    if has_target:
-        features["target"] = tfds.features.Image(**picture)
-        features["flawed"] = tfds.features.Scalar(np.bool_, doc="Whether the target is wrong on purpose.")
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder.parent) as parent:
-            partial = Path(parent) / VERSION
-            partial.mkdir()
-            identity = tfds.core.DatasetIdentity(name, tfds.core.Version(VERSION), str(partial), module_name=__name__)
-            info = tfds.core.DatasetInfo(
-                builder=identity,
-                description="Images to edit, where (white in the mask), and how.",
-                features=tfds.features.FeaturesDict(features),
-                disable_shuffling=True,
-            )
-            writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
-            writer.initialize_splits([split])
-            for index in range(len(source)):
-                writer.add_examples({split: [_record(check_example(source[index]), has_target)]})
-            writer.close_all()
-            partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}).", "Free disk space, or write elsewhere.") from None
-    return folder
 
 
 def _open(name: str, data_dir: str | Path | None):
@@ -329,21 +263,3 @@ def _decode(
         picture = open_image(io.BytesIO(value), where)
         return picture if kind == "L" else as_rgb(picture, where)
     return Image.fromarray(value.reshape(value.shape[:2])) if kind == "L" else value
-
-
-def _record(example: EditExample, has_target: bool) -> dict[str, Any]:
-    """Lays an example out as the features that `write_tfds` declares; TFDS encodes the pictures as PNG."""
-    if (example.target is not None) != has_target:
-        found, wanted = ("no target", "one") if has_target else ("a target", "none")
-        raise UserError(
-            f"{example.name}: {found} found; {wanted} was wanted, as in the first example.",
-            "Write the examples with a target and those without as two datasets.",
-        )
-    record = {
-        "name": example.name,
-        "image": Image.fromarray(example.image),
-        "mask": Image.fromarray(np.rint(example.mask * 255).astype(np.uint8)),
-        "instruction": example.instruction,
-        "caption": example.caption or "",
-    }
-    return record | {"target": Image.fromarray(example.target), "flawed": example.flawed} if has_target else record

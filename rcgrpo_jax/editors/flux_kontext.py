@@ -100,6 +100,7 @@ class FluxKontext(ModelFolder):
             num_blocks=transformer.num_blocks,
             num_heads=transformer.num_attention_heads,
             decoder_channels=vae.block_out_channels[0],
+            num_double_blocks=transformer.num_layers,
         )
 
     @property

@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     num_blocks: int  # that can report their attention masses
     num_heads: int  # the mesh's `tensor` axis divides them
     decoder_channels: int  # of the decoder's largest features `[H, W, channels]`
+    num_double_blocks: int = 0  # the first blocks, where text and image have weights of their own
 
 
 @dataclass(frozen=True)

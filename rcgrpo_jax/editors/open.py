@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rcgrpo_jax.borders import check_memory, read_object, shorten
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.editors.model import Model
-from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.weights.folder_json import ModelIndex
 from rcgrpo_jax.weights.load import COPY_AGAIN, MANIFEST, find_folder
 
@@ -37,6 +37,16 @@ def open_model(path: str | Path) -> Model:
             "Give the folder of a model of such a family; CONTRIBUTING.md says how to add one.",
         )
     return FAMILIES[max(known, key=len)](folder)
+
+
+def check_tokens(model: Model, size: tuple[int, int]) -> None:
+    """Raises a UsageError unless `--size`, (height, width) in pixels, is whole tokens."""
+    side, (height, width) = model.sizes.token_pixels, size
+    if height % side or width % side:
+        raise UsageError(
+            f"--size: {width}x{height} found; multiples of {side} pixels were wanted.",
+            f"For example --size {max(width // side, 1) * side}x{max(height // side, 1) * side}.",
+        )
 
 
 def check_fits(

@@ -26,6 +26,8 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
 from rcgrpo_jax.parallel.microbatch import map_samples
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
+Summary = Callable[[Float[Array, "K L_sel"]], Float[Array, "..."]]  # of the densities of one rollout, a pure function
+
 
 class EditOptions(NamedTuple):
     """How examples are edited."""
@@ -149,27 +151,47 @@ def edit_settings(editor: Editor, options: EditOptions, size: tuple[int, int]) -
 
 
 def edit_batches(
-    editor: Editor, batches: Iterable[ExampleBatch], options: EditOptions, lora: dict | None, mesh: Mesh
+    editor: Editor,
+    batches: Iterable[ExampleBatch],
+    options: EditOptions,
+    lora: dict | None,
+    mesh: Mesh,
+    summarise: Summary = concentration.reward,
+    instruction_only: bool = False,
 ) -> Iterator[EditedBatch]:
-    """Edits batch after batch. R_acd is over all text tokens and the last `acd_layers` blocks of the editor."""
+    """Edits batch after batch.
+
+    Args:
+        editor: The model.
+        batches: The examples.
+        options: How they are edited.
+        lora: Adapter with its scale folded in; None is the base.
+        mesh: Where the editor's parameters lie.
+        summarise: What is kept of a rollout's densities; R_acd by default. A program is compiled for each.
+        instruction_only: Whether the instruction's own text tokens alone count in the densities, as in a run with
+            `acd.text=instruction`; all by default.
+    """
     for batch in batches:
         with jax.set_mesh(mesh):
-            pictures, acd = _edit(editor, batch, options, lora or {}, mesh)
+            pictures, acd = _edit(editor, batch, options, lora or {}, mesh, summarise, instruction_only)
         yield EditedBatch(batch, pictures, np.asarray(acd))
 
 
 def _edit(
-    editor: Editor, batch: ExampleBatch, options: EditOptions, lora: dict, mesh: Mesh
-) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, " P"]]:
-    """The edits of a batch, and R_acd of each."""
+    editor: Editor, batch: ExampleBatch, options: EditOptions, lora: dict, mesh: Mesh, summarise: Summary,
+    instruction_only: bool,
+) -> tuple[UInt8[np.ndarray, "P H W 3"], Float[Array, "P ..."]]:  # fmt: skip
+    """The edits of a batch, and what is kept of the densities of each."""
     pixels = batch.pixels
     grid = editor.grid(*pixels.shape[1:3])
-    condition = editor.networks.condition(editor.encode(pixels, batch.instructions), options.guidance)
+    encoded = editor.encode(pixels, batch.instructions)
+    condition = editor.networks.condition(encoded, options.guidance)
     shape = editor.networks.source(condition).shape[1:]
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
     sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
-    inputs = (condition, jnp.asarray(batch.masks), noise)
-    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, sigmas, grid, mesh)
+    text_weights = jnp.asarray(editor.networks.text_weights(encoded)) if instruction_only else None
+    inputs = (condition, jnp.asarray(batch.masks), noise, text_weights)
+    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, sigmas, grid, mesh, summarise)
     return editor.decode(tokens, grid), acd
 
 
@@ -182,16 +204,17 @@ def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Fl
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _edit_latents(
-    networks: Networks, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh
-) -> tuple[Float[Array, "P N C"], Float[Array, " P"]]:
-    """The last state of each rollout (Eq. 12) and its R_acd (Eq. 17, 18)."""
+    networks: Networks, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh,
+    summarise: Summary,
+) -> tuple[Float[Array, "P N C"], Float[Array, "P ..."]]:  # fmt: skip
+    """The last state of each rollout (Eq. 12), and what is kept of its densities (Eq. 17), R_acd (Eq. 18) as a rule."""
 
-    def one(condition: Any, mask: Array, noise: Array) -> tuple[Array, Array]:
+    def one(condition: Any, mask: Array, noise: Array, text_weights: Array | None) -> tuple[Array, Array]:
         tokens = region.token_region(mask, grid)
-        velocity = velocity_and_density(networks, params, lora, condition, grid, tokens)
+        velocity = velocity_and_density(networks, params, lora, condition, grid, tokens, text_weights)
         states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
-        return states[-1], concentration.reward(densities)
+        return states[-1], summarise(densities)
 
     return map_samples(one, inputs, 0, mesh)

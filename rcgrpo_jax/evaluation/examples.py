@@ -52,7 +52,7 @@ class EditedBatch(NamedTuple):
 
     batch: ExampleBatch
     pictures: UInt8[np.ndarray, "P H W 3"]
-    acd: Float[np.ndarray, " P"] | None  # R_acd of the rollouts; None where the pictures alone are known
+    acd: Float[np.ndarray, "P ..."] | None  # R_acd, or what `edit_batches` keeps; None if pictures alone are known
 
 
 def read_example(source: Source, index: int, size: tuple[int, int]) -> EditExample:

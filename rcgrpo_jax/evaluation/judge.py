@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from rcgrpo_jax.data.example import Needs, Source, check_needs
+from rcgrpo_jax.data.example import EditExample, Needs, Source, check_needs
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.examples import ExampleBatch, read_batches
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, read_batches
 from rcgrpo_jax.evaluation.pictures import read_picture
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, share_interval
 from rcgrpo_jax.rewards import Reward, RewardInputs, start_all
 
+logger = logging.getLogger(__name__)
 APART = 1000  # between the seeds of two repeats: more than the askings of a question, each of which has the next seed
 TARGETS, SOURCES = "targets", "sources"
 
@@ -116,17 +118,39 @@ def judge(
     return Judged(tables, seconds / found.size, cause)
 
 
+def scores_of(name: str, reward: Reward, edited: EditedBatch) -> dict[str, Float[np.ndarray, " n"]]:
+    """The reward's score of each edit of a batch, under its name; NaN where none came. Rows that repeat have none."""
+    inputs = _inputs(edited.batch, {name: lambda batch: edited.pictures}, reward)
+    found = start_all({name: reward}, inputs).result()
+    for cause in found.failures.values():
+        logger.warning("%s: no scores of %d edits: %s", name, edited.batch.count, cause)
+    return {name: found.by_reward[name][:, 0]}
+
+
 def _inputs(batch: ExampleBatch, pictures: Mapping[str, Pictures], reward: Reward) -> RewardInputs:
-    """The examples with their pictures as candidates, without the rows that repeat: scores may cost money."""
-    for example in batch.own:
+    """The examples with their pictures as candidates."""
+    check_scorable(batch.own, reward)
+    return reward_inputs(batch, np.stack([read(batch) for read in pictures.values()], axis=1), reward)
+
+
+def check_scorable(examples: Iterable[EditExample], reward: Reward) -> None:
+    """Refuses examples of which a reward cannot score an edit.
+
+    Raises:
+        UserError: With the example and what it lacks.
+    """
+    for example in examples:
         reward.validate(example.instruction)
         check_needs(example, Needs(right_target="the reward" * reward.needs_target))
         check_needs(example, Needs(caption="the reward" * reward.needs_caption))
+
+
+def reward_inputs(batch: ExampleBatch, edited: UInt8[np.ndarray, "P G H W 3"], reward: Reward) -> RewardInputs:
+    """What a reward is given of examples and their edits, without the rows that repeat: scores may cost money."""
     own = slice(batch.count)
-    edited = np.stack([read(batch)[own] for read in pictures.values()], axis=1)
     return RewardInputs(
         _unit(batch.pixels[own]),
-        _unit(edited),
+        _unit(edited[own]),
         jnp.asarray(batch.masks[own]),
         tuple(batch.instructions[own]),
         _unit(batch.targets[own]) if reward.needs_target else None,

@@ -16,9 +16,13 @@ from jaxtyping import Array, Float, UInt8
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, check_targets, read_batches, right_batches
-from rcgrpo_jax.evaluation.measures import Measure, MeasureInputs, choose
+from rcgrpo_jax.evaluation.measures import Measure, MeasureInputs, MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.official import official_batch
 from rcgrpo_jax.evaluation.pictures import read_common, read_lines, read_picture
-from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
+
+OFFICIAL = "official"  # the group of measures that has a form of its own
+NO_OPTIONS = MeasureOptions()
 
 
 def measure(
@@ -29,6 +33,7 @@ def measure(
     *,
     batch: int = 8,
     size: tuple[int, int] | None = None,
+    options: MeasureOptions = NO_OPTIONS,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Measures edits that are there, whoever made them.
@@ -40,10 +45,11 @@ def measure(
         pictures: A folder with a PNG for each example, named by it, or the pictures in the order of the indices.
         source: The examples.
         indices: Which of them; all by default.
-        measures: Names of `evaluation.measures`; all by default.
+        measures: Names of measures and of groups (`evaluation.measures`); the group `editor` by default.
         batch: Examples at a time. Memory depends on it, results do not.
         size: (height, width) of the pictures, which the examples are brought to. By default that of the edits where
-            `edit_all` made them, else that of the first example.
+            `edit_all` made them, else that of the first example. The group `official` is measured in its own.
+        options: Where weights are that no package carries.
         progress: Called for each example, after its batch.
 
     Returns:
@@ -52,7 +58,7 @@ def measure(
 
     Raises:
         UserError: A picture is missing or of another size, the folder holds edits of other data, an example cannot be
-            read, or its target is flawed or missing where others have one.
+            read, its target is flawed or missing where others have one, or a measure that was asked for lacks weights.
         UsageError: There are no examples, no measure has one of the names, or the targets are flawed on purpose.
     """
     check_targets(source)
@@ -68,7 +74,7 @@ def measure(
         edits = _of_array(pictures, batches, len(indices), size)
     else:
         edits = _of_folder(folder, batches, None if common is None else read_lines(folder), size)
-    found = measure_edits(edits, source, chosen, progress)
+    found = measure_edits(edits, source, chosen, progress, options)
     if common is None:
         return found
     if every and (there := common["settings"].get("data")) != found.settings["data"]:
@@ -84,45 +90,92 @@ def measure_edits(
     source: Source,
     measures: Sequence[Measure],
     progress: Callable[[], None] = lambda: None,
+    options: MeasureOptions = NO_OPTIONS,
 ) -> Evaluation:
-    """Measures batch after batch.
+    """Measures batch after batch, of which no more than the last is in memory.
 
     Args:
         edits: Batches of examples and their edits, all of one size; one at least.
         source: What the examples are of.
-        measures: What to measure; what cannot be measured of the first batch is left out.
+        measures: What to measure; what cannot be measured of the first batch is left out. Those of the group `official`
+            get the batches as `evaluation.official` makes them.
         progress: Called for each example, after its batch.
+        options: Where weights are that no package carries. They are read before the first batch is asked for.
 
     Returns:
-        All values and pictures. Its settings are the size and the digest of the data.
+        All values, and the first `PICTURED` pictures. Its settings are the size and the digest of the data.
 
     Raises:
-        UserError: A target is missing, and the first examples have theirs.
+        UserError: A target is missing, and the first examples have theirs; or a measure that was asked for lacks its
+            weights.
     """
-    opened: dict[Measure, tuple] | None = None
-    names, images, values, digest = [], [], [], Digest()
-    for batch, pictures, acd in edits:
+    weights = load_weights(measures, options)
+    official = [one for one in measures if one.group == OFFICIAL]
+    meters = [_Meter([one for one in measures if one.group != OFFICIAL], source, weights)]
+    names, images, values, digest, size, uncaptioned = [], [], [], Digest(), (), 0
+    if official:
+        meters.append(_Meter(official, source, weights))
+    for edited in edits:
+        batch = edited.batch
         for example in batch.own:
             digest.add(example)
-        inputs = _inputs(batch, pictures, acd)
-        if opened is None:
-            opened = _open(measures, source, inputs)
-        if inputs.target is None and any("target" in one.needs for one in opened):
-            lacking = next(example.name for example in batch.own if example.target is None)
+            uncaptioned += not example.has_caption
+        forms = (edited, official_batch(edited, source)) if official else (edited,)
+        found = {}
+        for meter, form in zip(meters, forms, strict=True):
+            found |= meter.measure(form)
+        values.append({name: np.asarray(x, np.float32)[: batch.count] for name, x in found.items()})
+        names += [example.name for example in batch.own]
+        images += [picture.copy() for picture in edited.pictures[: min(batch.count, PICTURED - len(images))]]
+        size = edited.pictures.shape[1:3]
+        for _ in batch.own:
+            progress()
+    joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
+    settings = {"size": list(size), "data": str(digest)}
+    return Evaluation(tuple(names), joined, np.stack(images), settings, uncaptioned=uncaptioned)
+
+
+class _Meter:
+    """Measures batches of one form; what cannot be measured of the first is left out."""
+
+    def __init__(self, measures: Sequence[Measure], source: Source, weights: Mapping[Callable, Any]):
+        self._measures, self._source, self._weights = measures, source, weights
+        self._opened: tuple[Measure, ...] | None = None
+
+    def measure(self, edited: EditedBatch) -> dict[str, Float[Array, " P"]]:
+        """One value a measure and row."""
+        if not self._measures:
+            return {}
+        inputs = _inputs(*edited)
+        if self._opened is None:
+            self._opened = tuple(one for one in self._measures if self._can(one, inputs))
+        if inputs.target is None and any("target" in one.needs for one in self._opened):
+            lacking = next(example.name for example in edited.batch.own if example.target is None)
             raise UserError(
                 f"{lacking}: no target image, and examples before it have theirs.",
                 "Add it, or leave such examples out.",
             )
-        besides = tuple((*loaded, *_read(one, source, batch.indices)) for one, loaded in opened.items())
-        found = _compute(tuple(opened), inputs, besides)
-        values.append({name: np.asarray(x, np.float32)[: batch.count] for name, x in found.items()})
-        names += [example.name for example in batch.own]
-        images.append(pictures[: batch.count])
-        for _ in batch.own:
-            progress()
-    joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
-    images = np.concatenate(images)
-    return Evaluation(tuple(names), joined, images, {"size": list(images.shape[1:3]), "data": str(digest)})
+        loads = {one.prepare: one.load for one in self._opened if one.prepare is not None}
+        prepared = {prepare: prepare(self._weights[load], edited) for prepare, load in loads.items()}
+        besides = tuple(self._besides(one, edited.batch.indices, prepared) for one in self._opened)
+        return _compute(self._opened, inputs, besides)
+
+    def _can(self, one: Measure, inputs: MeasureInputs) -> bool:
+        """Whether a measure can be computed of such a batch."""
+        return (
+            one.fits(self._source, tuple(inputs.edited.shape[1:3]))
+            and all(getattr(inputs, need) is not None for need in one.needs)
+            and (one.load is None or self._weights[one.load] is not None)
+        )
+
+    def _besides(self, one: Measure, indices: np.ndarray, prepared: Mapping[Callable, Any]) -> tuple:
+        """What a measure computes with besides the inputs: what was prepared or loaded, and what it reads, stacked."""
+        known = () if one.load is None else (self._weights[one.load],)
+        if one.prepare is not None:
+            known = (prepared[one.prepare],)
+        if one.read is None:
+            return known
+        return (*known, jax.tree.map(lambda *x: np.stack(x), *(one.read(self._source, int(i)) for i in indices)))
 
 
 def _of_folder(
@@ -169,24 +222,6 @@ def _inputs(batch: ExampleBatch, pictures: np.ndarray, acd: np.ndarray | None) -
         None if targets is None else _unit(targets),
         None if acd is None else jnp.asarray(acd),
     )
-
-
-def _open(measures: Sequence[Measure], source: Source, inputs: MeasureInputs) -> dict[Measure, tuple]:
-    """The measures that can be computed, with what each of them loads."""
-    opened, size = {}, tuple(inputs.edited.shape[1:3])
-    for one in measures:
-        if one.fits(source, size) and all(getattr(inputs, need) is not None for need in one.needs):
-            loaded = () if one.load is None else (one.load(),)
-            if None not in loaded:
-                opened[one] = loaded
-    return opened
-
-
-def _read(one: Measure, source: Source, indices: np.ndarray) -> tuple:
-    """What a measure reads of each example, stacked."""
-    if one.read is None:
-        return ()
-    return (jax.tree.map(lambda *x: np.stack(x), *(one.read(source, int(index)) for index in indices)),)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -158,6 +158,16 @@ def read_common(folder: Path) -> dict[str, Any] | None:
     found = read_object(file, _ANOTHER)
     conform(found, _Common, str(file), _ANOTHER)
     return found
+
+
+def size_of_edits(folders: Iterable[Path]) -> tuple[int, int] | None:
+    """(height, width) of the edits in the first folder that says so; None where none does.
+
+    Raises:
+        UserError: As `read_common`.
+    """
+    commons = [read_common(folder) for folder in folders]
+    return next((tuple(common["settings"]["size"]) for common in commons if common), None)
 
 
 def read_lines(folder: Path) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from rcgrpo_jax.models.quantization import QUANTIZATIONS
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+PICTURED = 8  # edits that an evaluation keeps for people: memory must not grow with the examples
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class _Described:
     names: tuple[str, ...]
     settings: Settings
     origin: Origin = Origin()
+    uncaptioned: Count = 0
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class Evaluation:
 
     names: tuple[str, ...]  # of the examples
     measures: Mapping[str, Float[np.ndarray, " N"]]  # float32; NaN where something could not be measured
-    images: UInt8[np.ndarray, "N H W 3"]  # the edits; `rcgrpo ablate` keeps none: N = 0
+    images: UInt8[np.ndarray, "n H W 3"]  # the first edits, `PICTURED` at most; `rcgrpo ablate` keeps none
     settings: Mapping[str, Any]  # what the values depend on besides the adapter: base model, data, noise, solver, ACD
     origin: Mapping[str, Any] = field(default_factory=dict)  # the adapter's fingerprint, or its run's configuration
+    uncaptioned: int = 0  # how many examples have no caption
 
     @property
     def of_pictures(self) -> bool:
@@ -102,7 +105,10 @@ class Evaluation:
         """
         path = Path(path)
         temporary = path.with_name(f"{path.name}.partial")
-        described = {"names": self.names, "settings": dict(self.settings), "origin": dict(self.origin)}
+        described = {
+            "names": self.names, "settings": dict(self.settings), "origin": dict(self.origin),
+            "uncaptioned": self.uncaptioned,
+        }  # fmt: skip
         measures = {f"measures/{name}": values for name, values in self.measures.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +142,8 @@ class Evaluation:
         measures = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith("measures/")}
         if problem := _array_problem(measures, images, len(described["names"])):
             raise UserError(f"{path}: not an evaluation: {problem}.", remedy)
-        return cls(tuple(described["names"]), measures, images, described["settings"], described.get("origin", {}))
+        rest = (described["settings"], described.get("origin", {}), described.get("uncaptioned", 0))
+        return cls(tuple(described["names"]), measures, images, *rest)
 
 
 def _of_pictures(settings: Any) -> bool:
@@ -150,6 +157,6 @@ def _array_problem(measures: Mapping[str, np.ndarray], images: np.ndarray | None
             return f"{name}: {values.dtype} {list(values.shape)} found; finite or NaN float32 [{count}] was wanted"
     if images is None:
         return "no images found"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) not in (0, count):
-        return f"images: {images.dtype} {list(images.shape)} found; uint8 [{count}, H, W, 3], or 0 of these, was wanted"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) > count:
+        return f"images: {images.dtype} {list(images.shape)} found; uint8 [{count} or less, H, W, 3] was wanted"
     return ""

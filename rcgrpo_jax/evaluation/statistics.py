@@ -81,7 +81,7 @@ def paired_interval(values: Values, other: Values) -> Interval:
     return mean_interval(values - other) if len(values) == len(other) else _interval([values, other])
 
 
-def share_interval(values: Float[np.ndarray, " N"]) -> Interval:
+def share_interval(values: Float[np.ndarray, " N"], level: float = LEVEL) -> Interval:
     """Estimates the mean of `N` shares in [0, 1], such as wins with ties as halves: Wilson's score interval.
 
     It is Wilson's for N wins and losses. Values between 0 and 1 vary less than these, so that it is too wide for them,
@@ -90,10 +90,51 @@ def share_interval(values: Float[np.ndarray, " N"]) -> Interval:
     kept = values[np.isfinite(values)]
     if not (count := len(kept)):
         return Interval(np.nan, np.nan, np.nan)
-    mean, square = float(kept.mean()), stats.norm.ppf((1 + LEVEL) / 2) ** 2
+    mean, square = float(kept.mean()), stats.norm.ppf((1 + level) / 2) ** 2
     centre = (mean + square / (2 * count)) / (1 + square / count)
     half = np.sqrt(square * mean * (1 - mean) / count + (square / (2 * count)) ** 2) / (1 + square / count)
     return Interval(mean, float(centre - half), float(centre + half))
+
+
+def stratified_intervals(
+    strata: Sequence[Float[np.ndarray, " n"]], seed: int = 0, resamples: int = 9999
+) -> list[Interval]:
+    """Estimates the unweighted mean of the means of several tasks, and each of these: a bootstrap stratified by task.
+
+    Every resample draws as many examples of each task as there are, with replacement. Bounds are the percentiles 2.5
+    and 97.5 of the resampled means (Efron and Tibshirani 1993, chapter 13), by `scipy.stats.bootstrap`. Differences of
+    two models on the same examples make it a paired one. A mean of n examples gets an interval that is narrower than
+    Student's, by 6 % for n = 30 and 1 % for n = 150: tasks of a few examples need more care.
+
+    Args:
+        strata: The values of each task's examples; those that are NaN are left out.
+        seed: Of the resamples.
+        resamples: How many.
+
+    Returns:
+        The interval of the mean over tasks, NaN where a task has no value, then that of each task. Bounds are NaN where
+        a task has a single value, which says nothing of its error.
+    """
+    kept = [np.asarray(values, np.float64)[~np.isnan(values)] for values in strata]
+    means = np.array([values.mean() if len(values) else np.nan for values in kept])
+    bounds = np.full((len(kept), 2), np.nan)
+    overall = (np.nan, np.nan)
+    several = [i for i, values in enumerate(kept) if len(values) > 1 and np.isfinite(values).all()]
+    if several:
+
+        def statistic(*samples: Float[np.ndarray, "... n"], axis: int) -> Float[np.ndarray, "T ..."]:
+            tasks = np.stack([sample.mean(axis=axis) for sample in samples])
+            return np.concatenate([tasks.mean(axis=0, keepdims=True), tasks])
+
+        found = stats.bootstrap(
+            [kept[i] for i in several], statistic, n_resamples=resamples, batch=512, vectorized=True,
+            confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
+        bounds[several] = np.stack([found.low[1:], found.high[1:]], axis=-1)
+        if len(several) == len(kept):
+            overall = (found.low[0], found.high[0])
+    intervals = [(means.mean(), *overall), *zip(means, *bounds.T, strict=True)]
+    return [Interval(*map(float, interval)) for interval in intervals]
 
 
 def _interval(tables: Sequence[Values]) -> Interval:

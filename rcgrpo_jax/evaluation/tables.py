@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.measures import REGISTERED, note
+from rcgrpo_jax.evaluation.measures import EDITOR, REGISTERED, note
+from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, paired_interval
 
@@ -28,7 +29,7 @@ class Column(NamedTuple):
 
 def all_columns() -> list[Column]:
     """A column for each of `evaluation.measures`."""
-    return [Column(one.name, one.header, one.decimals, one.better) for one in REGISTERED.values()]
+    return [Column(one.name, one.label, one.decimals, one.better) for one in REGISTERED.values()]
 
 
 class Table(NamedTuple):
@@ -64,10 +65,10 @@ def make_tables(variants: Variants, columns: Sequence[Column] | None = None) -> 
 
     def difference(group: Sequence[Evaluation], other: Sequence[Evaluation]) -> list[str]:
         intervals = [(c, paired_interval(values(group, c), values(other, c))) for c in columns]
-        return [_cell(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
+        return [format_interval(x, c.decimals, sign=True) + " *" * x.excludes_zero for c, x in intervals]
 
     means = [
-        [name, str(len(group)), *(_cell(mean_interval(values(group, c)), c.decimals) for c in columns)]
+        [name, str(len(group)), *(format_interval(mean_interval(values(group, c)), c.decimals) for c in columns)]
         for name, group in variants.items()
     ]
     count = len(evaluations[0].names)
@@ -131,19 +132,59 @@ def group_table(label: str, groups: Mapping[str, Float[np.ndarray, " Q"]]) -> Ta
 
 def notes(evaluation: Evaluation, *others: Evaluation) -> list[str]:
     """What a reader of the tables must know to read them right, a line each; of all evaluations in them."""
-    measured = set.intersection(*(set(x.measures) for x in (evaluation, *others)))
-    lines = [
-        "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
-        "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS are in "
-        "no reward."
-    ]
+    evaluations = (evaluation, *others)
+    measured = set.intersection(*(set(x.measures) for x in evaluations))
+    editor = [one for one in REGISTERED.values() if one.group == EDITOR]
+    of_editor = any(one.name in measured for one in editor) or not measured
+    lines = []
+    if of_editor:
+        lines.append(
+            "Edit success and PSNR are parts of overall, the oracle's score, and PSNR and SSIM make up the reward "
+            "`preservation`: what a run was rewarded with, it was trained for, on other pictures. Caption and LPIPS "
+            "are in no reward."
+        )
     if "acd" in measured:
         lines.append(f"ACD is that of the last {evaluation.settings['acd_layers']} blocks.")
     return [
         *lines,
         "The interval of a single seed is that of the one model. Stars are not corrected for the number of cells.",
-        *(note(one) for name, one in REGISTERED.items() if name not in measured),
+        *_official_notes(evaluations, measured),
+        *_lost(evaluations, measured),
+        *(note(one) for one in editor if of_editor and one.name not in measured),
     ]
+
+
+def _official_notes(evaluations: Sequence[Evaluation], measured: set[str]) -> list[str]:
+    """Where the group `official` has a value for what hardly has one."""
+    lines, first = [], evaluations[0]
+    if "official_lc_t" in measured and first.uncaptioned:
+        lines.append(
+            f"{first.uncaptioned} of {len(first.names)} examples have no caption: official LC-T compares them with a "
+            "blank, as CompBench's script does."
+        )
+    if "official_psnr" in measured:
+        equal = [int((x.measures["official_psnr"] >= OFFICIAL_CAP).sum()) for x in evaluations]
+        if any(equal):
+            lines.append(
+                f"{' and '.join(map(str, equal))} edits have a background that is equal to the source's. Official PSNR "
+                f"counts each as {OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so has its mean."
+            )
+    return lines
+
+
+def _lost(evaluations: Sequence[Evaluation], measured: set[str]) -> list[str]:
+    """A line for each measure that has no value for some edits."""
+    lines = []
+    for name in (name for name in REGISTERED if name in measured):
+        count = int(np.any([~np.isfinite(x.measures[name]) for x in evaluations], axis=0).sum())
+        if count:
+            one = REGISTERED[name]
+            why = "" if one.group == EDITOR else f": {one.wanted}"
+            lines.append(
+                f"{one.label} is not measured of {count} of {len(evaluations[0].names)} edits, which are left out of "
+                f"its means and, in pairs, of its differences{why}."
+            )
+    return lines
 
 
 def _by_kind(variants: Variants) -> Table:
@@ -153,7 +194,7 @@ def _by_kind(variants: Variants) -> Table:
 
     def cell(evaluations: Sequence[Evaluation], kind: str) -> str:
         chosen = [i for i, other in enumerate(kinds) if other == kind]
-        return _cell(mean_interval(np.stack([x.measures["success"][chosen] for x in evaluations])), 3)
+        return format_interval(mean_interval(np.stack([x.measures["success"][chosen] for x in evaluations])), 3)
 
     lines = [[name, *(cell(evaluations, kind) for kind in names)] for name, evaluations in variants.items()]
     return Table("Edit success by kind", [["variant", *names], *lines])
@@ -164,8 +205,29 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = []
     for title, (header, *lines) in tables:
         rule = ["---"] * len(header)
-        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (header, rule, *lines)), ""]
+        rows = ([cell.replace("|", r"\|") for cell in line] for line in (header, rule, *lines))
+        parts += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join(parts)
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """The tables in LaTeX, for a document that has `booktabs`."""
+    parts = ["% \\usepackage{booktabs}"]
+    for title, (header, *lines) in tables:
+        first, *rows = [f"{' & '.join(map(_latex_text, line))} \\\\" for line in (header, *lines)]
+        parts += [
+            "\\begin{table}", "\\centering", f"\\caption{{{_latex_text(title)}}}",
+            f"\\begin{{tabular}}{{{'l' * len(header)}}}", "\\toprule", first, "\\midrule", *rows, "\\bottomrule",
+            "\\end{tabular}", "\\end{table}", "",
+        ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _latex_text(text: str) -> str:
+    """A text as LaTeX prints it."""
+    special = {**{x: f"\\{x}" for x in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
+    special |= {"^": "\\textasciicircum{}", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "[": "{[}", "]": "{]}"}
+    return "".join(special.get(x, x) for x in text)
 
 
 def plain(tables: Sequence[Table]) -> str:
@@ -178,7 +240,10 @@ def plain(tables: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def _cell(interval: Interval, decimals: int, sign: bool = False) -> str:
+def format_interval(interval: Interval, decimals: int, sign: bool = False) -> str:
+    """`mean [low, high]`; the mean alone where its bounds are not known."""
+    if np.isnan(interval.mean):
+        return "-"  # nothing was measured
     mean, low, high = (f"{x:{'+' if sign else ''}.{decimals}f}" for x in interval)
     return mean if np.isnan(interval.low) else f"{mean} [{low}, {high}]"
 

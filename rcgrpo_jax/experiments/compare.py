@@ -11,16 +11,16 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from rcgrpo_jax.borders import check_memory
-from rcgrpo_jax.data.example import Needs, Source
+from rcgrpo_jax.data.example import NOTHING, Needs, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask, save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.evaluation.edit import edit_all
-from rcgrpo_jax.evaluation.evaluate import evaluate
+from rcgrpo_jax.evaluation.evaluate import evaluate, need_targets
 from rcgrpo_jax.evaluation.examples import check_targets
-from rcgrpo_jax.evaluation.measure import measure
-from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure
+from rcgrpo_jax.evaluation.measures import MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
 from rcgrpo_jax.evaluation.tables import Table, make_tables, markdown, notes, plain
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
@@ -28,7 +28,6 @@ from rcgrpo_jax.runs.grid import GridRow, comparison_grid
 from rcgrpo_jax.runs.workdir import write_text
 from rcgrpo_jax.weights.lora import adapter_fingerprint
 
-PICTURED = 8  # examples in the grid
 FILES = ("*.npz", "table.md", "grid.png")  # that `compare` writes
 
 
@@ -85,6 +84,8 @@ def evaluate_adapters(
     dtype: str = "bfloat16",
     edits: Path | None = None,
     devices: Sequence[jax.Device] | None = None,
+    measures: Sequence[str] | None = None,
+    measure_options: MeasureOptions = NO_OPTIONS,
     progress: ProgressCallback = no_progress,
     **editor_options: Any,
 ) -> Iterator[tuple[str, Evaluation]]:
@@ -92,7 +93,7 @@ def evaluate_adapters(
 
     Args:
         model: The model.
-        source: Examples with targets.
+        source: Examples, with targets where a measure needs them.
         adapters: Name -> adapter with its scale folded in (`weights.lora.load_loras`); None is the base.
         steps: K.
         guidance: Guidance scale.
@@ -103,6 +104,8 @@ def evaluate_adapters(
         edits: Folder that keeps the edits of each adapter, in a folder of its name, as they are made: what is there is
             not made again (`edit_all`). None: they are in memory alone.
         devices: The weights are spread over these; all by default.
+        measures: Names of measures and of groups; the group `editor` by default.
+        measure_options: Where weights of measures are that no package carries.
         progress: Told of each edit; the job has the adapter's name.
         **editor_options: Of `EditorOptions`: `max_text_tokens`, `quantization`, `acd_layers`.
 
@@ -110,25 +113,27 @@ def evaluate_adapters(
         Name and evaluation of each adapter, as soon as it is there.
 
     Raises:
-        UserError: As `evaluate`, or no memory here holds the edits.
+        UserError: As `evaluate`.
         UsageError: As `evaluate`.
     """
+    chosen = choose(measures)
+    load_weights(chosen, measure_options)  # what is missing is told before the editor is opened
     mesh = make_mesh({"fsdp": -1}, devices)
     if len(source):  # else `evaluate` says so
         height, width = size or source[0].image.shape[:2]
         check_fits(model, (height, width), steps, dtype, min(batch, len(source)))
-        _check_edits_fit(len(source), height, width)
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
     making = {"num_steps": steps, "guidance": guidance, "seed": seed, "batch": batch, "size": size, "mesh": mesh}
     for name, lora in adapters.items():
         options = {**making, "lora": lora, "progress": count_steps(progress, name, len(source))}
         if edits is None:
-            found = evaluate(editor, source, range(len(source)), **options)
+            found = evaluate(editor, source, range(len(source)), measures=measures, options=measure_options, **options)
         else:
             check_targets(source)
-            needs = Needs(right_target="evaluate")  # before hours of edits
+            strict = need_targets(chosen) or (len(source) and source[0].has_target)
+            needs = Needs(right_target="evaluate") if strict else NOTHING  # before hours of edits
             edit_all(editor, source, range(len(source)), edits / name, needs=needs, **options)
-            found = measure(edits / name, source, batch=batch)
+            found = measure(edits / name, source, measures=measures, batch=batch, options=measure_options)
         yield name, replace(found, origin={"lora": adapter_fingerprint(lora)} if lora else {})
 
 
@@ -138,6 +143,8 @@ def measure_folders(
     *,
     batch: int = 8,
     size: tuple[int, int] | None = None,
+    measures: Sequence[str] | None = None,
+    measure_options: MeasureOptions = NO_OPTIONS,
     progress: ProgressCallback = no_progress,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Measures the pictures in folders, whoever made them; arguments, results and errors as `evaluate_adapters`.
@@ -147,12 +154,18 @@ def measure_folders(
         source: The examples.
         batch: Pictures at a time.
         size: (height, width) of all pictures, as for `measure`.
+        measures: Names of measures and of groups; the group `editor` by default.
+        measure_options: Where weights of measures are that no package carries.
         progress: Told of each picture; the job has the folder's name.
     """
     for name, folder in folders.items():
-        if len(source):
-            _check_edits_fit(len(source), *(size or source[0].image.shape[:2]))
-        yield name, measure(folder, source, batch=batch, size=size, progress=count_steps(progress, name, len(source)))
+        yield (
+            name,
+            measure(
+                folder, source, measures=measures, batch=batch, size=size, options=measure_options,
+                progress=count_steps(progress, name, len(source)),
+            ),
+        )  # fmt: skip
 
 
 def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[GridRow]:
@@ -160,8 +173,8 @@ def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[Gri
     (height, width), rows = next(iter(evaluations.values())).images.shape[1:3], []
 
     def caption(name: str, evaluation: Evaluation, i: int) -> str:
-        shown = "success" if "success" in evaluation.measures else "psnr"
-        return f"{name}  {shown} {evaluation.measures[shown][i]:.2f}"
+        shown = next((x for x in ("success", "psnr", *evaluation.measures) if x in evaluation.measures), "")
+        return f"{name}  {shown} {evaluation.measures[shown][i]:.2f}" if shown else name
 
     for i in range(min(PICTURED, len(source))):
         example = source[i]
@@ -171,9 +184,3 @@ def grid_rows(source: Source, evaluations: Mapping[str, Evaluation]) -> list[Gri
         image, mask = resize_image(example.image, (height, width)), resize_mask(example.mask, (height, width))
         rows.append(GridRow(example.instruction, image, mask, np.stack([*pictures.values()]), [*pictures]))
     return rows
-
-
-def _check_edits_fit(count: int, height: int, width: int) -> None:
-    """Refuses edits that no memory here holds all together."""
-    edits = f"--data: {count} edits of {width}x{height}"
-    check_memory(edits, 3 * count * height * width, "Evaluate on fewer examples.")

@@ -182,6 +182,13 @@ def text_of_main(text: str) -> str:
     return from_main(np.pad(own, (0, size - own.size))).tobytes().rstrip(b"\0").decode()
 
 
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, on every process, in the order of the processes."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(gather(np.array([own.size])).max())
+    return [row.tobytes().rstrip(b"\0").decode() for row in gather(np.pad(own, (0, size - own.size))[None])]
+
+
 def from_main(tree: Any) -> Any:
     """Sends the host arrays of process 0 to every process, and returns them; the others give arrays of equal shapes."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)

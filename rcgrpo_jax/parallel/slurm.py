@@ -1,9 +1,17 @@
-"""What Slurm says of itself; imports nothing heavy, so that the command line can ask before JAX is there."""
+"""What Slurm and the environment say of the processes of a run.
+
+It imports nothing heavy, so that the command line can ask before JAX is there.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+
+
+def launched_processes(environ: Mapping[str, str]) -> int:
+    """How many processes the launcher has started of a command."""
+    return whole_number(environ.get("RCGRPO_NUM_PROCESSES")) or slurm_tasks(environ)
 
 
 def slurm_tasks(environ: Mapping[str, str]) -> int:

@@ -16,14 +16,13 @@ from rcgrpo_jax.data.masks import Polarity
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.examples import read_example
-from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
 from rcgrpo_jax.evaluation.tables import all_columns, differences, make_tables
 from rcgrpo_jax.report.attention import attention_rows, check_evaluated, trained_model
 from rcgrpo_jax.report.page import Report, Row
 from rcgrpo_jax.report.run_record import SCRIPT, RunRecord, commands, config_script, facts
 from rcgrpo_jax.weights.lora import load_loras
 
-PICTURED = 8  # examples
 CAPTIONED = ("success", "psnr")  # measures under an edit
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.models.lpips import SMALLEST_SIDE, Layer, lpips
+from rcgrpo_jax.models.lpips import NETWORKS, Layer, lpips
 from rcgrpo_jax.rewards.base import RewardInputs, register
 from rcgrpo_jax.weights.lpips import load_lpips
 
@@ -51,9 +51,10 @@ class LPIPS:
         self.weights = weights
 
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
-        if min(sides := np.shape(inputs.mask)[1:]) < SMALLEST_SIDE:
+        smallest = NETWORKS["alex"].smallest_side
+        if min(sides := np.shape(inputs.mask)[1:]) < smallest:
             raise UserError(
-                f"pictures of {sides[1]} x {sides[0]} pixels; sides of {SMALLEST_SIDE} or more were wanted.",
+                f"pictures of {sides[1]} x {sides[0]} pixels; sides of {smallest} or more were wanted.",
                 "Raise data.size, or leave the reward out.",
             )
         return -background_lpips(self.weights, inputs.source, inputs.edited, inputs.mask)

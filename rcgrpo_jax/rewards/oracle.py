@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Array, Float, UInt32
 
 from rcgrpo_jax.errors import UserError
@@ -94,6 +96,7 @@ class Oracle:
     noise: float = 0.0  # standard deviation of a judge's error, in units of the reward; the sum is clipped to [0, 1]
     needs_target = True
     seed: int = 0  # of the noise, which depends on nothing else but the candidate's pixels and the instruction
+    num_pass: Annotated[int, Ge(1)] = 1  # answers that are averaged, each with an error of its own, of seed + pass
 
     def __call__(self, inputs: RewardInputs) -> Float[Array, "P G"]:
         if inputs.targets is None:
@@ -105,7 +108,11 @@ class Oracle:
         if not self.noise:
             return rewards
         salt = np.array([zlib.crc32(instruction.encode()) for instruction in inputs.instructions], np.uint32)
-        return jnp.clip(rewards + self.noise * _noise(np.uint32(self.seed), salt, inputs.edited), 0, 1)
+        answers = [
+            jnp.clip(rewards + self.noise * _noise(np.uint32((self.seed + i) % 2**32), salt, inputs.edited), 0, 1)
+            for i in range(self.num_pass)
+        ]
+        return sum(answers) / self.num_pass
 
 
 @jax.jit

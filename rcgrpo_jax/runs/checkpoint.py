@@ -36,6 +36,7 @@ ADDED = {
     "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
     "reward_options.clip_direction.path": "", "reward_options.clip_direction.margin": 0.25,
     "reward_options.clip_direction.text": "instruction", "reward_options.clip_direction.source_text": "a photo",
+    "reward_options.oracle.num_pass": 1,
 }  # fmt: skip
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 

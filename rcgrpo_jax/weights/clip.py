@@ -66,12 +66,18 @@ class CLIPFolder:
             self.placed[mesh] = jax.device_put(self.params, place)
         return self.placed[mesh]
 
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "B N"]:
-        """Ids of texts, int32; what is longer than the model reads is cut, and ends as every text does."""
+    def tokenize(self, texts: Sequence[str], keep_end: bool = True) -> Int[np.ndarray, "B N"]:
+        """Ids of texts, int32; what is longer than the model reads is cut.
+
+        Args:
+            texts: The texts.
+            keep_end: Whether a text that is cut ends as every text does. Without its end token the model pools another
+                state, the same for all such texts: torchmetrics does so.
+        """
         length = self.config.text.max_position_embeddings
         with self.lock:
-            found = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-        return np.asarray(found["input_ids"], np.int32)
+            found = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=keep_end)
+        return np.asarray([ids[:length] for ids in found["input_ids"]], np.int32)
 
 
 @lru_cache(maxsize=1)  # rewards that ask the same model share it; ViT-L/14 takes 1.7 GB

@@ -109,6 +109,7 @@ class Scenes:
             caption=scene.caption,
             target=target,
             flawed=flaw is not None,
+            task=scene.kind,
         )
 
     def scene(self, index: int) -> Scene:

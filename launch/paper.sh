@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# The paper's experiment, from downloaded data to its Tables 1 to 3 and Fig. 5; docs/paper.md says what it costs.
+# The same command goes on where it was stopped.
+#
+# usage: launch/paper.sh --model MODEL --data DATA --judge URL[,URL] --out OUT [FLAGS] [-- FIELDS OF THE RUNS]
+#
+# flags:
+#   --model MODEL         the editor: a converted directory, or a diffusers folder
+#   --data DATA           folder with compbench/, and with what is trained on, as they were downloaded
+#   --judge URL,...       servers of EditScore, as launch/editscore.sh prints them
+#   --out OUT             directory of the data sets as they are read, runs, LoRAs, edits and tables
+#   --train NAME          what is trained on: a data set of `rcgrpo data prepare` in DATA, or any data.path
+#                         (default: humanedit; the paper does not say)
+#   --config FILE[:NAME]  of the runs (default: configs/kontext_512_paper.py)
+#   --topology NAME       have `rcgrpo plan` say first whether the runs fit, for example h100:8
+#   --clip MODEL          CLIP of LC-I and LC-T, none to leave them out (default: openai/clip-vit-large-patch14)
+#   --lpips-squeeze FILE  weights of LPIPS as CompBench has it; docs/compbench.md says how to make the file
+#   --size WxH            pixels in which the edits of the tables are made (default: 512x512)
+#   --steps N             solver steps of these edits (default: 28)
+#   --batches N           batches of groups of Fig. 5 (default: 20)
+#   --dry-run             print every command and run none
+#
+# What follows -- goes to every run, such as --config.train.num_steps=100.
+
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/lib.sh
+. launch/lib.sh
+
+model="" data="" judge="" out="" train=humanedit config=configs/kontext_512_paper.py topology=""
+clip=openai/clip-vit-large-patch14 lpips_squeeze="" size=512x512 steps=28 batches=20
+rcgrpo=rcgrpo
+[ ! -x .venv/bin/rcgrpo ] || rcgrpo=.venv/bin/rcgrpo
+
+# What each variant changes in the configuration, which has the paper's 0.9 and 1.1.
+variants=(global rdp rdp-acd tau-1.0-1.0 tau-0.8-1.2 tau-1.2-0.8)
+changes() { # VARIANT
+  case $1 in
+    global) echo --config.explore.kind=global --config.acd.weight=0 ;;
+    rdp) echo --config.explore.kind=region --config.acd.weight=0 ;;
+    rdp-acd) echo --config.explore.kind=region ;;
+    tau-*)
+      IFS=- read -r _ edit base <<<"$1"
+      echo --config.explore.kind=region "--config.surrogate.tau_edit=$edit" "--config.surrogate.tau_base=$base"
+      ;;
+  esac
+}
+
+parse() {
+  local name
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --)
+        arguments=("${@:2}")
+        break
+        ;;
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+      --model | --data | --judge | --out | --train | --config | --topology | --clip | --lpips-squeeze | --size | --steps | --batches)
+        need_value "$@"
+        name=${1#--}
+        printf -v "${name//-/_}" %s "$2"
+        shift 2
+        ;;
+      --dry-run)
+        dry_run=yes
+        shift
+        ;;
+      -h | --help)
+        usage
+        exit
+        ;;
+      *) fail 2 "'$1' found; a flag was wanted." "launch/paper.sh --help lists them; fields of the runs follow --." ;;
+    esac
+  done
+}
+
+check() {
+  local name missing=""
+  for name in model data judge out; do
+    [ -n "${!name}" ] || missing+=" --$name"
+  done
+  [ -z "$missing" ] || fail 2 "missing$missing." "launch/paper.sh --help says what they are."
+  for name in steps batches; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail 2 "--$name: '${!name}' found; a positive integer was wanted." "Correct it."
+  done
+  [ "$dry_run" ] || command -v "$rcgrpo" >/dev/null ||
+    fail 1 "no rcgrpo found." "Install the package: pip install -e '.[data,evaluate,cuda]', or tpu for cuda."
+  if [ -z "$dry_run" ] && [ ! -d "$data/compbench" ]; then
+    fail 1 "--data: no folder $data/compbench found." "docs/compbench.md says where CompBench is to be had."
+  fi
+}
+
+prepare() { # NAME -> made into OUT/data/NAME
+  run "$rcgrpo" data prepare "$1" --from "$data/$1" --out "$out/data/$1"
+}
+
+# Tells the data of the runs, and makes them where they are a published set.
+training_data() {
+  case $train in
+    *:* | */*) trained_on=$train ;;
+    *)
+      prepare "$train"
+      trained_on=tfds:$out/data/$train
+      ;;
+  esac
+}
+
+fields() { # VARIANT -> the flags of its run, in `flags`
+  read -ra flags <<<"$(changes "$1")"
+  flags=(
+    --config "$config" "--config.model.path=$model" "--config.data.path=$trained_on"
+    "--config.reward_options.editscore.urls=$judge" "--config.data.cache=$out/cache" "${flags[@]}" ${arguments[@]+"${arguments[@]}"}
+  )
+}
+
+learn() { # VARIANT
+  local flags lora=$out/loras/$1
+  fields "$1"
+  run "$rcgrpo" train "${flags[@]}" --workdir "$out/runs/$1"
+  [ -e "$lora/pytorch_lora_weights.safetensors" ] || run "$rcgrpo" export --workdir "$out/runs/$1" --out "$lora"
+}
+
+tabulate() { # TABLE VARIANTS
+  local variant flags=()
+  for variant in "${@:2}"; do flags+=(--adapter "$variant=$out/loras/$variant"); done
+  [ -z "$lpips_squeeze" ] || flags+=(--lpips_squeeze "$lpips_squeeze")
+  [ "$clip" = none ] || flags+=(--clip "$clip")
+  run "$rcgrpo" evaluate --benchmark compbench --published "$1" --data "tfds:$out/data/compbench" --model "$model" \
+    --edits "$out/edits" --out "$out/$1" --size "$size" --steps "$steps" "${flags[@]}"
+}
+
+explore() { # Fig. 5: the untrained editor under both perturbations, judged by the task reward alone
+  local flags
+  fields rdp
+  run "$rcgrpo" ablate "${flags[@]}" --seeds 0 --batches "$batches" --out "$out/fig-5" --data "tfds:$out/data/compbench" \
+    --variant 'global: explore.kind=global' --variant 'RDP: explore.kind=region'
+}
+
+parse "$@"
+check
+trained_on=""
+[ "$dry_run" ] || { mkdir -p "$out" && out=$(cd "$out" && pwd); }
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
+prepare compbench
+training_data
+if [ -n "$topology" ]; then
+  fields rdp-acd
+  run "$rcgrpo" plan "${flags[@]}" --topology "$topology"
+fi
+for variant in "${variants[@]}"; do learn "$variant"; done
+tabulate table-1 rdp-acd
+tabulate table-2 global rdp rdp-acd
+tabulate table-3 tau-1.0-1.0 rdp-acd tau-0.8-1.2 tau-1.2-0.8
+explore
+[ "$dry_run" ] || sed '' "$out"/table-{1,2,3}/table.md "$out/fig-5/groups.md"

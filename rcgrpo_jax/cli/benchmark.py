@@ -1,0 +1,208 @@
+"""`rcgrpo evaluate --benchmark NAME`: its flags, and what they ask for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+
+from rcgrpo_jax.cli.arguments import parse_size
+from rcgrpo_jax.cli.devices import open_devices
+from rcgrpo_jax.cli.edit import editor_options
+from rcgrpo_jax.cli.judge import make_repeats, read_options
+from rcgrpo_jax.cli.lora_flags import read_lora
+from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, expand_home
+from rcgrpo_jax.data.sources import open_source
+from rcgrpo_jax.editors.model import Model
+from rcgrpo_jax.editors.open import open_model
+from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
+from rcgrpo_jax.evaluation.benchmarks.results import list_entries, open_results
+from rcgrpo_jax.evaluation.judge import scores_of
+from rcgrpo_jax.evaluation.measures import MeasureOptions, choose, load_weights
+from rcgrpo_jax.experiments.benchmark import (
+    FILES,
+    Measuring,
+    edit_adapters,
+    measure_editor,
+    summary,
+    write_benchmark,
+)
+from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.parallel.slurm import launched_processes
+from rcgrpo_jax.progress import Jobs, count_steps, no_progress
+from rcgrpo_jax.rewards import check_all, known_rewards
+from rcgrpo_jax.weights.lora import load_loras
+
+_MAKE = (  # flags that say how a model edits
+    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype",
+    "quantization",
+)  # fmt: skip
+_OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
+
+
+def define_benchmark(values: flags.FlagValues) -> None:
+    """The flags that say which benchmark, whose results, and which judge."""
+    flags.DEFINE_enum("benchmark", None, [*BENCHMARKS], "benchmark that the examples of --data are", values)
+    about = "folder of an editor's results, in the benchmark's layout; may be given again"
+    flags.DEFINE_multi(PathParser("results"), flags.ArgumentSerializer(), "results", None, about, values)
+    tables = dict.fromkeys(name for benchmark in BENCHMARKS.values() for name in benchmark.tables)
+    flags.DEFINE_enum("published", None, [*tables], "published table to stand beside; the main one by default", values)
+    about = "a further LoRA, NAME=PATH, that edits beside base and --lora; may be given again"
+    flags.DEFINE_multi_string("adapter", [], about, values)
+    flags.DEFINE_string("judge", None, "reward that scores the edits of a benchmark too, such as editscore", values)
+    flags.DEFINE_multi_string("judge_option", [], "NAME=VALUE of --judge; may be given again", values)
+    several = "; of a benchmark, with several processes, where neither a TPU nor Slurm tells"
+    flags.DEFINE_string("coordinator", None, f"HOST:PORT of process 0{several}", values)
+    flags.DEFINE_string("num_processes", None, f"how many there are{several}", values)
+    flags.DEFINE_string("process_id", None, f"number of this one, from 0{several}", values)
+
+
+def check_no_benchmark(values: flags.FlagValues) -> None:
+    """Refuses what a benchmark alone takes, where there is none.
+
+    Raises:
+        UsageError: A flag of a benchmark is given, or several processes are at work.
+    """
+    if given := [name for name in (*_OWN, *distributed.VARIABLES) if values[name].present]:
+        raise UsageError(
+            f"--{given[0]}: found without --benchmark.", f"Name one ({', '.join(BENCHMARKS)}), or leave it out."
+        )
+    if (count := launched_processes(os.environ)) > 1:
+        raise UsageError(
+            f"one of {count} processes; `evaluate` spreads its work over several with --benchmark alone.",
+            "Run it once, in a single process.",
+        )
+
+
+def check_nothing_edits(values: flags.FlagValues, beside: str) -> None:
+    """Refuses flags that say how a model edits, where none does.
+
+    Raises:
+        UsageError: Naming the first, and the flag that it is found with.
+    """
+    if given := [name for name in _MAKE if values[name].present]:
+        raise UsageError(
+            f"--{given[0]}: found with {beside}; it says how a model edits, and these edits are made.",
+            f"Leave --{given[0]} out.",
+        )
+
+
+def run_benchmark(values: flags.FlagValues) -> None:
+    """Edits, measures and compares; several processes share the work, and the first one writes and prints."""
+    benchmark, out = BENCHMARKS[values.benchmark], Path(values.out)
+    if values.published:
+        benchmark = benchmark._replace(published=benchmark.tables[values.published])
+    loras = _adapter_paths(values)
+    folders = _result_folders(values, loras)
+    size = parse_size(values.size) if values.size else (benchmark.side, benchmark.side)
+    edits = Path(values.edits) if values.edits else out / "edits"
+    located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
+    read = {"--data": values.data, "--model": values.model}
+    for folder in folders.values():
+        for flag, written in (("--out", out), ("--edits", edits)):
+            check_apart(flag, written, {"--results": folder})
+    check_apart("--out", out, read, FILES)
+    check_apart("--edits", edits, read)
+    check_file("out", out / "grid.png", ".png")
+    distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
+    open_devices()
+    with distributed.raise_together():
+        how = _measuring(values, benchmark)
+        model = open_model(values.model) if values.model else None
+        adapters = _read_adapters(values, loras, model) if model else {}
+        source = open_source(values.data, values.polarity, mask_value=values.mask_value)
+    with Jobs(lines=10) as jobs, distributed.report_lost_process():
+        progress = jobs if distributed.is_main() else no_progress
+        with distributed.raise_together():
+            listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
+        if model:
+            edited = edit_adapters(
+                model, source, listed.entries, adapters, edits, size, steps=values.steps, guidance=values.guidance,
+                seed=values.seed, batch=values.batch, acd_layers=values.acd_layers, progress=progress,
+                **editor_options(values),
+            )  # fmt: skip
+            located = edited | located  # differences are from the base
+        measured = {
+            name: measure_editor(name, locate, benchmark, source, listed.entries, how, progress)
+            for name, locate in located.items()
+        }
+        with distributed.raise_together():  # the others stay until all is written
+            if distributed.is_main():
+                found = write_benchmark(benchmark, source, listed, measured, folders, how, out)
+    if distributed.is_main():
+        print(summary(found, out))
+
+
+def _adapter_paths(values: flags.FlagValues) -> dict[str, str]:
+    """Name -> path of each `--adapter`.
+
+    Raises:
+        UsageError: One is not NAME=PATH, or its name is not one of a file.
+    """
+    paths = {}
+    for text in values.adapter:
+        name, equals, path = text.partition("=")
+        if not (equals and path and re.fullmatch(r"[\w.+-]*\w", name)) or name in paths:
+            raise UsageError(
+                f"--adapter: {text!r} found; NAME=PATH was wanted, each with a name of letters, digits and -._+.",
+                "Write --adapter rdp=runs/rdp/lora.",
+            )
+        paths[name] = expand_home("--adapter", path)
+    return paths
+
+
+def _read_adapters(values: flags.FlagValues, paths: Mapping[str, str], model: Model) -> dict[str, dict | None]:
+    """What edits: the base, the LoRA of `--lora`, and those of `--adapter`, with their scales folded in."""
+    lora = read_lora(values, model)
+    further = {name: load_loras([path], [1.0], model.param_shapes) for name, path in paths.items()}
+    return {"base": None} | ({"lora": lora} if lora else {}) | further
+
+
+def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict[str, Path]:
+    """The folders of `--results` by their own names.
+
+    Raises:
+        UsageError: There is nothing to measure, two editors have one name, or a flag asks for something else.
+    """
+    folders = [Path(os.path.abspath(folder)) for folder in values.results or ()]  # "." has a name, too
+    if values.pictures:
+        raise UsageError("--pictures: found with --benchmark.", "Name the folder of an editor with --results.")
+    if not (folders or values.model):
+        raise UsageError(
+            "neither --model nor --results found; one of them, or both, were wanted.",
+            "Name the model that shall edit, or the folder of an editor's results.",
+        )
+    if not values.model:
+        check_nothing_edits(values, "--results alone")
+    names = [folder.name for folder in folders]
+    names += ["base", "lora", *adapters] if values.model else []
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"--results, --adapter: editors of the names {', '.join(names)} found; different names were wanted.",
+            "Rename one (of a folder, the one in it too): the names stand in the table.",
+        )
+    return {folder.name: folder for folder in folders}
+
+
+def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
+    """The measures, with what they load, and the judge: what they lack is said before hours of edits."""
+    measures = choose(values.measures or benchmark.measures)
+    if not values.measures:  # what was not asked for by name is left out where its weights are not given
+        measures = [one._replace(required=False) for one in measures]
+    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    weights = load_weights(measures, options)
+    without = [one for one in measures if one.load is not None and weights[one.load] is None]
+    measures = [one for one in measures if one not in without]
+    if not values.judge:
+        if values.judge_option:
+            raise UsageError("--judge_option: found without --judge.", "Name the judge, or leave it out.")
+        return Measuring(measures, options, values.batch, without=without)
+    known = known_rewards({})
+    (reward,) = make_repeats(values.judge, read_options(values.judge, values.judge_option, known), 1, known)
+    check_all({values.judge: reward})
+    return Measuring(measures, options, values.batch, partial(scores_of, values.judge, reward), without)

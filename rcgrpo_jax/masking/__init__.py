@@ -1,0 +1,1 @@
+"""Masks for examples that have none: from the target, from a foreground segmenter, or from the editor itself."""
