@@ -40,7 +40,7 @@ class Preview(NamedTuple):
         lines = [f"{'width x height':<13} {'pictures':>8}  {'cut, mean':>12}  {'cut, most':>12}"]
         lines += map(str, self.buckets)
         if self.lost:
-            lines.append(f"\n{len(self.lost)} regions are wider than what their bucket keeps:")
+            lines.append(f"\nregions wider than what their bucket keeps: {len(self.lost)}")
             lines += (f"  {name}: {100 * share:.1f} % of the region is cut" for name, share in self.lost.items())
         return "\n".join(lines)
 
@@ -73,7 +73,7 @@ def preview(source: Source, buckets: Buckets, shown: int, progress: Callable[[],
     found = [x for x in cuts.values() if x.cuts]
     rows = [
         PictureRow(
-            f"{size[1]} x {size[0]}: {len(x)} pictures, {100 * np.mean(x):.1f} % cut on average",
+            f"{size[1]} x {size[0]}: {len(x)} picture{'s' * (len(x) > 1)}, {100 * np.mean(x):.1f} % cut on average",
             [picture for _, *picture in sorted(worst[size], reverse=True)],
         )
         for size, x in found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from rcgrpo_jax.data.buckets import NONE
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.saved_runs import read_saved_config, schema_of
@@ -96,6 +97,8 @@ def facts(record: RunRecord) -> dict[str, str]:
         if config.get("stage") in ("vae", "flow"):
             lines = {name: line for name, line in lines.items() if name != "LoRA"}
         found |= {name: line.format(**config) for name, line in lines.items()}
+        if config["data"]["buckets"] != NONE:
+            found["Data"] += f" or that area in the shapes of {config['data']['buckets']}"
     if "explore" in config:
         found["Exploration"] = _EXPLORATION[config["explore"]["kind"]].format(**config)
         weights = {name: weight for name, weight in config["rewards"].items() if weight}
