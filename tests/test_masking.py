@@ -16,6 +16,7 @@ from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.masking import editor
 from rcgrpo_jax.masking.difference import difference_method, difference_scores, otsu_threshold
+from rcgrpo_jax.masking.folder import _is_there
 from rcgrpo_jax.masking.method import HALF, Finish, finish_mask, flaw
 from rcgrpo_jax.masking.segmenter import NORMALISATIONS, segmenter_method
 
@@ -223,3 +224,11 @@ def test_an_empty_and_a_full_mask_are_flawed():
     assert "full" in flaw(mask + 1)
     mask[0, 0] = 1
     assert flaw(mask) is None
+
+
+def test_a_line_of_the_log_counts_only_with_whole_pictures(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"content")
+    (tmp_path / "empty.png").touch()
+    assert _is_there(tmp_path, {"image": "a.png", "mask": "a.png"})
+    for line in ({}, {"image": 3, "mask": "a.png"}, {"image": "a.png", "mask": "empty.png"}):
+        assert not _is_there(tmp_path, line)

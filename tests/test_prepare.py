@@ -351,3 +351,8 @@ def test_files_are_kept_unless_their_pixels_need_more_than_decoding(tmp_path):
 )
 def test_names_of_examples_can_name_files(identifier, name):
     assert safe_name(identifier) == name
+
+
+def test_a_folder_beside_the_file_that_is_read_can_be_written(root):
+    run(["json", f"--from={root / 'rows.jsonl'}", f"--out={root / 'out'}", *COLUMNS])
+    assert (root / "out" / "prepare.json").is_file()

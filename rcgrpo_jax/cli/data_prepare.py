@@ -57,7 +57,8 @@ def run(argv: list[str]) -> None:
     values, (name,) = parse("data prepare", ABOUT, argv, _flags, positional=("name",), required=("from", "out"))
     data, form = _open(name, values)
     out = Path(os.path.abspath(values.out))
-    check_apart("--out", out, {"--from": values["from"].value})
+    folder = values["from"].value if os.path.isdir(values["from"].value) else None  # beside a file is place enough
+    check_apart("--out", out, {"--from": folder})
     leave_devices_alone()
     if _is_finished(out, data, form):
         print(f"{values.out} is finished; {REPORT} in it says what it holds.\n\ntfds:{values.out}")

@@ -165,7 +165,13 @@ def _unused(name: str, names: set[str]) -> str:
 
 
 def _is_there(folder: Path, line: Mapping[str, Any]) -> bool:
-    return all((folder / line[field]).is_file() for field in ("image", "mask", "target") if field in line)
+    """Whether a line names its pictures, and none of them is missing or empty, as a loss of power leaves them."""
+    files = [line.get(field) for field in ("image", "mask", *({"target"} & line.keys()))]
+    return all(isinstance(file, str) and _has_content(folder / file) for file in files)
+
+
+def _has_content(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _read_log(file: Path) -> dict[str, dict[str, Any]]:
