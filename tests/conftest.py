@@ -44,9 +44,9 @@ MOST_BYTES = 4 * 2**30  # of a worker
 LONGEST = [
     f"test_{name}"
     for name in (
-        "distributed", "experiment", "step", "sft", "resume", "ablation", "demo", "training", "quantization", "plan",
+        "distributed", "experiment", "paper", "step", "sft", "resume", "ablation", "demo", "training", "quantization", "plan",
         "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "benchmarks",
-        "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
+        "bucket_runs", "study_page", "layers", "compbench_official", "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
     )
 ]  # fmt: skip
 

@@ -17,7 +17,6 @@ from rcgrpo_jax.encoding.cache import EncodedSource
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.rl import programs
 from rcgrpo_jax.rl.trainer import Trainer, train
-from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.sft.config import default_config as sft_config
 from rcgrpo_jax.sft.config import validate as validate_sft
 from rcgrpo_jax.sft.train import train_supervised
@@ -199,19 +198,3 @@ def test_stages_that_bring_all_to_one_size_say_so(stage):
     config.stage, config.data.buckets = stage, "kontext"
     with pytest.raises(UserError, match=r"data\.buckets: 'kontext' found"):
         validate_sft(config, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
-def test_a_lora_learns_from_triples_of_both_shapes(data, tmp_path, capsys):
-    file = tmp_path / "config.py"
-    file.write_text(
-        "from rcgrpo_jax.sft.config import default_config\ndef get_config():\n    config = default_config()\n"
-        f"    config.model.path = {str(small_run.model_folder())!r}\n    config.model.dtype = 'float32'\n"
-        f"    config.data.path, config.data.size, config.data.buckets = {str(data)!r}, (64, 64), 'kontext'\n"
-        "    config.stage, config.batch.size, config.train.num_steps = 'lora', 2, 2\n"
-        "    config.model.max_text_tokens = 16\n    config.mesh.fsdp = 1\n    return config\n"
-    )
-    code, _, err = small_run.run_command(capsys, "sft", f"--config={file}", f"--workdir={tmp_path / 'run'}")
-    assert code == 0, err
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
