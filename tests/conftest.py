@@ -44,9 +44,10 @@ MOST_BYTES = 4 * 2**30  # of a worker
 LONGEST = [
     f"test_{name}"
     for name in (
-        "distributed", "experiment", "paper", "step", "sft", "resume", "ablation", "demo", "training", "quantization", "plan",
-        "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "benchmarks",
-        "bucket_runs", "study_page", "layers", "compbench_official", "small_editor", "editor", "launch_tpu", "agreement", "measures", "lora", "report",
+        "distributed", "experiment", "paper", "step", "sft", "resume", "ablation", "demo", "training", "quantization",
+        "plan", "attention", "plan_search", "convert", "concentration", "evaluation", "mmdit", "benchmarks",
+        "bucket_runs", "study_page", "layers", "compbench_official", "small_editor", "editor", "launch_tpu",
+        "agreement", "measures", "lora", "report",
     )
 ]  # fmt: skip
 
