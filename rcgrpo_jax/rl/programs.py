@@ -201,7 +201,7 @@ def shared_programs(options: StepOptions, networks: Networks, mesh: Mesh) -> Pro
 
 
 class ProgramsBySize:
-    """The programs of a run by the size of pictures, each compiled once.
+    """The programs of a run by the size of pictures, made once for each.
 
     It keeps those that it has given, whatever room other runs leave in `shared_programs`.
 
