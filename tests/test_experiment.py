@@ -72,6 +72,17 @@ HALF = (
     "optimizer.ema_decay=0.9"
 )
 QUANTIZED = [f"--variant={name}: model.quantization={name.lower()}" for name in ("int8", "NF4")]
+ASKED = "reward_options.oracle.num_pass=4 rollout.prompts=3"
+NOISE = [
+    "--config.train.num_steps=40", "--config.optimizer.decay_steps=40", "--data=scenes:heldout:300",
+    "--variant=noise 0: reward_options.oracle.noise=0.0",
+    "--variant=noise 0, 3 prompts: reward_options.oracle.noise=0.0 rollout.prompts=3",
+    *(
+        f"--variant=noise {noise}{name}: reward_options.oracle.noise={noise} {more}"
+        for noise in (0.05, 0.1, 0.2, 0.4)
+        for name, more in (("", ""), (", 4 answers, 3 prompts", ASKED))
+    ),
+]  # fmt: skip
 COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
 
 
@@ -85,9 +96,10 @@ COIN = "--variant=coin: acd.weight=0.0 reward_options.oracle.noise=1e6"
         ("paper", "small_editor_paper", 5, ["--table=components"], 3),
         ("taus", "small_editor_paper", 5, ["--table=taus"], 4),
         ("half", "small_editor", 5, [HALF], 1),
+        ("judge-noise", "small_editor", 1, NOISE, 10),
         ("quantized", "small_editor", 1, ["--variant=float32: model.quantization=none", *QUANTIZED], 3),
     ],
-    ids=["recipe", "acd", "coin", "balanced", "paper", "taus", "half", "quantized"],
+    ids=["recipe", "acd", "coin", "balanced", "paper", "taus", "half", "judge-noise", "quantized"],
 )
 def test_the_tables_of_the_findings_are_those_of_the_kept_evaluations(
     tmp_path, monkeypatch, name, config, seeds, arguments, count
