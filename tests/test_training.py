@@ -188,7 +188,7 @@ def test_everything_compiles_in_the_first_step(devices, changes, tmp_path, monke
         return take_step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", step)
-    monkeypatch.setattr("rcgrpo_jax.rl.trainer.shared_programs", Programs)  # another test's would be compiled already
+    monkeypatch.setattr("rcgrpo_jax.rl.programs.shared_programs", Programs)  # another test's would be compiled already
     config = small_run.make_config(train__save_every=1, train__image_every=4, **changes)
     caplog.set_level(logging.WARNING, "jax")  # the program's own commands want errors alone
     with jax.log_compiles():
