@@ -142,10 +142,10 @@ def test_what_a_run_keeps_counts_once_in_every_program():
     planned = workload(4, mesh__data=1, mesh__fsdp=4)
     kept = {name: planned.held(name) + total_bytes(planned.arguments(name)) for name in NAMES}
     trees = {name: total_bytes(tree) for name, tree in planned.trees.items()}
-    assert kept["decode"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["images"]
+    assert kept["decode"] == kept["rollout"] - trees["candidates"] + trees["rollout"] + trees["images"]
     assert trees["upcoming"] == trees["prompts"]
     read = sum(trees[name] for name in ("rollout", "objective", "upcoming"))
-    assert kept["update"] == kept["rollout"] - trees["noise"] + read
+    assert kept["update"] == kept["rollout"] - trees["candidates"] + read
     half = workload(4, mesh__data=1, mesh__fsdp=4, rollout__micro_batch=4)
     assert half.calls == {"rollout": 2, "decode": 2, "update": 1}
     earlier, pictures = half.trees["earlier"]

@@ -12,7 +12,8 @@ from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.report.run_record import config_script, facts, read_run
 from rcgrpo_jax.rl import config as rl_config
 from rcgrpo_jax.rl.config import default_config
-from rcgrpo_jax.runs.checkpoint import ADDED, Checkpointer, check_same_config
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.differences import ADDED, check_same_config
 from rcgrpo_jax.runs.metrics import read_metrics
 from rcgrpo_jax.runs.run import restore
 from rcgrpo_jax.sft import config as sft_config

@@ -26,7 +26,7 @@ TRACE = """
 options = small_run.make_options(**{changes!r})
 planned = Workload(options, open_flux(options.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
 with jax.set_mesh(planned.mesh):
-    planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"])
+    planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"], 0)
     for name in ("rollout", "update"):
         getattr(planned.programs, name).eval_shape(*planned.arguments(name))
 """

@@ -35,7 +35,7 @@ from rcgrpo_jax.rl.reward_fields import name_rewards
 from rcgrpo_jax.rl.setup import Setup, set_up
 from rcgrpo_jax.rl.step_metrics import background_drift
 from rcgrpo_jax.rl.trainer import Trainer, train_to_end
-from rcgrpo_jax.runs.checkpoint import config_differences
+from rcgrpo_jax.runs.differences import config_differences
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.state import TrainState
 

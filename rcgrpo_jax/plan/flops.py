@@ -125,8 +125,10 @@ def step(
     differentiated = one.forward + one.recomputed[options.model.remat] + one.backward
     if options.surrogate.anchor_mode == "integrate":
         differentiated += one.forward  # each velocity is a checkpoint by itself
+    policy = POLICIES[options.policy]
     return {
         "rollout": samples * options.rollout.num_steps * (one.forward + one.concentration),
         "decode": samples * vae_decoder(vae, 4 * target),
-        "update": POLICIES[options.policy].num_evaluations(options.step) * differentiated,
+        "update": policy.num_evaluations(options.step) * differentiated
+        + policy.num_forwards(options.step) * one.forward,
     }

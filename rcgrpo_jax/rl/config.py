@@ -26,6 +26,7 @@ from rcgrpo_jax.runs.fields import (
     check_fields,
     flatten,
     get_field,
+    is_within,
     mask_problems,
     quantization_problems,
     refusal,
@@ -124,14 +125,23 @@ def _sample_problems(options: Options) -> list[str]:
     return problems
 
 
+def _unread_problems(options: Options) -> list[str]:
+    """The fields of other policies that have been set: the chosen one would not read them."""
+    values, default = flatten(asdict(options)), flatten(asdict(Options()))
+    chosen, problems = POLICIES[options.policy], []
+    for field in (x for x, value in values.items() if x in default and value != default[x] and x not in MAY_DIFFER):
+        readers = [name for name, policy in POLICIES.items() if is_within(field, policy.OWN)]
+        if readers and not is_within(field, chosen.OWN):
+            problems.append(
+                f"{field}: {values[field]!r} with policy = {options.policy}, which does not read it; "
+                f"{default[field]!r} was wanted, or policy = {' or '.join(readers)}"
+            )
+    return problems
+
+
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
-    problems = policy.problems(options.step)
-    if options.objective.kl_weight and options.objective.updates == 1:
-        problems.append(
-            f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is at "
-            "the policy of the rollout, so that two or more were wanted"
-        )
+    problems = _unread_problems(options) + policy.problems(options.step)
     problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
     problems += quantization_problems(options.model) + _sample_problems(options)
     problems += schedule_problems(options.optimizer, options.train.num_steps * options.objective.updates)

@@ -31,6 +31,7 @@ from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.reward_fields import names_in
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture, check_tokens
@@ -162,7 +163,8 @@ def fresh_state(options: Options, model: Model, mesh: Mesh) -> TrainState:
     shapes = model.param_shapes
 
     def initial() -> TrainState:
-        return init_state(options.lora, options.optimizer, options.seed, shapes)
+        keep_old = POLICIES[options.policy].keeps_old
+        return init_state(options.lora, options.optimizer, options.seed, shapes, keep_old)
 
     return jax.jit(initial, out_shardings=replicated(mesh))()
 

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux, euler_step
-from rcgrpo_jax.method import explore, surrogate
+from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
-from rcgrpo_jax.rl.policy.base import Prompts
+from rcgrpo_jax.rl.policy import likelihood
+from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.runs.state import TrainState
 
 
 class Exploration(NamedTuple):
@@ -23,6 +25,11 @@ class Exploration(NamedTuple):
     noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the reference itself, not if kind=global
     anchors: Int[Array, "P B"]  # candidates that serve as anchors
     steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
+
+    @property
+    def candidates(self) -> Float[Array, "P G N C"]:
+        """The noises: a rollout is deterministic."""
+        return self.noise
 
 
 class StoredStates(NamedTuple):
@@ -38,6 +45,9 @@ class Neighbour:
     A unit is (prompt, anchor, the solver steps that are compared): with `integrate` an anchor's whole path, with
     `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
     """
+
+    OWN = ("surrogate", "objective.source_advantage", "objective.clip")
+    keeps_old = False
 
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
         self.options, self.networks, self.sigmas = options, networks, sigmas
@@ -60,6 +70,11 @@ class Neighbour:
                 f"surrogate.target_entropy: {compared.target_entropy} nats; {members} candidates allow 0 to "
                 f"{math.log(members):.3f}"
             )
+        if options.objective.kl_weight and options.objective.updates == 1:
+            problems.append(
+                f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is "
+                "at the policy of the rollout, so that two or more were wanted"
+            )
         return problems
 
     @staticmethod
@@ -75,7 +90,12 @@ class Neighbour:
         path = num_compared_steps(options) if early else options.rollout.num_steps
         return Neighbour.num_units(options) * (path if integrate else 1)
 
-    def explore(self, key: PRNGKeyArray, prompts: Prompts) -> Exploration:
+    @staticmethod
+    def num_forwards(options: StepOptions) -> int:
+        """None: the old policy comes from the states of the rollout."""
+        return 0
+
+    def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
         settings, group = self.options.explore, self.options.rollout.group_size
         num_prompts = prompts.region.shape[0]
@@ -109,9 +129,11 @@ class Neighbour:
                 return jnp.sort(jax.random.choice(key, steps, (count,), replace=False))
         return steps
 
-    def rollout(self, velocity: VelocityWithAux, noise: Float[Array, "N C"]) -> tuple[Float[Array, "K+1 N C"], Any]:
+    def rollout(
+        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
+    ) -> tuple[Float[Array, "K+1 N C"], Any]:
         """Integrates from the candidate's noise (Eq. 12)."""
-        return rollout.integrate_with_aux(velocity, noise, self.sigmas)
+        return rollout.integrate_with_aux(velocity, candidate, self.sigmas)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
         """Prompt, anchor and compared steps of each unit."""
@@ -121,8 +143,8 @@ class Neighbour:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def log_policy_shape(self) -> tuple[int, int, int]:
-        """(units, steps of a unit, G or with the source G + 1)."""
+    def kept_shape(self) -> tuple[int, int, int]:
+        """Of `log pi_old`: (units, steps of a unit, G or with the source G + 1)."""
         steps = num_compared_steps(self.options) if self._integrates else 1
         return self.num_units(self.options), steps, _num_members(self.options)
 
@@ -131,10 +153,31 @@ class Neighbour:
         prompt, anchor, steps = unit
         return StoredStates(states[prompt, anchor], states[prompt, :, steps])
 
+    def loss(
+        self,
+        velocities: Velocities,
+        prompt: Prompts,
+        stored: StoredStates,
+        unit: tuple[Array, Array, Array],
+        advantages: Float[Array, " G"],
+        log_old: Float[Array, "T M"],
+        first: Bool[Array, ""],
+    ) -> tuple[Float[Array, ""], Float[Array, "T M"], dict[str, Array]]:
+        """`-J` of one unit (Eq. 5, 14, 15), its log-policy and metrics."""
+        objective = self.options.objective
+        log_pi, measured = self.log_policy(velocities.theta, prompt, stored, unit)
+        log_ratio, log_old = likelihood.log_ratio(log_pi, log_old, first)
+        advantages = self._advantages(advantages)[None]
+        gain = grpo.clipped_objective(log_ratio, advantages, objective.clip, self._weights(log_old))
+        kl = grpo.categorical_kl(log_old, log_pi).mean()
+        entropy = -(jnp.exp(log_old) * log_old).sum(-1).mean()
+        measured |= likelihood.ratio_metrics(log_ratio, objective.clip) | {"kl": kl, "policy_entropy": entropy}
+        return objective.kl_weight * kl - gain, log_pi, measured
+
     def log_policy(
         self, velocity: Velocity, prompt: Prompts, stored: StoredStates, unit: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
-        """The softmax over members by their distance to the anchor under theta (Eq. 14)."""
+        """`log pi_theta`: the softmax over members by their distance to the anchor under theta (Eq. 14); metrics."""
         settings, steps = self.options.surrogate, unit[2]
         before, anchor = self._anchor_states(velocity, stored.path, steps)
         members = self._members(prompt, stored.group, before, anchor, steps)
@@ -182,12 +225,12 @@ class Neighbour:
         source = surrogate.source_candidate(before, after, shrink, latents, prompt.region)
         return jnp.concatenate([group, source[:, None]], axis=1)
 
-    def advantages(self, advantages: Float[Array, " G"], unit: tuple[Array, Array, Array]) -> Float[Array, " M"]:
+    def _advantages(self, advantages: Float[Array, " G"]) -> Float[Array, " M"]:
         """Those of the group, and the source's."""
         own = self.options.objective.source_advantage
         return jnp.append(advantages, own) if own else advantages
 
-    def weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
+    def _weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
         """Under pi_old, or 1 / G each: the source takes nothing from the others."""
         if self.options.surrogate.weighting == "policy":
             return jnp.exp(log_old)
@@ -198,6 +241,10 @@ class Neighbour:
     @property
     def _integrates(self) -> bool:
         return self.options.surrogate.anchor_mode == "integrate"
+
+    def refresh(self, state: TrainState) -> TrainState:
+        """As it is: the trained adapter rolls out."""
+        return state
 
 
 def num_compared_steps(options: StepOptions) -> int:
