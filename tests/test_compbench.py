@@ -203,6 +203,11 @@ def test_examples_of_other_tasks_are_left_out_and_counted(tmp_path):
     said = remarks(COMPBENCH, edits, listed.others)
     assert "Left out, as of tasks that are none of the benchmark: 9 of view." in said
     assert "The data have no example of replace: the mean is of the other tasks." in said
+    partial = "The data have {} of 2,465 published examples: the published rows are of other edits."
+    assert partial.format(6) in said
+    whole = [Row(0, "", task, {}) for task, count in COMPBENCH.tasks.items() for _ in range(count)]
+    assert partial.format("2,464") in remarks(COMPBENCH, {"a": Edits(whole[1:])})
+    assert not any("published examples" in line for line in remarks(COMPBENCH, {"a": Edits(whole)}))
     with pytest.raises(UsageError, match="examples of 9 of no task found; some of the tasks add, remove, replace"):
         list_entries(Examples(task=""), COMPBENCH)
     with pytest.raises(UserError, match=f"add/{IDS[0]}: the examples 0 and 9 have this name"):
