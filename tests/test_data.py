@@ -96,8 +96,9 @@ def test_supervised_triples_need_no_mask_and_flawed_targets_say_so(folder):
     write_lines(folder, line, row("a", mask_polarity="black"))
     with pytest.raises(
         UserError, match=r"line 1: the field 'mask' is missing; found .*; an edit by region needs 'mask'\."
-    ):
+    ) as error:
         EditFolder(folder)
+    assert error.value.remedy == "Add 'mask' to the line. `rcgrpo data mask` finds masks for examples that have none."
     whole, part = (EditFolder(folder, needs=Needs())[i] for i in range(2))
     assert whole.mask.shape == whole.image.shape[:2]
     assert whole.mask.dtype == part.mask.dtype

@@ -356,3 +356,25 @@ def test_names_of_examples_can_name_files(identifier, name):
 def test_a_folder_beside_the_file_that_is_read_can_be_written(root):
     run(["json", f"--from={root / 'rows.jsonl'}", f"--out={root / 'out'}", *COLUMNS])
     assert (root / "out" / "prepare.json").is_file()
+
+
+def test_no_module_imports_lazily_while_threads_decode(root, tmp_path):
+    """etils' lazy imports replace `__import__` in all threads, and Pillow's relative imports fail meanwhile."""
+    script = """
+import sys
+from pathlib import Path
+from rcgrpo_jax.data.prepare import run
+from rcgrpo_jax.data.prepare.row import RowForm
+from rcgrpo_jax.data.prepare.sets import open_own
+read_row, missing = run.read_row, []
+def watched(*row):
+    missing.extend({"tensorflow_datasets"} - {*sys.modules})
+    return read_row(*row)
+run.read_row = watched
+form = RowForm("image", "mask", "text", "target", "caption", id=("id",))
+out = Path(sys.argv[2])
+out.mkdir()
+run.prepare(open_own("json", Path(sys.argv[1]), ""), form, out, workers=2)
+assert not missing, missing
+"""
+    subprocess.run([sys.executable, "-c", script, root, tmp_path / "out"], check=True)

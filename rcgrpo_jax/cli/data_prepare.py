@@ -24,8 +24,9 @@ from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
 
 ABOUT = f"""Writes a data set as ArrayRecord files, which data.path takes as tfds:OUT. After a stop, run it again.
 
-NAME is a published data set as it was downloaded ({", ".join(PUBLISHED)}), or the kind of your own files
-({", ".join(CONTAINERS)}), whose columns the flags name."""
+NAME is a published data set as it was downloaded, or the kind of your own files, whose columns the flags name.
+Published data sets: {", ".join(PUBLISHED)}.
+Kinds of files: {", ".join(CONTAINERS)}."""
 COLUMNS = {
     "image": "column of the source picture",
     "mask": "column of the mask",
@@ -34,6 +35,7 @@ COLUMNS = {
     "caption": "column of the description of the edited picture",
     "task": "column of the kind of edit",
 }
+_MASK_FORM = "what the edit region is in a mask; of your own files white by default, of published sets theirs"
 _LINES = 100  # of progress where there is no terminal
 
 
@@ -45,7 +47,7 @@ def _flags(values: flags.FlagValues) -> None:
     for field, about in COLUMNS.items():
         flags.DEFINE_string(field, None, about, flag_values=values)
     flags.DEFINE_list("id", None, "columns whose values, joined by -, name an example", flag_values=values)
-    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS, RUNS], "what the edit region is in a mask", flag_values=values)
+    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS, RUNS], _MASK_FORM, flag_values=values)
     flags.DEFINE_bool("resize_masks", None, "bring masks of the picture's shape to its size", flag_values=values)
     flags.DEFINE_bool("keep_full_masks", None, "keep masks that are the whole picture", flag_values=values)
     flags.DEFINE_integer(

@@ -24,7 +24,7 @@ ABOUT = "Edits one image by an instruction. Target and reference share one size,
 
 
 def _flags(values: flags.FlagValues) -> None:
-    path_flag("model", "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder, converted directory, or small-editor", values)
     define_lora(values)
     path_flag("image", "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
@@ -34,7 +34,7 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
     path_flag("noise", ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values)
-    flags.DEFINE_integer("text_tokens", 0, "padded length of the T5 sequence; 0: default", 0, 512, flag_values=values)
+    flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
 

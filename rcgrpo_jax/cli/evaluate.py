@@ -21,7 +21,7 @@ from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, me
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
 
-ABOUT = """Edits examples that have targets, and measures the edits: success inside the region, background outside.
+ABOUT = """Edits examples, and measures the edits: success inside the region, background outside.
 
 With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals. With --pictures in
 place of --model, edits that are there are measured, whoever made them: a PNG for each example, NAME.png, in pixels of
@@ -33,7 +33,7 @@ editor, in the layout of the benchmark. docs/compbench.md has the whole way."""
 
 
 def _flags(values: flags.FlagValues) -> None:
-    path_flag("model", "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder, converted directory, or small-editor", values)
     define_lora(values)
     about = "folder of edits to measure in place of a model's, NAME.png for each example; may be given again"
     flags.DEFINE_multi(PathParser("pictures"), flags.ArgumentSerializer(), "pictures", None, about, values)
@@ -44,7 +44,7 @@ def _flags(values: flags.FlagValues) -> None:
     about = "directory that keeps the edits as they are made, so that a call that was stopped goes on"
     path_flag("edits", f"{about}; of a benchmark OUT/edits by default", values)
     define_benchmark(values)
-    about = "measures or groups, with commas between, such as official,region (docs/compbench.md); editor by default"
+    about = "measures or groups (docs/compbench.md); editor by default, official,region of a benchmark"
     flags.DEFINE_list("measures", None, about, values)
     path_flag("clip", "CLIP model of LC-I and LC-T: a folder, or its name on the hub", values)
     path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import Entry, Listed, Locate, Qualified, extra_pictures, measure_results
+from rcgrpo_jax.evaluation.benchmarks.results import Entry, Listed, Locate, extra_pictures, measure_results
 from rcgrpo_jax.evaluation.benchmarks.rows import Row, has_parquet, measures_of, write_jsonl, write_parquet
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, to_csv
 from rcgrpo_jax.evaluation.edit import edit_all
@@ -36,7 +37,7 @@ from rcgrpo_jax.runs.workdir import write_text
 FILES = ("*.jsonl", "*.parquet", "table.*", "failures.json", "grid.png", "edits")  # that are written
 _SHOWN = 5  # failures of an editor that are printed
 
-Pictures = Mapping[str, UInt8[np.ndarray, "H W 3"]]  # edits by the names of their examples
+Pictures = Mapping[str, UInt8[np.ndarray, "H W 3"]]  # edits by the keys of their examples
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ def edit_adapters(
     check_fits(model, size, steps, dtype, min(batch, len(entries)))
     mesh = make_mesh({"fsdp": -1}, jax.local_devices() if devices is None else devices)
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
-    named, indices = Qualified(source, entries), [entry.index for entry in entries]
+    indices = [entry.index for entry in entries]
     own = len(distributed.local_job_range(len(entries)))
     for name, lora in adapters.items():
         edit_all(
-            editor, named, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, lora=lora,
+            editor, source, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, lora=lora,
             batch=batch, size=size, mesh=mesh, progress=count_steps(progress, f"edit {name}", own),
         )  # fmt: skip
     return {name: _locate_in(folder / name) for name in adapters}
@@ -128,7 +129,8 @@ def measure_editor(
     Raises:
         UserError: Nothing could be measured; or as `measure_results`.
     """
-    own = [entries[i] for i in distributed.local_job_range(len(entries))]
+    shown_first = in_turn(entries)
+    own = [shown_first[i] for i in distributed.local_job_range(len(entries))]
     with distributed.raise_together():
         rows, pictures = measure_results(
             source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options, score=how.score,
@@ -144,6 +146,14 @@ def measure_editor(
             "Name the folder of the pictures and the data that they are edits of.",
         )
     return rows, pictures
+
+
+def in_turn(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries with their tasks in turn, so that the first ones are of all tasks."""
+    tasks: dict[str, list[Entry]] = {}
+    for entry in entries:
+        tasks.setdefault(entry.task, []).append(entry)
+    return [entry for row in zip_longest(*tasks.values()) for entry in row if entry]
 
 
 def write_benchmark(
@@ -182,7 +192,8 @@ def write_benchmark(
     said = remarks(benchmark, editors, listed.others, listed.uncaptioned)
     known = {x for edits in editors.values() for x in measures_of(edits.rows)}
     said += [note(one) for one in how.measures if one.name not in known]
-    said += [f"{one.label} is not measured: its weights are not given. {one.remedy}" for one in how.without]
+    without = {one.remedy: [x.label for x in how.without if x.remedy == one.remedy] for one in how.without}
+    said += [f"Not measured, since their weights are not given: {', '.join(x)}. {y}" for y, x in without.items()]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
     write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(said) + "\n")
@@ -225,10 +236,10 @@ def _failures(edits: Edits) -> dict[str, Any]:
 def _grid_rows(
     benchmark: Benchmark, source: Source, entries: Sequence[Entry], pictures: Mapping[str, Pictures]
 ) -> list[GridRow]:
-    """The first examples of which every editor's picture was kept."""
+    """The first examples of each task of which every editor's picture was kept."""
     rows = []
-    for entry in entries:
-        shown = {name: kept[entry.name] for name, kept in pictures.items() if entry.name in kept}
+    for entry in in_turn(entries):
+        shown = {name: kept[entry.key] for name, kept in pictures.items() if entry.key in kept}
         if len(shown) == len(pictures):
             example = official_example(source[entry.index], benchmark.side)
             shown |= {} if example.target is None else {"target": example.target}

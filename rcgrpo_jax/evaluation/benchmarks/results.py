@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -33,9 +32,10 @@ class Entry(NamedTuple):
     index: int  # in the source
     id: str
     task: str
+    name: str  # in the source: that of a picture which a model of ours makes
 
     @property
-    def name(self) -> str:
+    def key(self) -> str:
         """Tells it from those of the other tasks: CompBench gives two tasks one id."""
         return f"{self.task}/{self.id}"
 
@@ -52,20 +52,7 @@ class Measured(NamedTuple):
     """What was measured of an editor's results."""
 
     rows: list[Row]
-    pictures: dict[str, UInt8[np.ndarray, "H W 3"]]  # the first edits, by name
-
-
-class Qualified:
-    """A source whose examples are called TASK/ID, so that no two edits have one file."""
-
-    def __init__(self, source: Source, entries: Sequence[Entry]):
-        self._source, self._names = source, {entry.index: entry.name for entry in entries}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> EditExample:
-        return replace(self._source[index], name=self._names[index])
+    pictures: dict[str, UInt8[np.ndarray, "H W 3"]]  # the first edits, by key
 
 
 def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], None] = lambda: None) -> Listed:
@@ -83,12 +70,12 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
     entries, others, seen, uncaptioned = [], Counter(), {}, 0
     for index in range(len(source)):
         example = source[index]
-        entry = Entry(index, benchmark.identify(example), example.task)
+        entry = Entry(index, benchmark.identify(example), example.task, example.name)
         if example.task not in benchmark.tasks:
             others[example.task] += 1
-        elif (other := seen.setdefault(entry.name, index)) != index:
+        elif (other := seen.setdefault(entry.key, index)) != index:
             raise UserError(
-                f"{entry.name}: the examples {other} and {index} have this name; a name for each was wanted.",
+                f"{entry.key}: the examples {other} and {index} have this name; a name for each was wanted.",
                 "Rename one of them in the data.",
             )
         else:
@@ -123,7 +110,7 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
     def locate(entry: Entry) -> Path:
         parts = PurePosixPath(entry.id)
         if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{entry.name}: the id leads out of the folder; one within it was wanted.", "Correct it.")
+            raise UserError(f"{entry.key}: the id leads out of the folder; one within it was wanted.", "Correct it.")
         return benchmark.picture(folder, entry.task, entry.id)
 
     return locate
@@ -179,7 +166,7 @@ def measure_results(
     failed: dict[int, Row] = {}
 
     def fail(entry: Entry, failure: str, file: str) -> None:
-        failed[entry.index] = Row(*entry, {}, failure, file)
+        failed[entry.index] = Row(entry.index, entry.id, entry.task, {}, failure, file)
         progress()
 
     batches = _read_batches(source, entries, locate, side, min(batch, max(len(entries), 1)), fail)
@@ -197,10 +184,10 @@ def measure_results(
     found = measure_edits(scoring(), source, measures, progress, options)
     there = [entry for entry in entries if entry.index not in failed]
     rows = {
-        entry.index: Row(*entry, {name: float(x[i]) for name, x in found.measures.items()} | scored[i])
-        for i, entry in enumerate(there)
+        x.index: Row(x.index, x.id, x.task, {name: float(y[i]) for name, y in found.measures.items()} | scored[i])
+        for i, x in enumerate(there)
     }
-    pictures = {entry.name: x for entry, x in zip(there, found.images, strict=False)}
+    pictures = {entry.key: x for entry, x in zip(there, found.images, strict=False)}
     return Measured([(failed | rows)[entry.index] for entry in entries], pictures)
 
 

@@ -120,6 +120,11 @@ def remarks(
     """
     lines = [f"Published rows: {benchmark.published.origin}.", *benchmark.remarks] if benchmark.published.rows else []
     there = Counter(row.task for row in next(iter(editors.values())).rows)
+    if benchmark.published.rows and any(there[task] < count for task, count in benchmark.tasks.items()):
+        total = sum(benchmark.tasks.values())
+        lines.append(
+            f"The data have {there.total():,} of {total:,} published examples: the published rows are of other edits."
+        )
     if lacking := [task for task in benchmark.tasks if not there[task]]:
         lines.append(f"The data have no example of {', '.join(lacking)}: the mean is of the other tasks.")
     if others:
