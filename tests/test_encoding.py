@@ -206,7 +206,7 @@ def test_a_damaged_index_counts_for_nothing(calls, read, tmp_path, text):
     index.write_text(text)
     read.clear()
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
     read.clear()
     start(data, cache)
     assert read == []
@@ -219,7 +219,7 @@ def test_an_entry_whose_name_is_none_counts_for_nothing(calls, read, tmp_path):
     index.write_text(json.dumps({stamp: ["zz", *row[1:]] for stamp, row in json.loads(index.read_text()).items()}))
     read.clear()
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
 
 
 def test_a_cache_that_cannot_be_written_is_read(calls, read, tmp_path, monkeypatch):
@@ -243,7 +243,7 @@ def test_reading_in_another_way_reads_again(calls, read, tmp_path, monkeypatch):
     read.clear()
     monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", 2)
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
 
 
 def test_other_settings_do_not_share_an_index(calls, read, tmp_path):
