@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +33,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from benchmarks.step import positive
-from rcgrpo_jax.data.buckets import KINDS, KONTEXT, Size, make_buckets, window
+from rcgrpo_jax.data.buckets import KINDS, KONTEXT, Fitted, Size, make_buckets, window
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.scenes.files import write_folder
@@ -50,7 +49,8 @@ from rcgrpo_jax.evaluation.tables import Table, markdown
 from rcgrpo_jax.parallel.mesh import make_mesh
 
 SHAPES = ((1, 1), (2, 3), (3, 2))  # height : width of the pictures, in turn
-RATES = ("read", "first start", "next start", "from the cache")
+PEERS = (("read", "peer read"), ("from the cache", "peer cache"))
+Fit = Callable[[EditExample], Fitted]
 
 
 class Shaped:
@@ -108,7 +108,7 @@ class Peer:
         return seconds, total
 
 
-def read(source: Source, fit: Callable[[EditExample], Any]) -> int:
+def read(source: Source, fit: Fit) -> int:
     """Reads all examples as the cache does, and returns the sum of the pixels of their sources and targets."""
 
     def one(index: int) -> int:
@@ -137,28 +137,32 @@ def orders(source: EncodedSource, prompts: int) -> list[list[int]]:
     return found
 
 
+def pictures_of(source: Source, fit: Fit, folder: Path | None = None) -> list[tuple]:
+    """What becomes of each example, for the peer: `data_torch.Picture` as plain tuples."""
+    table = (folder / "metadata.jsonl").read_text().splitlines() if folder else [None] * len(source)
+    found = []
+    for index, line in enumerate(table):
+        row = json.loads(line) if line else {}
+        files = [str(folder / row[field]) if row else "" for field in ("image", "mask", "target")]
+        fitted = fit(source[index])
+        rows, columns = fitted.window
+        found.append(((columns.start, rows.start, columns.stop, rows.stop), fitted.size[::-1], files))
+    return found
+
+
 def measure(
     path: str, kind: str, size: Size, editor: Editor, mesh: Mesh, peer: Peer, prompts: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Examples a second in each repeat: the `RATES`, `peer read`, `peer cache`, and `encoding`, a share of the time.
+    """Examples a second in each repeat: those of the table by name, and `encoding`, a share of the time.
 
     Raises:
         RuntimeError: The peer made other pixels.
     """
     source, buckets, found = open_source(path), make_buckets(kind, size), {}
     make = partial(EncodedSource, size=size, buckets=kind)
-    prefix, _, place = path.rpartition(":") if path.startswith("tfds:") else ("", "", path)
-    form = "records" if prefix else "scenes" if path.startswith("scenes:") else "folder"
-    place = path.partition(":")[2] if form != "folder" else path
-    lines = [json.loads(line) for line in (Path(path) / "metadata.jsonl").open()] if form == "folder" else []
-    pictures = []
-    for index in range(len(source)):
-        fitted = buckets.fit(source[index])
-        rows, columns = fitted.window
-        files = (
-            [str(Path(path) / lines[index][field]) for field in ("image", "mask", "target")] if lines else ["", "", ""]
-        )
-        pictures.append([(columns.start, rows.start, columns.stop, rows.stop), fitted.size[::-1], files])
+    form = {"tfds": "records", "scenes": "scenes"}.get(path.partition(":")[0], "folder")
+    place = path if form == "folder" else path.partition(":")[2]
+    pictures = pictures_of(source, buckets.fit, Path(path) if form == "folder" else None)
 
     def note(name: str, count: int, seconds: float) -> None:
         found.setdefault(name, []).append(count / seconds)
@@ -211,12 +215,10 @@ def rows(report: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
         yield [
             *name.split(", "),
             spread(found["read"]), f"{np.median(found['peer read']):.3g}", spread(ratios[0]),
-            spread(found["first start"]), f"{np.median(found['encoding']):.0%}", f"{np.median(found['next start']):.3g}",
+            spread(found["first start"]), f"{np.median(found['encoding']):.0%}",
+            f"{np.median(found['next start']):.3g}",
             spread(found["from the cache"]), f"{np.median(found['peer cache']):.3g}", spread(ratios[1]),
         ]  # fmt: skip
-
-
-PEERS = (("read", "peer read"), ("from the cache", "peer cache"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

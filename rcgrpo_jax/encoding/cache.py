@@ -27,6 +27,7 @@ from rcgrpo_jax.parallel import distributed
 
 EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
 PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
+MOST_AT_ONCE = 16  # of small ones: the last of a bucket are filled up to the number
 _SAME_DATA = "Give every process the same data, or one folder that all see."
 
 
@@ -78,7 +79,7 @@ class EncodedSource:
     ):
         self.folder, self._editor, self._captions = Path(folder), editor, captions
         self._buckets, self._kind = make_buckets(buckets, size), buckets
-        self._at_once = max(1, min(PIXELS_AT_ONCE // (size[0] * size[1]), len(source)))
+        self._at_once = max(1, min(PIXELS_AT_ONCE // (size[0] * size[1]), MOST_AT_ONCE, len(source)))
         self.known: dict[int, KnownExample] = {}
         self.made = 0
         sizes = distributed.gather(np.array([len(source)]))
