@@ -143,7 +143,7 @@ def check_needs(example: ExampleDescription, needs: Needs) -> None:
 
 
 class Source(Protocol):
-    """Random access to examples; `data.folder.EditFolder` is one.
+    """Random access to examples, which several threads may ask for; `data.folder.EditFolder` is one.
 
     A source whose examples are files has `stamp(index) -> str` too: a text that changes when one of an example's files
     does, and is had without reading them.

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.buckets import make_buckets
-from rcgrpo_jax.data.example import EditExample, Needs, check_needs
+from rcgrpo_jax.data.example import Needs, check_needs
 from rcgrpo_jax.editors.model import Editor, Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.batches import Batches
@@ -208,7 +208,7 @@ def check_sizes(options: Options, model: Model) -> None:
     check_lora(options.lora, bool(options.optimizer.ema_decay), model)
 
 
-def check_scorable(rewards: Mapping[str, Reward], example: EditExample | KnownExample) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: KnownExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)
