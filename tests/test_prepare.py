@@ -262,19 +262,24 @@ def test_rows_that_are_no_examples_are_skipped_and_named(bad, tmp_path, capsys):
 
 def test_a_data_set_without_one_example_is_an_error_and_can_be_begun_anew(bad, tmp_path):
     flags = [f"--from={bad}", f"--out={tmp_path / 'out'}", *COLUMNS]
-    with pytest.raises(UserError, match="no row of the data set is an example") as caught:
+    found = (
+        rf"none of {len(BAD) + 5} rows is an example; 10: the mask is not of the form 'transparent' \(rows.jsonl, lin"
+    )
+    with pytest.raises(UserError, match=found) as caught:
         run(["json", *flags, "--mask_form=transparent"])
-    assert "the mask is not of the form 'transparent'" in caught.value.problem
+    assert "\n" not in caught.value.problem
+    report = Path(caught.value.remedy.partition(" and ")[0])
+    assert json.loads(report.read_text())["examples"] == 0
+    assert len((report.parent / "skipped.jsonl").read_text().splitlines()) == len(BAD) + 5
     assert not (tmp_path / "out").exists()
     run(["json", *flags])
 
 
 def test_a_table_without_rows_is_an_error(tmp_path):
-    for rows, reason in (("", "skipped: 0"), ("\n,,\n", "1  the instruction is blank")):
+    for rows, reason in (("", "there are no rows"), ("\n,,\n", "none of 1 rows .* the instruction is blank")):
         (tmp_path / "a.csv").write_text(f"image,mask,text\n{rows}")
-        with pytest.raises(UserError, match="no row of the data set is an example") as caught:
+        with pytest.raises(UserError, match=reason):
             run(["csv", f"--from={tmp_path / 'a.csv'}", f"--out={tmp_path / 'out'}", *COLUMNS[:3]])
-        assert reason in caught.value.problem
 
 
 def test_masks_may_be_runs(root, tmp_path):

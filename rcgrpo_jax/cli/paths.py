@@ -177,8 +177,8 @@ def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = 
         raise _overwrites(flag, output, f"{'' if _same(output, read) else 'in '}{field} {path}")
 
 
-def check_for_checkpoints(flag: str, folder: str) -> None:
-    """Refuses a folder for checkpoints whose name is not UTF-8: Orbax could not write there, after the first steps.
+def check_name(flag: str, folder: str) -> None:
+    """Refuses a folder whose name is not UTF-8: Orbax and ArrayRecord could not write there, after the first steps.
 
     Raises:
         UsageError: It is not.

@@ -93,16 +93,18 @@ def check_example(example: EditExample) -> EditExample:
 class Needs(NamedTuple):
     """What examples must have beside an image and an instruction.
 
-    Each field names who needs it, for the message to those whose examples lack it; empty: nobody does.
+    Each text names who needs it, for the message to those whose examples lack it; empty: nobody does.
     """
 
     mask: str = ""
     target: str = ""  # also one that is flawed on purpose
     right_target: str = ""  # one that is not
     caption: str = ""
+    each_alone: bool = False  # masks are not looked at, and a missing file costs its own example when that is read
 
 
 NOTHING = Needs()
+UNMASKED = Needs(each_alone=True)
 REGION = Needs(mask="an edit by region")
 
 

@@ -51,6 +51,7 @@ class RecordSet:
 
     def __init__(self, folder: Path, name: str, description: str, split: str = SPLIT):
         self._folder, self._name, self._description, self._split = folder, name, description, split
+        _ = self._serializer  # now: while TFDS is imported, imports of other threads fail
 
     @cached_property
     def _info(self):

@@ -72,7 +72,7 @@ class TfdsSource:
         builder = _open(name, data_dir)
         self._folder, features = Path(builder.data_dir), builder.info.features
         required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
-        if not needs.mask and mask_field not in features:
+        if needs.each_alone or (not needs.mask and mask_field not in features):
             del required[1]
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")

@@ -6,9 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -22,6 +20,7 @@ from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.encoding.index import READING, KnownExample, read_index, write_index
 from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.whole import whole_file
 
 EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
 PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
@@ -212,15 +211,12 @@ class EncodedSource:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
+        in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
-            save_file(in_order, partial, metadata=texts)
-            partial.replace(file)
+            with whole_file(file) as partial:  # another run may write the same entry
+                save_file(in_order, partial, metadata=texts)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise UserError(
                 f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
             ) from None

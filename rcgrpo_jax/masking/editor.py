@@ -72,8 +72,8 @@ def editor_method(options: MethodOptions) -> Method:
     """
     model, devices = open_model(options.model), jax.devices()
     if options.size is not None:
-        check_tokens(model, options.size)
         check_fits(model, options.size, 1, options.dtype)
+        check_tokens(model, options.size)
     mesh = make_mesh({"fsdp": -1}, devices)  # as for `rcgrpo edit`: one picture at a time
     asked = EditorOptions(options.dtype, options.max_text_tokens, options.quantization)
     editor = model.open(asked, mesh)

@@ -29,6 +29,7 @@ from rcgrpo_jax.data.prepare.sets import DataSet
 from rcgrpo_jax.data.records import RecordSet, ShardWriter
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.progress import ProgressCallback, no_progress
+from rcgrpo_jax.whole import write_whole
 
 REPORT, SKIPPED = "prepare.json", "skipped.jsonl"
 _AHEAD = 2  # rows a worker that are decoded before they are written
@@ -80,12 +81,12 @@ def prepare(
         parts.append(_finish(folder, len(parts), part, shard))
     whole = total(parts)
     report = Report(data.title, whole, data.published_of(form), data.notes)
-    if not whole.names:
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # nothing to go on from
-        raise UserError("\n".join(["no row of the data set is an example.", *report.lines()]), "See the reasons above.")
-    records.write_info([len(part.names) for part in parts if part.names], whole.bytes)
     write_json(folder / REPORT, {"settings": settings_of(data, form), **report.as_json()})
     _write_skipped(folder / SKIPPED, whole)
+    if not whole.names:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # nothing to go on from
+        raise UserError(f"{data.title}: {report.emptiness()}.", f"{folder / REPORT} and {SKIPPED} beside it say more.")
+    records.write_info([len(part.names) for part in parts if part.names], whole.bytes)
     return report
 
 
@@ -129,7 +130,7 @@ def _write_skipped(file: Path, whole: Part) -> None:
     """A line for each row that was skipped."""
     keys = ("row", "id", "reason", "found")
     lines = (json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=False) for row in whole.skipped)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], workers: int) -> Iterator[U]:
