@@ -23,6 +23,7 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor, Text
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.index import READING
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder
@@ -241,7 +242,7 @@ def test_reading_in_another_way_reads_again(calls, read, tmp_path, monkeypatch):
     data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
     start(data, cache)
     read.clear()
-    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", 2)
+    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", READING + 1)
     start(data, cache)
     assert read == [0, 1, 2]
 

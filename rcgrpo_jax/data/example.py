@@ -43,7 +43,7 @@ def check_example(example: EditExample) -> EditExample:
 
     Raises:
         UserError: The image is smaller than a token (16 x 16 pixels), the mask or target is of another size, the mask
-            is empty, not finite or outside [0, 1], or the instruction is blank, endless or not Unicode.
+            is empty, not finite or outside [0, 1], or a text is blank, endless or not Unicode.
     """
     name, mask = example.name, example.mask
     height, width = example.image.shape[:2]
@@ -82,11 +82,12 @@ def check_example(example: EditExample) -> EditExample:
             f"{name}: the instruction has {count:,} characters; at most {MAX_CHARACTERS:,} were wanted.",
             "Write what to change in a sentence.",
         )
-    if re.search(r"[\ud800-\udfff]", example.instruction):  # half of a surrogate pair
-        raise UserError(
-            f"{name}: the instruction {example.instruction!a} is not whole Unicode text, which was wanted.",
-            "It was cut within a character: write it again.",
-        )
+    for field, text in (("instruction", example.instruction), ("caption", example.caption or "")):
+        if re.search(r"[\ud800-\udfff]", text):  # half of a surrogate pair
+            raise UserError(
+                f"{name}: the {field} {text!a} is not whole Unicode text, which was wanted.",
+                "It was cut within a character: write it again.",
+            )
     return example
 
 

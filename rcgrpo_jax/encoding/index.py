@@ -16,7 +16,7 @@ from rcgrpo_jax.whole import write_whole
 
 # Raised with any change of `data.images`, `data.masks`, `data.buckets` or `data.example.check_example` that reads files
 # in another way or refuses others: the index spares the reading, and would pass over it.
-READING = 1
+READING = 2
 _Entry = Annotated[str, Predicate(re.compile(r"[0-9a-f]{32}").fullmatch)]
 _Row = tuple[_Entry, str, str, bool, bool, bool, tuple[int, int], float, float]
 

@@ -68,7 +68,8 @@ def check_names(names: Sequence[str]) -> None:
     for position, name in enumerate(names):
         if (size := len(os.fsencode(picture_file(Path(), name).name))) > LONGEST_NAME:
             raise UserError(
-                f"example {position}, {name[:40]}...: a name of {size} bytes found; {LONGEST_NAME} at most were wanted.",
+                f"example {position}, {name[:40]}...: a name of {size} bytes found; {LONGEST_NAME} at most were "
+                "wanted.",
                 "Give its image a shorter name.",
             )
         other = first.setdefault(picture_file(Path(), name), position)

@@ -81,7 +81,8 @@ def make_masks(
             return _make_all(source, folder, method, finish, progress)
         except OSError as error:
             raise UserError(
-                f"--out: {folder} cannot be written ({error}).", "Choose a folder you can write to."
+                f"--out: {folder} cannot be written ({error}).",
+                "Make room, or choose another folder; the same command goes on.",
             ) from error
 
 

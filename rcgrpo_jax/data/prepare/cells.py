@@ -98,7 +98,7 @@ def _file(name: str, field: str, folder: Path, find: Finder) -> bytes:
 
 
 def _is_nothing(cell: Any) -> bool:
-    """Whether a cell holds no value: None, or NaN, as pandas and Parquet have what is missing in a column of numbers."""
+    """Whether a cell holds no value: None, or NaN, as pandas writes what is missing."""
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
