@@ -69,9 +69,11 @@ def test_what_is_trained_on_may_be_any_data():
         ([*NEEDED, "--steps=0"], 2, "--steps: '0' found; a positive integer was wanted."),
         ([*NEEDED, "--modle=M"], 2, "'--modle' found; a flag was wanted."),
         ([*NEEDED, "--config"], 2, "--config: '' found; a value was wanted."),
+        ([*NEEDED, "--size=512"], 2, "--size: '512' found; WIDTHxHEIGHT in pixels was wanted."),
+        ([*NEEDED, "--lpips-squeeze=/nowhere"], 1, "--lpips-squeeze: no file /nowhere found."),
         (NEEDED, 1, "--data: no folder D/compbench found."),
     ],
-    ids=["one", "all", "steps", "flag", "value", "data"],
+    ids=["one", "all", "steps", "flag", "value", "size", "weights", "data"],
 )
 def test_mistakes_are_told(argv, code, problem):
     done = run(*argv)
