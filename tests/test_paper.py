@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_run
+from launch_site import WAIT, Site
 
 from rcgrpo_jax.data.scenes.files import write_folder, write_tasks
 from rcgrpo_jax.data.scenes.source import Scenes
@@ -81,6 +83,26 @@ def test_mistakes_are_told(argv, code, problem):
     first, remedy = done.stderr.splitlines()
     assert first == f"launch/paper.sh: error: {problem}"
     assert remedy.startswith("  ")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_goes_to_the_command_and_ends_the_experiment(tmp_path, name):
+    site = Site(tmp_path)
+    (site.path / "behaviour").write_text(WAIT)
+    (site.path / "data" / "compbench").mkdir(parents=True)
+    flags = ["--model=M", f"--data={site.path}/data", "--judge=J", f"--out={site.path}/out"]
+    command = ["bash", str(site.checkout / "launch" / "paper.sh"), *flags]
+    script = subprocess.Popen(
+        command, env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (site.homes[0] / "ready").exists():
+        assert script.poll() is None
+        time.sleep(0.01)
+    script.send_signal(getattr(signal, name))
+    said, problem = script.communicate(timeout=60)
+    assert (script.returncode, said.splitlines()) == (143, ["step 1", "saved"])
+    assert problem.endswith("launch/paper.sh: stopped; the same command goes on\n")
+    assert len(site.calls("rcgrpo")) == 1
 
 
 @pytest.fixture

@@ -154,6 +154,38 @@ def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
         run(["json", f"--from={root}", f"--out={tmp_path}", *COLUMNS])
 
 
+def test_the_folder_is_where_a_link_leads_and_no_mounted_disk(root, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "out")  # nothing is there yet
+    run(["json", f"--from={root}", f"--out={tmp_path / 'link'}", *COLUMNS])
+    assert len(open_source(f"tfds:{tmp_path / 'out'}")) == 7
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(UserError, match="is where a disk is mounted; a folder in it was wanted"):
+        run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--task=text", "--tasks=EDIT 9."], "none of 8 rows is of a task that was chosen; found edit 0., edit 1"),
+        (["--split=dev"], "no file of the split 'dev'; found nothing"),
+        (["--out=/tmp/\udcff"], "a name in UTF-8 was wanted"),
+    ],
+)
+def test_what_would_read_nothing_or_all_is_refused(root, tmp_path, flags, problem):
+    argv = {arg.partition("=")[0]: arg for arg in (f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, *flags)}
+    with pytest.raises(UserError, match=problem):
+        run(["json", *argv.values()])
+
+
+def test_tasks_are_chosen_in_any_case(root, tmp_path):
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, "--task=text", "--tasks=EDIT 3."])
+    assert len(open_source(f"tfds:{tmp_path / 'out'}")) == 1
+
+
+def test_tfds_is_imported_before_threads_import_anything(tmp_path):
+    assert "_serializer" in vars(records.RecordSet(tmp_path, "edits", "Edits."))
+
+
 def test_two_processes_do_not_write_one_data_set(root, tmp_path):
     (tmp_path / "out.incomplete").mkdir()
     with (
@@ -210,7 +242,9 @@ BAD = {  # change of a row -> reason, detail
     "blank": ({"text": "  "}, "the instruction is blank", ""),
     "number": ({"text": ["a"]}, "the instruction is no text", "'a'"),
     "long": ({"text": "a" * 100_001}, "it is no usable example", "100,001 characters"),
-    "half": ({"caption": "\ud800"}, "the caption is no text", "Unicode"),
+    "nan": ({"text": float("nan")}, "the instruction is blank", ""),
+    "endless": ({"text": float("inf")}, "the instruction is no text", "inf found"),
+    "half": ({"caption": "\ud800"}, "it is no usable example", "the caption .* Unicode"),
 }
 
 
@@ -231,7 +265,7 @@ def bad(tmp_path) -> Path:
     rows = [good | {"id": "first"}, *(good | change | {"id": name} for name, (change, *_) in BAD.items())]
     rows[5:5] = [
         good | {"id": "bare", "caption": None, "target": None},
-        good | {"id": "void", "caption": "", "target": ""},
+        good | {"id": "void", "caption": "", "target": float("nan")},
     ]
     rows += [good | {"id": "last/one.png"}, good | {"id": "first"}]
     return write_rows(root, rows)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -22,6 +25,7 @@ from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.whole import whole_file
 
+logger = logging.getLogger(__name__)
 EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
 PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
 _SAME_DATA = "Give every process the same data, or one folder that all see."
@@ -89,8 +93,11 @@ class EncodedSource:
             for index, known in self.known.items():
                 hashes[index] = np.frombuffer(bytes.fromhex(known.entry), np.uint8)
                 places[index] = self._buckets.sizes.index(known.size)
+            self._remove_damaged()
             missing = self._absent({index: known.entry for index, known in self.known.items()})
             count(self.known.keys() - set(missing))
+            if missing:
+                _make_folder(self.folder)
         hashes, self._places = map(distributed.sum_over_processes, (hashes, places))  # a row is one process' own
         self._names = [row.tobytes().hex() for row in hashes]
         if distributed.any_process(bool(self._absent(dict(enumerate(self._names))))):
@@ -139,6 +146,20 @@ class EncodedSource:
             if array is not None:
                 digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:32]
+
+    def _remove_damaged(self) -> None:
+        """Removes this process' own entries that were cut short, as copies are: they are made anew."""
+        from safetensors import SafetensorError, safe_open
+
+        for name in {known.entry for known in self.known.values()}:
+            try:
+                safe_open(self._file(name), framework="np")  # compares the length with that of the tensors
+            except FileNotFoundError:
+                continue
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s is damaged (%s), and is made anew", self._file(name), error)
+                with suppress(OSError):  # a cache for reading alone: its reader says so
+                    self._file(name).unlink()
 
     def _absent(self, names: Mapping[int, str]) -> list[int]:
         """The examples, index -> name of the entry, that have none yet; of equal ones the first."""
@@ -217,6 +238,19 @@ class EncodedSource:
             with whole_file(file) as partial:  # another run may write the same entry
                 save_file(in_order, partial, metadata=texts)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
-            raise UserError(
-                f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
-            ) from None
+            raise _unwritable(file, error) from None
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the cache, and refuses one that cannot be written to, before the encoders are loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"data.cache: {path} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
+    )
