@@ -119,6 +119,8 @@ class TfdsSource:
         index = range(len(self))[index]  # as a sequence: negative ones count from the end, others raise IndexError
         try:
             record = self._records[index]
+            if missing := [field for field in self._fields if field in self._kinds and record[field] is None]:
+                raise ValueError(f"{missing[0]} is missing")  # of a file that was cut short
             row = {
                 field: _decode(record[field], kind, f"{self._where}, example {index}, {field}")
                 for field, kind in self._kinds.items()
