@@ -131,11 +131,14 @@ def test_it_does_not_go_on_with_other_settings_or_files(root, tmp_path, small_sh
 def test_what_a_stopped_run_left_unfinished_is_no_part_of_another(root, tmp_path):
     partial = tmp_path / "out.incomplete"
     partial.mkdir()
-    for name in ("compbench-train.array_record-00000", "incomplete.edits-train.array_record-00003"):
+    for name in (
+        "compbench-train.array_record-00000", "incomplete.edits-train.array_record-00003", f".{'0' * 32}.partial",
+    ):  # fmt: skip
         (partial / name).write_bytes(b"half")
     (partial / "settings.json").write_text('{"data_set": "compbench"}')  # no part of it was finished
     run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS])
     assert [file.name for file in (tmp_path / "out").glob("*record*")] == ["edits-train.array_record-00000"]
+    assert not [*(tmp_path / "out").glob("*.partial")]
 
 
 def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
@@ -145,6 +148,8 @@ def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
     assert sorted(file.name for file in out.iterdir()) == [
         "dataset_info.json", "edits-train.array_record-00000", "features.json", "prepare.json", "skipped.jsonl",
     ]  # fmt: skip
+    (out / "parts").mkdir()  # of a kill at the very end
+    (out / "settings.json").touch()
     run(["json", f"--from={root}", f"--out={out}", *COLUMNS])
     assert f"{out} is finished" in capsys.readouterr().out
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before

@@ -14,7 +14,7 @@ from rcgrpo_jax.cli.devices import leave_devices_alone
 from rcgrpo_jax.cli.paths import check_apart, check_name, path_flag
 from rcgrpo_jax.data.mask_forms import MASK_FORMS, RUNS
 from rcgrpo_jax.data.prepare.row import RowForm
-from rcgrpo_jax.data.prepare.run import REPORT, prepare, publish, settings_of
+from rcgrpo_jax.data.prepare.run import REPORT, prepare, publish, settings_of, tidy
 from rcgrpo_jax.data.prepare.sets import NEEDED, DataSet, check_tasks, fit_form, open_own, open_published
 from rcgrpo_jax.data.published import PUBLISHED
 from rcgrpo_jax.data.tables import CONTAINERS
@@ -62,6 +62,7 @@ def run(argv: list[str]) -> None:
     check_apart("--out", out, {"--from": folder})
     leave_devices_alone()
     if _is_finished(out, data, form):
+        tidy(out)
         print(f"{values.out} is finished; {REPORT} in it says what it holds.\n\ntfds:{values.out}")
         return
     partial = out.with_name(f"{out.name}.incomplete")
