@@ -20,7 +20,8 @@
 #   --batches N           batches of groups of Fig. 5 (default: 20)
 #   --dry-run             print every command and run none
 #
-# What follows -- goes to every run, such as --config.train.num_steps=100.
+# What follows -- goes to every run, such as --config.train.num_steps=100. Paths that do not begin with / are from the
+# root of this checkout.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
