@@ -121,7 +121,7 @@ def to_8_bits(image: Image.Image, where: str) -> Image.Image:
     return scaled
 
 
-def save_image(path: str | Path, image: UInt8[np.ndarray, "H W *3"]) -> None:
+def save_image(path: str | Path, image: UInt8[np.ndarray, "H W *_"]) -> None:
     """Writes 8-bit RGB or grey as a PNG, which is lossless, whole or not at all; the folder is made if need be.
 
     Raises:
