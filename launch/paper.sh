@@ -132,23 +132,30 @@ explore() { # Fig. 5: the untrained editor under both perturbations, judged by t
     --variant 'global: explore.kind=global' --variant 'RDP: explore.kind=region'
 }
 
-parse "model|data|judge|out|train|config|topology|clip|lpips-squeeze|size|steps|batches" "" "" "fields of the runs follow --" "$@"
-check
-trained_on=""
-if [ -z "$dry_run" ]; then
-  mkdir -p -- "$out" || fail 1 "--out: $out cannot be made." "Choose a folder you can write to."
-  out=$(cd -- "$out" && pwd)
-fi
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
-prepare compbench
-training_data
-if [ -n "$topology" ]; then
-  fields rdp-acd
-  relay "$rcgrpo" plan "${flags[@]}" --topology "$topology"
-fi
-for variant in "${variants[@]}"; do learn "$variant"; done
-tabulate table-1 rdp-acd
-tabulate table-2 global rdp rdp-acd
-tabulate table-3 tau-1.0-1.0 rdp-acd tau-0.8-1.2 tau-1.2-0.8
-explore
-[ "$dry_run" ] || sed '' "$out"/table-{1,2,3}/table.md "$out/fig-5/groups.md"
+main() {
+  parse "model|data|judge|out|train|config|topology|clip|lpips-squeeze|size|steps|batches" "" "" "fields of the runs follow --" "$@"
+  check
+  trained_on=""
+  if [ -z "$dry_run" ]; then
+    mkdir -p -- "$out" || fail 1 "--out: $out cannot be made." "Choose a folder you can write to."
+    out=$(cd -- "$out" && pwd)
+  fi
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
+  prepare compbench
+  training_data
+  if [ -n "$topology" ]; then
+    fields rdp-acd
+    relay "$rcgrpo" plan "${flags[@]}" --topology "$topology"
+  fi
+  for variant in "${variants[@]}"; do learn "$variant"; done
+  tabulate table-1 rdp-acd
+  tabulate table-2 global rdp rdp-acd
+  tabulate table-3 tau-1.0-1.0 rdp-acd tau-0.8-1.2 tau-1.2-0.8
+  explore
+  [ "$dry_run" ] || sed '' "$out"/table-{1,2,3}/table.md "$out/fig-5/groups.md"
+}
+
+{ # read as a whole: the file may change in the days that it runs
+  main "$@"
+  exit
+}

@@ -97,7 +97,7 @@ def test_usage_errors(site, script, argv, problem):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(site, script):
     text = (ROOT / "launch" / script).read_text()
-    (names,) = re.findall(r'^parse ((?:"[a-z|-]*"[ \\\n]*){3})', text, flags=re.MULTILINE)
+    (names,) = re.findall(r'^ *parse ((?:"[a-z|-]*"[ \\\n]*){3})', text, flags=re.MULTILINE)
     flags = {f"--{name}" for name in re.findall("[a-z-]+", names)} | {"--dry-run"}
     shown = site.run(script, "--help")
     assert shown.returncode == 0

@@ -85,6 +85,20 @@ def test_mistakes_are_told(argv, code, problem):
     assert remedy.startswith("  ")
 
 
+def test_the_commands_are_run_as_they_are_shown_whatever_becomes_of_the_script(tmp_path):
+    site = Site(tmp_path)
+    (site.path / "data" / "compbench").mkdir(parents=True)
+    for table in ("table-1/table", "table-2/table", "table-3/table", "fig-5/groups"):
+        (site.path / "out" / table).parent.mkdir(parents=True)
+        (site.path / "out" / f"{table}.md").write_text(f"{table}\n")
+    flags = ["--model=M", f"--data={site.path}/data", "--judge=J", f"--out={site.path}/out"]
+    shown = site.run("paper.sh", *flags, "--dry-run").stdout
+    done = site.run("paper.sh", *flags, does=f': >"{site.checkout}/launch/paper.sh"; exit 0')
+    assert done.returncode == 0
+    assert [" ".join(call) for call in site.calls("rcgrpo")] == shown.replace("'", "").splitlines()
+    assert done.stdout.endswith("table-1/table\ntable-2/table\ntable-3/table\nfig-5/groups\n")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_goes_to_the_command_and_ends_the_experiment(tmp_path, name):
     site = Site(tmp_path)
