@@ -59,6 +59,7 @@ def test_a_good_example_passes_unchanged():
     ({"mask": np.full((20, 30), -1, np.float32)}, r"from -1\.0"),
     ({"instruction": " \n"}, "the instruction is blank"),
     ({"instruction": "Make it red \ud83d"}, r"'Make it red \\ud83d' is not whole Unicode"),
+    ({"caption": "A red \ud83d"}, r"the caption 'A red \\ud83d' is not whole Unicode"),
 ])  # fmt: skip
 def test_unusable_examples_are_refused_by_name(changes, problem):
     with pytest.raises(UserError, match=problem) as caught:

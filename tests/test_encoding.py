@@ -25,6 +25,7 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor, Text
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.index import READING
 from rcgrpo_jax.encoding.prefetch import THREADS, read_ahead
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
@@ -348,11 +349,29 @@ def test_a_cache_that_cannot_be_written_is_read(calls, read, tmp_path, monkeypat
     assert start(data, cache).digest == first.digest
 
 
+def test_a_cache_in_a_file_is_refused_before_encoders_are_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(FluxKontextEditor, "load_encoders", lambda self: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache: .*/file/cache cannot be written"):
+        EncodedSource([make_example()], make_editor(), SIZE, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_an_entry_that_was_cut_short_is_made_anew(calls, tmp_path, size):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    file = sorted(cache.glob("*.safetensors"))[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size])
+    assert start(data, cache).made == 1
+    assert file.read_bytes() == whole
+
+
 def test_reading_in_another_way_reads_again(calls, read, tmp_path, monkeypatch):
     data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
     start(data, cache)
     read.clear()
-    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", 2)
+    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", READING + 1)
     start(data, cache)
     assert sorted(read) == [0, 1, 2]
 

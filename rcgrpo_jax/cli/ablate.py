@@ -10,7 +10,7 @@ from rcgrpo_jax.cli.config_file import keep_compilations, parse_with_config
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.paths import (
     check_apart,
-    check_for_checkpoints,
+    check_name,
     expand_fields,
     expand_home,
     is_path_field,
@@ -47,7 +47,7 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values = parse_with_config("ablate", ABOUT, argv, _flags, ("out",), "rcgrpo_jax.rl.config")
     config, out = values.config, Path(values.out)
-    check_for_checkpoints("--out", values.out)
+    check_name("--out", values.out)
     expand_fields(config)
     check_apart("--out", out, {"--data": values.data, **path_fields(config), "data.cache": None}, WRITTEN)
     devices = open_devices()

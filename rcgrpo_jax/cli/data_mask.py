@@ -10,7 +10,7 @@ from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.paths import check_apart, path_flag
-from rcgrpo_jax.data.example import NOTHING
+from rcgrpo_jax.data.example import UNMASKED
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> None:
         size=parse_size(values.size) if values.size else None, seed=values.seed, guidance=values.guidance,
         **editor_options(values),
     )  # fmt: skip
-    source = open_source(given, needs=NOTHING)
+    source = open_source(given, needs=UNMASKED)
     open_devices() if values.method == "editor" else leave_devices_alone()
     method = METHODS[values.method](options)
     finish = Finish(None if values.soft else HALF if values.threshold is None else values.threshold, values.dilate)

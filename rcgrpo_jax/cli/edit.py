@@ -71,9 +71,9 @@ def run(argv: list[str]) -> None:
     model = open_model(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
-    check_tokens(model, (height, width))
     devices = open_devices()
     check_fits(model, (height, width), values.steps, values.dtype)
+    check_tokens(model, (height, width))
     lora = read_lora(values, model)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1}, devices)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
-import uuid
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,9 @@ from rcgrpo_jax.encoding.index import READING, KnownExample, read_index, write_i
 from rcgrpo_jax.encoding.prefetch import read_ahead
 from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.parallel import distributed
+from rcgrpo_jax.whole import whole_file
 
+logger = logging.getLogger(__name__)
 EXAMPLE = {"pixels", "mask", "target", "instruction", "caption"}  # what an entry holds beside the encodings
 PIXELS_AT_ONCE = 2**20  # of the pictures that are encoded together: 4 of 512 x 512
 MOST_AT_ONCE = 16  # of small ones: the last of a bucket are filled up to the number
@@ -100,6 +103,7 @@ class EncodedSource:
             for index, known in self.known.items():
                 hashes[index] = np.frombuffer(bytes.fromhex(known.entry), np.uint8)
                 places[index] = self._buckets.sizes.index(known.size)
+            self._remove_damaged()
         hashes, self._places = map(distributed.sum_over_processes, (hashes, places))  # a row is one process' own
         self._names = [row.tobytes().hex() for row in hashes]
         lacking = np.zeros(len(source), np.int32)
@@ -107,6 +111,8 @@ class EncodedSource:
             lacking[self._absent()] = 1
         lacking = distributed.sum_over_processes(lacking)  # how many processes lack it: they may have a disk each
         if lacking.any():
+            with distributed.raise_together():
+                _make_folder(self.folder)
             editor.load_encoders()  # also where nothing is missing: the others' reading waits for it
         missing = sorted(np.flatnonzero(lacking == jax.process_count()), key=self._places.__getitem__)
         missing = [missing[job] for job in distributed.local_job_range(len(missing))]
@@ -157,6 +163,23 @@ class EncodedSource:
             if array is not None:
                 digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:32]
+
+    def _remove_damaged(self) -> None:
+        """Removes this process' own entries that were cut short, as copies are: they are made anew."""
+        from safetensors import SafetensorError, safe_open
+
+        def check(name: str) -> None:
+            try:
+                safe_open(self._file(name), framework="np")  # compares the length with that of the tensors
+            except FileNotFoundError:
+                pass
+            except (SafetensorError, OSError) as error:
+                logger.warning("%s is damaged (%s), and is made anew", self._file(name), error)
+                with suppress(OSError):  # a cache for reading alone: its reader says so
+                    self._file(name).unlink()
+
+        for _ in read_ahead(check, sorted({known.entry for known in self.known.values()})):
+            pass
 
     def _absent(self) -> list[int]:
         """The examples that have no entry here yet; of equal ones the first."""
@@ -237,15 +260,25 @@ class EncodedSource:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")  # another run may write the same entry
+        in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            in_order = {name: np.ascontiguousarray(x) for name, x in tensors.items()}  # safetensors reads raw memory
-            save_file(in_order, partial, metadata=texts)
-            partial.replace(file)
+            with whole_file(file) as partial:  # another run may write the same entry
+                save_file(in_order, partial, metadata=texts)
         except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise UserError(
-                f"data.cache: {file} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
-            ) from None
+            raise _unwritable(file, error) from None
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes the cache, and refuses one that cannot be written to, before the encoders are loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"data.cache: {path} cannot be written ({error}).", "Free disk space, or set data.cache elsewhere."
+    )

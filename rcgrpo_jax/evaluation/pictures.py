@@ -28,7 +28,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.result import Count, Origin, Settings
 
 SETTINGS = "settings.json"
-_LONGEST = 255  # bytes of a file's name on common file systems
+LONGEST_NAME = 255  # bytes of a file's name on common file systems
 _LINES = "edits-*-of-*.jsonl"
 _ANOTHER = "Use another folder, or put the values back."
 _WRITE = "Choose a folder you can write to, on a disk with free space."
@@ -66,9 +66,10 @@ def check_names(names: Sequence[str]) -> None:
     """
     first: dict[Path, int] = {}
     for position, name in enumerate(names):
-        if (size := len(os.fsencode(picture_file(Path(), name).name))) > _LONGEST:
+        if (size := len(os.fsencode(picture_file(Path(), name).name))) > LONGEST_NAME:
             raise UserError(
-                f"example {position}, {name[:40]}...: a name of {size} bytes found; {_LONGEST} at most were wanted.",
+                f"example {position}, {name[:40]}...: a name of {size} bytes found; {LONGEST_NAME} at most were "
+                "wanted.",
                 "Give its image a shorter name.",
             )
         other = first.setdefault(picture_file(Path(), name), position)

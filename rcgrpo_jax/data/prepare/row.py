@@ -132,7 +132,7 @@ def _prepare(row: Row, identifier: str, task: str, form: RowForm, find: Finder) 
         check_example(example)
     except UserError as error:
         raise Unusable("it is no usable example", error.problem) from None
-    for field, text in (("caption", example.caption or ""), ("id", identifier), ("task", task)):
+    for field, text in (("id", identifier), ("task", task)):
         if printable(text) != text:
             raise Unusable(f"the {field} is no text", "not whole Unicode")
     return Prepared(row.where, example, identifier, pictures, change_inside(source, target, mask))
