@@ -27,6 +27,7 @@ LAYERS = [
     ("experiments", "training"),
     ("report", "plan", "study"),
     ("cli",),
+    ("__main__",),
 ]
 MAX_LINES = 350
 
