@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
-from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
 from rcgrpo_jax.rl.options import StepOptions
 
 
