@@ -11,7 +11,7 @@ import small_run
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.flow import rollout, schedule
-from rcgrpo_jax.flow.solver import euler_step
+from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import policy as policies

@@ -35,7 +35,8 @@ _SHARED = {
 _POST_TRAINING = {
     "Method": "RC-GRPO post-training",
     **_SHARED,
-    "Rollouts": "{rollout[prompts]} prompts x {rollout[group_size]} candidates, {rollout[num_steps]} solver steps",
+    "Rollouts": "{rollout[prompts]} prompts x {rollout[group_size]} candidates, "
+    "{rollout[num_steps]} steps of {rollout[solver]}",
     "Surrogate": "{surrogate[distance]} distance, {surrogate[anchors]} anchors, {surrogate[anchor_mode]} of {surrogate["
     "steps]} steps, clip {objective[clip]}",
     "ACD": "weight {acd[weight]}, last {acd[layers]} blocks",
@@ -162,7 +163,7 @@ def commands(
         else:  # which trains networks
             result = {"model": f"{workdir}/model"}
         options = result | {
-            "data": data or "DATA", "steps": settings["steps"],
+            "data": data or "DATA", "steps": settings["steps"], "solver": settings["solver"],
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
             "acd_layers": settings["acd_layers"],
             "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import same_examples
+from rcgrpo_jax.flow.solvers import SOLVERS, steps_problem
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
@@ -54,6 +55,7 @@ _CHOICES = {
     **MODEL_CHOICES,
     "policy": POLICIES.keys(),  # a view: later entries count
     "explore.kind": ("region", "global", "mixed"),
+    "rollout.solver": tuple(SOLVERS),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),
@@ -142,6 +144,8 @@ def _unread_problems(options: Options) -> list[str]:
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
     problems = _unread_problems(options) + policy.problems(options.step)
+    if few := steps_problem(options.rollout.solver, options.rollout.num_steps, "rollout.solver"):
+        problems.append(f"rollout.num_steps: {few}")
     problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
     problems += quantization_problems(options.model) + _sample_problems(options)
     problems += schedule_problems(options.optimizer, options.train.num_steps * options.objective.updates)

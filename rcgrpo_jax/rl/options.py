@@ -30,6 +30,7 @@ class RolloutOptions:
     prompts: int = 4  # P, groups in a global batch
     group_size: int = 12  # G, candidates of a group
     num_steps: int = 8  # K, solver steps in training
+    solver: str = "euler"  # euler (the paper's), heun (2K - 1 evaluations), dpmpp_2m (K)
     micro_batch: int = 0  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
     decode_micro_batch: int = 0  # of these, images decoded at a time; 0: all
 
