@@ -18,6 +18,7 @@ from rcgrpo_jax.flow.solvers.euler import EULER
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.plan import flops
+from rcgrpo_jax.report import run_record
 from rcgrpo_jax.rl.parts import join, split_groups
 from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.programs import Programs
@@ -395,3 +396,10 @@ def test_a_plan_counts_a_unit_for_each_random_step_and_a_forward_pass_for_the_kl
     assert whole["rollout"] == one["rollout"]
     forwards = whole["rollout"] / K  # of every candidate
     assert with_kl["update"] - whole["update"] == pytest.approx((K - 1) * forwards)
+
+
+def test_the_page_of_a_run_names_its_random_steps():
+    config = small_run.make_config(policy="gaussian", sde__kind="cps", sde__level=0.6, sde__window=2).to_dict()
+    said = run_record.facts(run_record.RunRecord(config, [], {}))
+    assert said["Random steps"].startswith("cps, level 0.6, independent noise, window 2")
+    assert "Surrogate" not in said

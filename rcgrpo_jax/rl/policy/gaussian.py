@@ -202,8 +202,8 @@ class Gaussian:
 
 
 def window_size(options: StepOptions) -> int:
-    """w, how many of the K steps are random; 1 for K = 1, which `problems` refuses."""
-    return options.sde.window or max(options.rollout.num_steps - 1, 1)
+    """w, how many of the K steps are random."""
+    return options.sde.window or options.rollout.num_steps - 1
 
 
 def _range(settings: SDEOptions, num_steps: int) -> tuple[int, int]:
