@@ -9,6 +9,7 @@ import pytest
 import small_run
 from references import diffusers, torch
 
+from benchmarks import solvers as benchmark
 from rcgrpo_jax.editors.base import Masses
 from rcgrpo_jax.editors.model import _sample
 from rcgrpo_jax.errors import UsageError
@@ -237,7 +238,7 @@ def test_a_replayed_anchor_is_one_step_of_eulers_from_the_stored_state(float64, 
     np.testing.assert_allclose(jnp.square(paths[:, step] - after).sum((1, 2)), wanted, atol=5e-9)
 
 
-# Editors, and what is refused
+# Editors, what is refused, and the benchmark
 
 
 class Curve:
@@ -283,3 +284,21 @@ def test_a_name_of_none_is_refused():
         choose_solver("hein", 8)
     with pytest.raises(UsageError, match=r"rollout\.solver: 'hein' found; one of euler, heun, dpmpp_2m was wanted"):
         validate(small_run.make_config(rollout__solver="hein"), 1)
+
+
+def test_the_benchmark_has_a_row_of_each_solver_and_number_of_steps_at_which_it_is_not_eulers(tmp_path):
+    asked = []
+
+    def pictures(solver, steps):
+        asked.append((solver, steps))
+        return np.full((2, 4, 4, 3), 100.0 + (steps < 9) / steps)
+
+    rows = [*benchmark.measure(pictures, (2, 8), reference=9)]
+    wanted = [("euler", 2, 2), ("euler", 8, 8), ("heun", 2, 3), ("heun", 8, 15), ("dpmpp_2m", 8, 8), ("heun", 5, 9)]
+    assert [(row.solver, row.steps, row.evaluations) for row in rows] == wanted
+    assert asked == [("euler", 9), *(row[:2] for row in wanted)]
+    for row in rows:
+        np.testing.assert_allclose(row.psnr, 20 * np.log10(255 * row.steps))
+    benchmark.draw(rows[:-1], 9).savefig(tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert all(f">{shown}<" in text for shown in (*SOLVERS, "evaluations of the model", "15"))
