@@ -21,7 +21,7 @@ def euler_step(
     Returns:
         State at `sigma_next`, in the dtype of `x`.
     """
-    return move(x, velocity(x, sigma), sigma, sigma_next)
+    return x + (sigma_next - sigma).astype(x.dtype) * velocity(x, sigma).astype(x.dtype)
 
 
 class Euler:
