@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.flow.solvers import SOLVERS
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.options import read_options
@@ -184,6 +185,7 @@ def test_what_marks_the_region_is_checked(polarity, value, problem):
         ("model.remat", list(REMAT_POLICIES)),
         ("data.polarity", ["white", "black"]),
         ("explore.kind", ["region", "global", "mixed"]),
+        ("rollout.solver", [*SOLVERS]),
         ("surrogate.distance", ["region", "tau", "l2", "mean"]),
         ("surrogate.anchor_mode", ["replay", "integrate"]),
         ("surrogate.steps", ["all", "early", "random"]),

@@ -115,7 +115,7 @@ def test_a_run_that_is_older_than_a_field_has_what_runs_did_then(described, monk
 
 def test_an_older_run_goes_on(described):
     old = json.loads(json.dumps(default_config().to_dict()))
-    del old["optimizer"]["ema_decay"]
+    del old["optimizer"]["ema_decay"], old["rollout"]["solver"]
     for name in ("change", "lpips", "clip_text", "clip_direction"):
         del old["reward_options"][name]
     checkpointer = described(old)

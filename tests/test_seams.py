@@ -11,7 +11,8 @@ import small_run
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.flow import rollout, schedule
-from rcgrpo_jax.flow.solver import euler_step
+from rcgrpo_jax.flow.solvers.base import scan_steps
+from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import policy as policies
@@ -29,27 +30,27 @@ STD = 0.3
 class AdamsBashforth:
     """A solver that remembers the step before: two-step Adams-Bashforth for uneven steps, Euler's first."""
 
-    def init(self, x, sigmas):
-        return jnp.zeros_like(x), jnp.float32(jnp.inf)  # the velocity and the length of the step before
+    def integrate(self, velocity, x, sigmas):
+        def step(x, memory, sigma, sigma_next):
+            before, length_before = memory
+            v, aux = velocity(x, sigma)
+            length = sigma_next - sigma
+            share = length / (2 * length_before)  # 0 in the first step
+            return x + length * ((1 + share) * v - share * before), (v, length), aux
 
-    def step(self, velocity, x, sigma, sigma_next, memory):
-        before, length_before = memory
-        v, aux = velocity(x, sigma)
-        length = sigma_next - sigma
-        share = length / (2 * length_before)  # 0 in the first step
-        return x + length * ((1 + share) * v - share * before), (v, length), aux
+        return scan_steps(step, x, (jnp.zeros_like(x), jnp.float32(jnp.inf)), sigmas)
 
 
 class Midpoint:
     """A solver that evaluates the velocity twice a step."""
 
-    def init(self, x, sigmas):
-        return ()
+    def integrate(self, velocity, x, sigmas):
+        def step(x, memory, sigma, sigma_next):
+            middle = (sigma + sigma_next) / 2
+            v, aux = velocity(x, sigma)
+            return x + (sigma_next - sigma) * velocity(x + (middle - sigma) * v, middle)[0], memory, aux
 
-    def step(self, velocity, x, sigma, sigma_next, memory):
-        middle = (sigma + sigma_next) / 2
-        v, aux = velocity(x, sigma)
-        return x + (sigma_next - sigma) * velocity(x + (middle - sigma) * v, middle)[0], memory, aux
+        return scan_steps(step, x, (), sigmas)
 
 
 @pytest.mark.parametrize("solver", [AdamsBashforth(), Midpoint()], ids=["memory", "two evaluations"])

@@ -58,6 +58,9 @@ def run(code: str) -> str:
         ),
         {"surrogate__anchor_mode": "integrate", "surrogate__weighting": "policy", "surrogate__distance": "region"},
         pytest.param({"explore__kind": "global", "surrogate__distance": "mean"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"policy": "gaussian", "sde__noise": "region", "objective__kl_weight": 0.1}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -32,6 +32,7 @@ from rcgrpo_jax.experiments.benchmark import (
     summary,
     write_benchmark,
 )
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.slurm import launched_processes
 from rcgrpo_jax.progress import Jobs, count_steps, no_progress
@@ -39,8 +40,8 @@ from rcgrpo_jax.rewards import check_all, known_rewards
 from rcgrpo_jax.weights.lora import load_loras
 
 _MAKE = (  # flags that say how a model edits
-    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype",
-    "quantization",
+    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "solver", "guidance", "acd_layers", "text_tokens",
+    "dtype", "quantization",
 )  # fmt: skip
 _OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
 
@@ -109,6 +110,7 @@ def run_benchmark(values: flags.FlagValues) -> None:
     check_apart("--out", out, read, FILES)
     check_apart("--edits", edits, read)
     check_file("out", out / "grid.png", ".png")
+    choose_solver(values.solver, values.steps)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     open_devices()
     with distributed.raise_together():
@@ -122,9 +124,9 @@ def run_benchmark(values: flags.FlagValues) -> None:
             listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
         if model:
             edited = edit_adapters(
-                model, source, listed.entries, adapters, edits, size, steps=values.steps, guidance=values.guidance,
-                seed=values.seed, batch=values.batch, acd_layers=values.acd_layers, progress=progress,
-                **editor_options(values),
+                model, source, listed.entries, adapters, edits, size, steps=values.steps, solver=values.solver,
+                guidance=values.guidance, seed=values.seed, batch=values.batch, acd_layers=values.acd_layers,
+                progress=progress, **editor_options(values),
             )  # fmt: skip
             located = edited | located  # differences are from the base
         measured = {

@@ -9,7 +9,7 @@ from absl import flags
 from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.benchmark import check_no_benchmark, check_nothing_edits, define_benchmark, run_benchmark
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.edit import editor_options
+from rcgrpo_jax.cli.edit import define_solver, editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, name_folders, path_flag
 from rcgrpo_jax.data.kinds import forms
@@ -18,6 +18,7 @@ from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.measures import MeasureOptions
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
 
@@ -50,6 +51,7 @@ def _flags(values: flags.FlagValues) -> None:
     path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
+    define_solver(values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_integer(
         "batch",
@@ -73,6 +75,7 @@ def run(argv: list[str]) -> None:
         run_benchmark(values)
         return
     check_no_benchmark(values)
+    choose_solver(values.solver, values.steps)
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
     folders = picture_folders(values)
     check_file("out", out / "grid.png", ".png")
@@ -96,10 +99,11 @@ def run(argv: list[str]) -> None:
             source = open_source(values.data, values.polarity, mask_value=values.mask_value)
             found = evaluate_adapters(
                 model, source, {"base": None} | ({"lora": lora} if lora else {}), **common, steps=values.steps,
-                guidance=values.guidance, seed=values.seed, acd_layers=values.acd_layers, **editor_options(values),
+                solver=values.solver, guidance=values.guidance, seed=values.seed, acd_layers=values.acd_layers,
+                **editor_options(values),
                 edits=Path(values.edits) if values.edits else None, devices=devices, progress=progress,
             )  # fmt: skip
-            title = f"{values.steps} solver steps, guidance {values.guidance}, one noise"
+            title = f"{values.steps} steps of {values.solver}, guidance {values.guidance}, one noise"
         comparison = compare(found, source, out, title)
     print(summary(comparison, out))
 

@@ -20,6 +20,7 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, read_batches, read_example
 from rcgrpo_jax.evaluation.pictures import PictureLog, check_names, claim, edited_names
 from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -35,6 +36,7 @@ class EditOptions(NamedTuple):
     num_steps: int  # K
     guidance: float  # guidance scale
     seed: int  # of the noise, which depends on it and the index of the example alone
+    solver: str = "euler"  # a name of `flow.solvers.SOLVERS`
 
 
 def edit_all(
@@ -46,6 +48,7 @@ def edit_all(
     num_steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     lora: dict | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
@@ -67,6 +70,7 @@ def edit_all(
         num_steps: K.
         guidance: Guidance scale.
         seed: Of the noise.
+        solver: A name of `flow.solvers.SOLVERS`.
         lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
         batch: Examples at a time; rounded up to what the mesh divides.
         size: (height, width) that images are brought to; that of the first example by default.
@@ -80,7 +84,7 @@ def edit_all(
             or it cannot be written.
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
-    size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
+    size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed, solver)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     rank, count = share or (jax.process_index(), jax.process_count())
     if not 0 <= rank < count:
@@ -143,7 +147,8 @@ def edit_settings(editor: Editor, options: EditOptions, size: tuple[int, int]) -
     """What edits depend on besides the adapter and the data, and R_acd with them."""
     opened = editor.options
     return {
-        "steps": options.num_steps, "guidance": float(options.guidance), "seed": options.seed, "size": list(size),
+        "steps": options.num_steps, "solver": options.solver, "guidance": float(options.guidance), "seed": options.seed,
+        "size": list(size),
         "acd_layers": min(opened.acd_layers, editor.model.sizes.num_blocks),
         "acd_reference_keys": opened.acd_reference_keys, "text_tokens": opened.max_text_tokens,
         "dtype": opened.dtype, "quantization": opened.quantization, "model": editor.model.whole_fingerprint(),
@@ -188,10 +193,10 @@ def _edit(
     condition = editor.networks.condition(encoded, options.guidance)
     shape = editor.networks.source(condition).shape[1:]
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
-    sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
     text_weights = jnp.asarray(editor.networks.text_weights(encoded)) if instruction_only else None
     inputs = (condition, jnp.asarray(batch.masks), noise, text_weights)
-    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, sigmas, grid, mesh, summarise)
+    how = (grid, mesh, summarise, options.num_steps, options.solver)
+    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, *how)
     return editor.decode(tokens, grid), acd
 
 
@@ -204,17 +209,18 @@ def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Fl
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
 def _edit_latents(
-    networks: Networks, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh,
-    summarise: Summary,
+    networks: Networks, params: dict, lora: dict, inputs: tuple, grid: tuple[int, int], mesh: Mesh,
+    summarise: Summary, num_steps: int, solver: str,
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P ..."]]:  # fmt: skip
     """The last state of each rollout (Eq. 12), and what is kept of its densities (Eq. 17), R_acd (Eq. 18) as a rule."""
+    sigmas = networks.sigmas(num_steps, grid[0] * grid[1])
 
     def one(condition: Any, mask: Array, noise: Array, text_weights: Array | None) -> tuple[Array, Array]:
         tokens = region.token_region(mask, grid)
         velocity = velocity_and_density(networks, params, lora, condition, grid, tokens, text_weights)
-        states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
+        states, densities = rollout.integrate_with_aux(velocity, noise, sigmas, choose_solver(solver, num_steps))
         return states[-1], summarise(densities)
 
     return map_samples(one, inputs, 0, mesh)

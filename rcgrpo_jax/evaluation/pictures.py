@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from rcgrpo_jax.borders import STRICT, conform, parse_json, read_object, shorten
 from rcgrpo_jax.data.images import read_image, save_image
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.result import Count, Origin, Settings
+from rcgrpo_jax.evaluation.result import LATER, Count, Origin, Settings
 
 SETTINGS = "settings.json"
 LONGEST_NAME = 255  # bytes of a file's name on common file systems
@@ -158,7 +158,7 @@ def read_common(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_object(file, _ANOTHER)
     conform(found, _Common, str(file), _ANOTHER)
-    return found
+    return found | {"settings": LATER | found["settings"]}
 
 
 def size_of_edits(folders: Iterable[Path]) -> tuple[int, int] | None:

@@ -70,6 +70,7 @@ def edit_adapters(
     steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     batch: int = 8,
     dtype: str = "bfloat16",
     devices: Sequence[jax.Device] | None = None,
@@ -90,6 +91,7 @@ def edit_adapters(
         steps: K.
         guidance: Guidance scale.
         seed: Of the noise, which all adapters share.
+        solver: A name of `flow.solvers.SOLVERS`.
         batch: Edits at a time.
         dtype: Of computation and parameters.
         devices: Of this process; all by default.
@@ -106,8 +108,8 @@ def edit_adapters(
     own = len(distributed.local_job_range(len(entries)))
     for name, lora in adapters.items():
         edit_all(
-            editor, source, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, lora=lora,
-            batch=batch, size=size, mesh=mesh, progress=count_steps(progress, f"edit {name}", own),
+            editor, source, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, solver=solver,
+            lora=lora, batch=batch, size=size, mesh=mesh, progress=count_steps(progress, f"edit {name}", own),
         )  # fmt: skip
     return {name: _locate_in(folder / name) for name in adapters}
 

@@ -68,6 +68,7 @@ PANELS = (
     Panel("PSNR", "dB", ("psnr",)),
     Panel("Gradient norm", "before clipping", ("grad_norm",), log=True),
     Panel("Ratio", "largest |ratio - 1| of a step", ("ratio_deviation",)),
+    Panel("Random steps", "mean over the window, counted from 1", ("random_step",)),
     Panel("Clipped ratios", "share of all", ("clip_fraction",)),
     Panel("Groups that teach nothing", "of a batch", ("groups/",)),
     Panel("Speed", "samples / s", ("samples_per_second",)),

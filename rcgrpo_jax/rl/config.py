@@ -10,6 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import same_examples
+from rcgrpo_jax.flow.sde import KINDS
+from rcgrpo_jax.flow.solvers import SOLVERS, steps_problem
+from rcgrpo_jax.method.gaussian import LOG_PROBS
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
@@ -54,10 +57,16 @@ _CHOICES = {
     **MODEL_CHOICES,
     "policy": POLICIES.keys(),  # a view: later entries count
     "explore.kind": ("region", "global", "mixed"),
+    "rollout.solver": tuple(SOLVERS),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),
     "surrogate.weighting": ("uniform", "policy"),
+    "sde.kind": tuple(KINDS),
+    "sde.place": ("progressive", "random"),
+    "sde.noise": ("independent", "region"),
+    "sde.log_prob": tuple(LOG_PROBS),
+    "objective.advantage_std": ("group", "batch"),
     "acd.text": ("all", "instruction"),
 }
 _RANGES = {
@@ -69,6 +78,8 @@ _RANGES = {
     "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
     "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
     "surrogate.micro_batch": (0, COUNT),
+    "sde.level": (0, LARGE), "sde.window": (0, STEPS), "sde.interval": (1, COUNT), "sde.stride": (0, STEPS),
+    "sde.range_start": (0, STEPS), "sde.range_end": (0, STEPS),
     "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
     "objective.quasi_norm": (0, 10), "objective.least_scored": (0, 1), "objective.kl_weight": (0, LARGE),
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
@@ -142,6 +153,13 @@ def _unread_problems(options: Options) -> list[str]:
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
     problems = _unread_problems(options) + policy.problems(options.step)
+    if few := steps_problem(options.rollout.solver, options.rollout.num_steps, "rollout.solver"):
+        problems.append(f"rollout.num_steps: {few}")
+    if options.objective.quasi_norm and options.objective.advantage_std == "batch":
+        problems.append(
+            f"objective.advantage_std: batch with objective.quasi_norm = {options.objective.quasi_norm}, which divides "
+            "by another norm of the group; one of them was wanted"
+        )
     problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
     problems += quantization_problems(options.model) + _sample_problems(options)
     problems += schedule_problems(options.optimizer, options.train.num_steps * options.objective.updates)
@@ -163,6 +181,6 @@ def _spread_problems(options: Options, num_devices: int) -> list[str]:
         ("surrogate: units to differentiate", policy.num_units(options.step), options.surrogate.micro_batch),
     ):
         micro = micro or count
-        if count % micro or micro % spread:
+        if count and (count % micro or micro % spread):  # none where the policy has said why
             problems.append(f"{field} = {count} in micro-batches of {micro} does not divide over {where}")
     return list(dict.fromkeys(problems))

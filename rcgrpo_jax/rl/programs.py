@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.flow.solver import Velocity
+from rcgrpo_jax.flow.solvers.base import Velocity
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.parallel.distributed import rows_to_mesh

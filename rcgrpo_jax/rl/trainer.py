@@ -245,7 +245,8 @@ class Trainer:
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
             total = grpo.combine_rewards(usable, weights, objective.least_scored)
             self._check_scored(scores, total)
-            advantages = grpo.group_advantages(total, objective.advantage_clip, objective.quasi_norm or None)
+            norm = objective.quasi_norm or None, objective.advantage_std
+            advantages = grpo.group_advantages(total, objective.advantage_clip, *norm)
             drawn = None
             if draw:
                 by_reward = {**sample.scores, "total": np.asarray(total)}

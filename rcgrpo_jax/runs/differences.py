@@ -12,7 +12,10 @@ from rcgrpo_jax.runs.fields import is_within
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
     "data.buckets": "none", "data.mask_value": "", "lora.init": "", "objective.least_scored": 1.0,
-    "optimizer.eps": 1e-8, "policy": "neighbour",
+    "optimizer.eps": 1e-8, "policy": "neighbour", "rollout.solver": "euler",
+    "objective.advantage_std": "group",
+    "sde.kind": "flow_grpo", "sde.level": 0.7, "sde.window": 0, "sde.place": "progressive", "sde.interval": 25,
+    "sde.stride": 1, "sde.range_start": 0, "sde.range_end": 0, "sde.noise": "independent", "sde.log_prob": "density",
     "train.best": "", "train.patience": 0, "train.samples": "", "train.sample_every": 20,
     "train.writers": "tensorboard", "watch": "",
     "reward_options.change.scale": 12.0, "reward_options.clip_text.path": "",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
-from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.runs.state import TrainState
 

@@ -11,11 +11,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
-from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux, euler_step
+from rcgrpo_jax.flow.solvers import SOLVERS
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import likelihood
 from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.rl.policy.noise import initial_noise
 from rcgrpo_jax.runs.state import TrainState
 
 
@@ -51,6 +54,7 @@ class Neighbour:
 
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
         self.options, self.networks, self.sigmas = options, networks, sigmas
+        self.solver = SOLVERS[options.rollout.solver]
 
     @staticmethod
     def problems(options: StepOptions) -> list[str]:
@@ -85,10 +89,12 @@ class Neighbour:
 
     @staticmethod
     def num_evaluations(options: StepOptions) -> int:
-        """With `replay` one a unit, with `integrate` one for each step of the path that is needed."""
-        integrate, early = options.surrogate.anchor_mode == "integrate", options.surrogate.steps == "early"
-        path = num_compared_steps(options) if early else options.rollout.num_steps
-        return Neighbour.num_units(options) * (path if integrate else 1)
+        """With `replay` one a unit, with `integrate` the solver's, on the part of the path that is needed."""
+        if options.surrogate.anchor_mode == "replay":
+            return Neighbour.num_units(options)
+        path = SOLVERS[options.rollout.solver].evaluations(options.rollout.num_steps)
+        needed = num_compared_steps(options) if options.surrogate.steps == "early" else len(path)
+        return Neighbour.num_units(options) * sum(path[:needed])
 
     @staticmethod
     def num_forwards(options: StepOptions) -> int:
@@ -97,23 +103,9 @@ class Neighbour:
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
-        settings, group = self.options.explore, self.options.rollout.group_size
-        num_prompts = prompts.region.shape[0]
-        key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
-        shape = self.networks.source(prompts.condition).shape
-        references = jax.random.normal(key_reference, shape, jnp.float32)
-        keys = jax.random.split(key_noise, num_prompts)
-        alphas = (settings.alpha_edit, settings.alpha_base)
-
-        def perturb(key: Array, reference: Array, region: Array) -> Array:
-            match settings.kind:
-                case "global":
-                    return explore.neighbour_noise(key, reference, group, settings.sigma)
-                case "mixed":
-                    return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
-            return explore.region_decoupled_noise(key, reference, region, group, *alphas)
-
-        noise = jax.vmap(perturb)(keys, references, prompts.explored)
+        group, num_prompts = self.options.rollout.group_size, prompts.region.shape[0]
+        *key_noise, key_anchors, key_steps = jax.random.split(key, 4)
+        noise = initial_noise(key_noise, prompts, self.networks, self.options)
         first = _first_perturbed(self.options)
         anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.options.surrogate.anchors, first))(
             jax.random.split(key_anchors, num_prompts)
@@ -133,7 +125,7 @@ class Neighbour:
         self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
     ) -> tuple[Float[Array, "K+1 N C"], Any]:
         """Integrates from the candidate's noise (Eq. 12)."""
-        return rollout.integrate_with_aux(velocity, candidate, self.sigmas)
+        return rollout.integrate_with_aux(velocity, candidate, self.sigmas, self.solver)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
         """Prompt, anchor and compared steps of each unit."""
@@ -195,14 +187,17 @@ class Neighbour:
     def _anchor_states(
         self, velocity: Velocity, path: Float[Array, "K+1 N C"], steps: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N C"], Float[Array, "T N C"]]:
-        """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps."""
-        sigmas = jnp.asarray(self.sigmas)
+        """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps.
+
+        `integrate` is the rollout's own solver, with its memory. `replay` is a step of Euler's from the stored state,
+        whichever solver came there: beside a solver of higher order it does not end at the stored state after it.
+        """
         if self._integrates:
-            if self.options.surrogate.steps == "early":
-                sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
-            states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas)
+            early = self.options.surrogate.steps == "early"
+            sigmas = self.sigmas[: len(steps) + 1] if early else self.sigmas  # the later half would be thrown away
+            states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas, self.solver)
             return states[steps - 1], states[steps]
-        k = steps[0]
+        sigmas, k = jnp.asarray(self.sigmas), steps[0]
         before = path[k - 1]
         return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
 
