@@ -75,9 +75,8 @@ class ObjectiveOptions:
     advantage_clip: float = 5.0  # largest |A|
     advantage_std: str = "group"  # whose spread divides: group (Eq. 4), batch (Flow-GRPO)
     quasi_norm: float = 0.0  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
-    kl_weight: float = (
-        0.0  # beta, of the KL to the rollout's policy (no gradient in its first update); gaussian: the base's
-    )
+    # beta, of the KL to the policy of the rollout, which has no gradient in the first update; gaussian: to the base's.
+    kl_weight: float = 0.0
     least_scored: float = 0.5  # share of its candidates that must have all rewards, or else their group teaches nothing
     source_advantage: float = 0.0  # A of candidate G + 1, which keeps the source outside the mask (ours); 0: none
     updates: int = 1  # optimizer updates on one rollout
