@@ -136,18 +136,28 @@ def _sample_problems(options: Options) -> list[str]:
     return problems
 
 
-def _unread_problems(options: Options) -> list[str]:
-    """The fields of other policies that have been set: the chosen one would not read them."""
+def unread_fields(options: Options) -> dict[str, Any]:
+    """The fields that have been set, and that others than the chosen policy read: dotted, with their defaults."""
     values, default = flatten(asdict(options)), flatten(asdict(Options()))
-    chosen, problems = POLICIES[options.policy], []
-    for field in (x for x, value in values.items() if x in default and value != default[x] and x not in MAY_DIFFER):
-        readers = [name for name, policy in POLICIES.items() if is_within(field, policy.OWN)]
-        if readers and not is_within(field, chosen.OWN):
-            problems.append(
-                f"{field}: {values[field]!r} with policy = {options.policy}, which does not read it; "
-                f"{default[field]!r} was wanted, or policy = {' or '.join(readers)}"
-            )
-    return problems
+    others = [field for policy in POLICIES.values() for field in policy.OWN]
+    return {
+        field: default[field]
+        for field, value in values.items()
+        if field in default
+        and value != default[field]
+        and field not in MAY_DIFFER
+        and is_within(field, others)
+        and not is_within(field, POLICIES[options.policy].OWN)
+    }
+
+
+def _unread_problems(options: Options) -> list[str]:
+    values = flatten(asdict(options))
+    return [
+        f"{field}: {values[field]!r} with policy = {options.policy}, which does not read it; {default!r} was wanted, "
+        f"or policy = {' or '.join(name for name, policy in POLICIES.items() if is_within(field, policy.OWN))}"
+        for field, default in unread_fields(options).items()
+    ]
 
 
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
