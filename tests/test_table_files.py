@@ -182,7 +182,7 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch)
     from rcgrpo_jax.data.tables import parquet
 
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    parquet._pyarrow.cache_clear()
+    parquet.load_pyarrow.cache_clear()
     with pytest.raises(UserError, match="pyarrow, which is not installed") as caught:
         CONTAINERS["parquet"].count(tmp_path / "a.parquet")
     assert "[data]" in caught.value.remedy

@@ -96,7 +96,7 @@ def _file(name: str, field: str, folder: Path, find: Finder) -> bytes:
 
 
 def read_text(cell: Any, field: str) -> str:
-    """A cell as text, without blanks at its ends; empty where there is nothing in it.
+    """A cell as text, without blanks at its ends; empty where there is nothing in it. An id may be `true` or `false`.
 
     Raises:
         Unusable: It is no text.
@@ -108,6 +108,8 @@ def read_text(cell: Any, field: str) -> str:
             raise Unusable(f"the {field} is no text", f"not UTF-8 ({error.reason})") from None
     if cell is None:
         return ""
+    if isinstance(cell, bool) and field == "id":
+        return str(cell).lower()
     if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
         raise Unusable(f"the {field} is no text", f"{shorten(cell)} found")
     return str(cell).strip()
