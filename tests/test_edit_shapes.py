@@ -3,11 +3,13 @@
 import json
 from collections import defaultdict
 
+import gedit_data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from judge_server import serving
 from PIL import Image
 
 from rcgrpo_jax.cli import benchmark as benchmark_command
@@ -22,13 +24,17 @@ from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.measure import measure
+from rcgrpo_jax.parallel.mesh import make_mesh
 
 SIZE = (64, 64)
 SOURCES = ((40, 40), (40, 60), (60, 40), (44, 60), (41, 40), (30, 80))  # (height, width)
 
 
 class Shapes:
-    """Pictures of several shapes."""
+    """Pictures of several shapes, of one kind of edit."""
+
+    def __init__(self, task: str = "add"):
+        self._task = task
 
     def __len__(self) -> int:
         return len(SOURCES)
@@ -36,7 +42,7 @@ class Shapes:
     def __getitem__(self, index: int) -> EditExample:
         rng = np.random.default_rng(index)
         image = rng.integers(0, 256, (*SOURCES[range(len(self))[index]], 3), np.uint8)
-        return EditExample(f"{index}", image, np.ones(image.shape[:2], np.float32), f"Edit {index}.", task="add")
+        return EditExample(f"{index}", image, np.ones(image.shape[:2], np.float32), f"Edit {index}.", task=self._task)
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def made(monkeypatch) -> list[tuple]:
 
 def editor() -> FluxKontextEditor:
     model = FluxKontext(small_run.model_folder())
-    return model.open(EditorOptions(dtype="float32", max_text_tokens=16), jax.make_mesh((1,), ("fsdp",)))
+    return model.open(EditorOptions(dtype="float32", max_text_tokens=16), make_mesh({}, jax.devices()[:1]))
 
 
 def edits_of(folder) -> dict[str, np.ndarray]:
@@ -110,7 +116,7 @@ def test_one_size_is_the_default_and_its_settings_are_as_before(tmp_path, made):
     assert {x.shape[:2] for x in edits_of(tmp_path).values()} == {SIZE}
     assert [indices for _, indices in made] == [[0, 1], [2, 3], [4, 5]]
     assert "buckets" not in json.loads((tmp_path / "settings.json").read_text())["settings"]
-    with pytest.raises(UserError, match="buckets: there None, now kontext"):
+    with pytest.raises(UserError, match="buckets: there None, now 'kontext'"):
         make(tmp_path, buckets=KONTEXT)
 
 
@@ -123,6 +129,39 @@ def test_edits_of_several_shapes_are_not_measured_as_of_one(tmp_path, made):
 def test_shapes_are_of_a_benchmark_alone(tmp_path):
     with pytest.raises(UsageError, match="--buckets: found without --benchmark"):
         command.run(["--data=x", f"--out={tmp_path}", "--model=small-editor", "--buckets=kontext"])
+
+
+@pytest.mark.parametrize(("argv", "wanted"), [([], {(64, 64), (48, 80)}), (["--buckets=none"], {(64, 64)})])
+def test_a_model_edits_a_benchmark_in_shapes_and_a_judge_sees_the_sizes_of_the_sources(
+    tmp_path, made, monkeypatch, argv, wanted
+):
+    monkeypatch.setattr(benchmark_command, "open_source", lambda *_, **__: Shapes("adjust"))
+    (tmp_path / "prompts.json").write_text(json.dumps(gedit_data.imgedit_prompts()))
+    given = ["--benchmark=imgedit", "--data=x", f"--model={small_run.model_folder()}", "--dtype=float32", "--steps=2"]
+    given += ["--text_tokens=16", "--batch=2", f"--out={tmp_path / 'out'}", "--size=64x64", "--judge=imgedit"]
+    with serving(gedit_data.imgedit_answer) as server:
+        options = [f"urls={server.url}", "model=tiny", f"prompts={tmp_path / 'prompts.json'}"]
+        command.run([*given, *(f"--judge_option={option}" for option in options), *argv])
+        bodies = [body for body in server.bodies if "Edit" in gedit_data.said(body)]
+    assert {x.shape[:2] for x in edits_of(tmp_path / "out" / "edits" / "base").values()} >= wanted
+    seen = sorted(tuple(picture.shape[:2] for picture in gedit_data.shown(body)) for body in bodies)
+    assert seen == sorted((size, size) for size in SOURCES)
+    assert f"| base | measured | {len(SOURCES)} | 3.000 " in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_shape_is_compiled_once_and_edited_as_it_is_alone(tmp_path, monkeypatch):
+    compiled = edit._edit_latents._cache_size()
+    make(tmp_path / "shapes", buckets=KONTEXT)
+    sizes = [make_buckets(KONTEXT, SIZE).nearest(*source) for source in SOURCES]
+    assert edit._edit_latents._cache_size() - compiled == len(set(sizes))
+    found = edits_of(tmp_path / "shapes")
+    for size in set(sizes):
+        indices = [index for index, other in enumerate(sizes) if other == size]
+        folder = tmp_path / f"{size}"
+        edit_all(editor(), Shapes(), indices, folder, num_steps=2, batch=2, size=size)
+        for name, picture in edits_of(folder).items():
+            np.testing.assert_array_equal(picture, found[name])
 
 
 @pytest.mark.parametrize(("argv", "shapes"), [([], {SIZE}), (["--buckets=kontext"], {(64, 64), (48, 80), (80, 48)})])
