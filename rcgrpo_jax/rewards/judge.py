@@ -125,11 +125,11 @@ class Judge(Reward):
         return self._chat.metrics(("retries", "asked_again", "unscored"))
 
     def start(self, inputs: RewardInputs) -> Future[Float[np.ndarray, "P G"]]:
-        return self._chat.run(self._each(inputs, self.combine))
+        return self._chat.run(self._each(_on_host(inputs), self.combine))
 
     def start_details(self, inputs: RewardInputs) -> Future[Float[np.ndarray, "P G columns"]]:
         """As `start`, with the numbers of `columns` in the place of the score."""
-        return self._chat.run(self._each(inputs, self.details, len(self.columns)))
+        return self._chat.run(self._each(_on_host(inputs), self.details, len(self.columns)))
 
     def _options(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}
@@ -160,7 +160,7 @@ class Judge(Reward):
             Unscored: None has all its answers.
             UserError: The servers are gone, or nothing is asked about a kind of edit.
         """
-        source, edited, mask = (np.asarray(x) for x in (inputs.source, inputs.edited, inputs.mask))
+        source, edited, mask = inputs.source, inputs.edited, inputs.mask
         scores, causes = np.full((*edited.shape[:2], *shape), np.nan, np.float32), []
         asked = [self.questions_of(task) for task in inputs.tasks or ("",) * len(source)]
         boxes = [region_box(x, self.margin) if self.view == "region" else (slice(None),) * 2 for x in mask]
@@ -232,6 +232,11 @@ class SampledJudge(Judge):
     def request(self) -> dict[str, Any]:
         found = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
         return found | ({"top_k": self.top_k} if self.top_k else {})
+
+
+def _on_host(inputs: RewardInputs) -> RewardInputs:
+    """Waits for the pictures here, and not in the thread that sends requests."""
+    return inputs._replace(**{name: np.asarray(getattr(inputs, name)) for name in ("source", "edited", "mask")})
 
 
 class _Message(TypedDict):
