@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import gedit_data
 import numpy as np
@@ -19,6 +20,7 @@ from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING
 from rcgrpo_jax.rewards.imgedit import read_ratings
+from rcgrpo_jax.rl.setup import make_rewards
 
 
 @pytest.fixture(autouse=True)
@@ -208,3 +210,12 @@ def test_the_kind_of_edit_is_needed(tmp_path):
     with pytest.raises(UserError, match="none of the kind of edit 'add' found; there are those of adjust, style"):
         judge.questions_of("add")
     assert judge.details(np.array([[0.25], [0.75]])) == (3.0,)
+
+
+def test_a_training_refuses_a_judge_that_asks_by_the_kind_of_edit(tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(gedit_data.imgedit_prompts()))
+    given = {"imgedit": {"model": "m", "prompts": str(file)}}
+    options = SimpleNamespace(plugins={}, rewards={"imgedit": 1.0}, watch="", reward_options=given)
+    with pytest.raises(UsageError, match=r"rewards\.imgedit: it rates by the kind of edit, which a training"):
+        make_rewards(options)
