@@ -27,7 +27,7 @@ from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.parallel.mesh import make_mesh
 
 SIZE = (64, 64)
-SOURCES = ((40, 40), (40, 60), (60, 40), (44, 60), (41, 40), (30, 80))  # (height, width)
+SOURCES = ((40, 40), (40, 60), (60, 40), (44, 60), (41, 40), (30, 80), (40, 41))  # (height, width)
 
 
 class Shapes:
@@ -116,7 +116,7 @@ def test_a_call_that_was_stopped_goes_on_in_batches_of_the_same_rows(tmp_path, m
 def test_one_size_is_the_default_and_its_settings_are_as_before(tmp_path, made):
     make(tmp_path)
     assert {x.shape[:2] for x in edits_of(tmp_path).values()} == {SIZE}
-    assert [indices for _, indices in made] == [[0, 1], [2, 3], [4, 5]]
+    assert [indices for _, indices in made] == [[0, 1], [2, 3], [4, 5], [6]]
     assert "buckets" not in json.loads((tmp_path / "settings.json").read_text())["settings"]
     with pytest.raises(UserError, match="buckets: there None, now 'kontext'"):
         make(tmp_path, buckets=KONTEXT)
