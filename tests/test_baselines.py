@@ -7,8 +7,8 @@ import pytest
 
 from rcgrpo_jax.cli.ablate import read_rates
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.experiments.ablation import Variant, check_variants, configure
 from rcgrpo_jax.experiments.ablation import EvaluationSettings as Protocol
+from rcgrpo_jax.experiments.ablation import Variant, check_variants, configure
 from rcgrpo_jax.experiments.baselines import METHODS, at_equal_evaluations, baselines, with_learning_rates
 from rcgrpo_jax.experiments.cost import Cost, cost_table, evaluations_of_step
 from rcgrpo_jax.options import read_options

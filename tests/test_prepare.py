@@ -18,7 +18,8 @@ from PIL import Image
 
 from rcgrpo_jax.cli.data_prepare import run
 from rcgrpo_jax.data import records
-from rcgrpo_jax.data.prepare.row import RowForm, safe_name
+from rcgrpo_jax.data.prepare import run as running
+from rcgrpo_jax.data.prepare.row import RowForm, read_row, safe_name
 from rcgrpo_jax.data.prepare.run import prepare
 from rcgrpo_jax.data.prepare.sets import open_own
 from rcgrpo_jax.data.sources import open_source
@@ -52,6 +53,15 @@ def root(tmp_path) -> Path:
         rows.append(files | {"text": f"Edit {index}.", "caption": "after", "id": f"n{index}"})
     rows.insert(3, rows[0])
     return write_rows(root, rows)
+
+
+def test_tfds_is_imported_before_any_thread_decodes(root, tmp_path, monkeypatch):
+    """Imports of other threads fail while TFDS is imported: Pillow's in `read_row` did."""
+    events, load = [], records.RecordSet.load
+    monkeypatch.setattr(records.RecordSet, "load", lambda self: (load(self), events.append("loaded")))
+    monkeypatch.setattr(running, "read_row", lambda *_: events.append("row") or read_row(*_))
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, "--workers=2"])
+    assert events == ["loaded", *["row"] * 8]
 
 
 @pytest.fixture

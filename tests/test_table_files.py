@@ -211,7 +211,26 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch)
     from rcgrpo_jax.data.tables import parquet
 
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    parquet._pyarrow.cache_clear()
+    parquet.load_pyarrow.cache_clear()
     with pytest.raises(UserError, match="pyarrow, which is not installed") as caught:
         CONTAINERS["parquet"].count(tmp_path / "a.parquet")
     assert "[data]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_is_read_from_any_row_across_its_batches(tmp_path, kind):
+    import pyarrow
+
+    file = tmp_path / "data-00000-of-00001.arrow"
+    table = pyarrow.table({"n": [*range(10)], "text": [f"row {i}" for i in range(10)]})
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(file), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    arrow = CONTAINERS["arrow"]
+    assert (arrow.columns(file), arrow.count(file)) == (["n", "text"], 10)
+    for start in (0, 3, 4, 9, 10):
+        found = [(row.where, row.cells) for row in arrow.rows(file, start, ["n"])]
+        assert found == [(f"{file.name}, row {i}", {"n": i}) for i in range(start, 10)]
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow: cannot be read as Arrow"):
+        list(arrow.rows(file))

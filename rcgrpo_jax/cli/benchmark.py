@@ -16,6 +16,8 @@ from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.judge import make_repeats, read_options
 from rcgrpo_jax.cli.lora_flags import read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, expand_home
+from rcgrpo_jax.data.buckets import KINDS, KONTEXT_SIDE
+from rcgrpo_jax.data.example import NOTHING, REGION
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
@@ -41,9 +43,9 @@ from rcgrpo_jax.weights.lora import load_loras
 
 _MAKE = (  # flags that say how a model edits
     "adapter", "lora", "lora_scale", "edits", "seed", "steps", "solver", "guidance", "acd_layers", "text_tokens",
-    "dtype", "quantization",
+    "dtype", "quantization", "buckets",
 )  # fmt: skip
-_OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
+_OWN = ("results", "published", "adapter", "judge", "judge_option", "buckets")  # of a benchmark
 
 
 def define_benchmark(values: flags.FlagValues) -> None:
@@ -53,6 +55,8 @@ def define_benchmark(values: flags.FlagValues) -> None:
     flags.DEFINE_multi(PathParser("results"), flags.ArgumentSerializer(), "results", None, about, values)
     tables = dict.fromkeys(name for benchmark in BENCHMARKS.values() for name in benchmark.tables)
     flags.DEFINE_enum("published", None, [*tables], "published table to stand beside; the main one by default", values)
+    about = "kontext: edits in the nearest of Kontext's shapes, of --size's area; by default as the benchmark wants"
+    flags.DEFINE_enum("buckets", None, KINDS, about, values)
     about = "a further LoRA, NAME=PATH, that edits beside base and --lora; may be given again"
     flags.DEFINE_multi_string("adapter", [], about, values)
     flags.DEFINE_string("judge", None, "reward that scores the edits of a benchmark too, such as editscore", values)
@@ -95,12 +99,10 @@ def check_nothing_edits(values: flags.FlagValues, beside: str) -> None:
 
 def run_benchmark(values: flags.FlagValues) -> None:
     """Edits, measures and compares; several processes share the work, and the first one writes and prints."""
-    benchmark, out = BENCHMARKS[values.benchmark], Path(values.out)
-    if values.published:
-        benchmark = benchmark._replace(published=benchmark.tables[values.published])
+    benchmark, out = _chosen(values), Path(values.out)
     loras = _adapter_paths(values)
     folders = _result_folders(values, loras)
-    size = parse_size(values.size) if values.size else (benchmark.side, benchmark.side)
+    size = parse_size(values.size) if values.size else (benchmark.side or KONTEXT_SIDE,) * 2
     edits = Path(values.edits) if values.edits else out / "edits"
     located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
     read = {"--data": values.data, "--model": values.model}
@@ -117,16 +119,17 @@ def run_benchmark(values: flags.FlagValues) -> None:
         how = _measuring(values, benchmark)
         model = open_model(values.model) if values.model else None
         adapters = _read_adapters(values, loras, model) if model else {}
-        source = open_source(values.data, values.polarity, mask_value=values.mask_value)
+        needs = NOTHING if benchmark.side is None else REGION
+        source = open_source(values.data, values.polarity, mask_value=values.mask_value, needs=needs)
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
         with distributed.raise_together():
             listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
         if model:
             edited = edit_adapters(
-                model, source, listed.entries, adapters, edits, size, steps=values.steps, solver=values.solver,
-                guidance=values.guidance, seed=values.seed, batch=values.batch, acd_layers=values.acd_layers,
-                progress=progress, **editor_options(values),
+                model, source, listed.entries, adapters, edits, size, buckets=values.buckets or benchmark.buckets,
+                steps=values.steps, solver=values.solver, guidance=values.guidance, seed=values.seed,
+                batch=values.batch, acd_layers=values.acd_layers, progress=progress, **editor_options(values),
             )  # fmt: skip
             located = edited | located  # differences are from the base
         measured = {
@@ -138,6 +141,27 @@ def run_benchmark(values: flags.FlagValues) -> None:
                 found = write_benchmark(benchmark, source, listed, measured, folders, how, out)
     if distributed.is_main():
         print(summary(found, out))
+
+
+def _chosen(values: flags.FlagValues) -> Benchmark:
+    """The benchmark, with the published table to stand beside.
+
+    Raises:
+        UsageError: It has no such table; or has no masks, and measures are named, or no judge is.
+    """
+    benchmark = BENCHMARKS[values.benchmark]
+    if values.published and values.published not in benchmark.tables:
+        raise UsageError(
+            f"--published: {values.published} found; {benchmark.name} has {', '.join(benchmark.tables)}.",
+            "Name one of these, or leave it out.",
+        )
+    if benchmark.side is None and (values.measures or not values.judge):
+        found = "--measures: found; they need masks" if values.measures else "--judge: none found"
+        raise UsageError(
+            f"{found}. The examples of {benchmark.name} have no masks; a judge scores them alone.",
+            f"Name a judge by --judge; the benchmark's own is {benchmark.judge} (docs/benchmarks.md).",
+        )
+    return benchmark._replace(published=benchmark.tables[values.published]) if values.published else benchmark
 
 
 def _adapter_paths(values: flags.FlagValues) -> dict[str, str]:
@@ -193,7 +217,7 @@ def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict
 
 def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
     """The measures, with what they load, and the judge: what they lack is said before hours of edits."""
-    measures = choose(values.measures or benchmark.measures)
+    measures = [] if benchmark.side is None else choose(values.measures or benchmark.measures)
     if not values.measures:  # what was not asked for by name is left out where its weights are not given
         measures = [one._replace(required=False) for one in measures]
     options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")

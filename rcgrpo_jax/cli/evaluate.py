@@ -30,7 +30,7 @@ place of --model, edits that are there are measured, whoever made them: a PNG fo
 
 With --benchmark, the examples are those of a published benchmark, and its published rows stand in the table. --model
 edits all of them, and goes on where it was stopped; --results DIR, which may be given again, has the edits of another
-editor, in the layout of the benchmark. docs/compbench.md has the whole way."""
+editor, in the layout of the benchmark. docs/compbench.md has the whole way, docs/benchmarks.md that of the others."""
 
 
 def _flags(values: flags.FlagValues) -> None:

@@ -20,7 +20,7 @@ from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
 # Of a configuration, where it has them; in `reward_options` whatever the reward.
 _PATH_FIELD = re.compile(
-    r"(model|data)\.path|data\.cache|lora\.init|train\.samples|reward_options\.\w+\.(path|template)"
+    r"(model|data)\.path|data\.cache|lora\.init|train\.samples|reward_options\.\w+\.(path|template|prompts)"
 )
 STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),

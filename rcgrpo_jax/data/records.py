@@ -77,6 +77,10 @@ class RecordSet:
         self._info.set_file_format("array_record")
         self._serializer = tfds.core.ExampleSerializer(self._info.features.get_serialized_info())
 
+    def load(self) -> None:
+        """Imports TFDS now. While it is imported, the imports of all other threads fail, such as Pillow's own."""
+        _ = self._serializer
+
     def serialize(self, example: EditExample, pictures: Mapping[str, bytes], identifier: str = "") -> bytes:
         """A record of the data set.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from rcgrpo_jax.data.buckets import NONE, make_buckets
 from rcgrpo_jax.data.example import NOTHING, Needs, Source, check_needs
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.editors.model import Editor
@@ -52,6 +54,7 @@ def edit_all(
     lora: dict | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
+    buckets: str = NONE,
     mesh: Mesh | None = None,
     share: tuple[int, int] | None = None,
     needs: Needs = NOTHING,
@@ -74,6 +77,8 @@ def edit_all(
         lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
         batch: Examples at a time; rounded up to what the mesh divides.
         size: (height, width) that images are brought to; that of the first example by default.
+        buckets: `kontext`: each image is brought to the nearest of Kontext's shapes in place of `size`, whose area they
+            have (`data.buckets.make_buckets`), and its edit has that shape. A program is compiled for each.
         mesh: Where the editor's parameters lie, devices of this process; one device by default.
         share: (k, n): this call makes the examples k, k + n, ...; by default k is the process, n how many there are.
         needs: What examples must have to be measured later.
@@ -85,20 +90,25 @@ def edit_all(
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed, solver)
+    shapes = make_buckets(buckets, size)
+    for shape in shapes.sizes:
+        check_request(editor, source, indices, shape)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     rank, count = share or (jax.process_index(), jax.process_count())
     if not 0 <= rank < count:
         raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
     own = indices[rank::count]
     with distributed.raise_together():
-        names, digest = [], Digest()
+        names, sizes, digest = [], {}, Digest()
         for index in indices:
-            example = read_example(source, index, size)
+            example = read_example(source, index, shapes)
             check_needs(example, needs)
             names.append(example.name)
+            sizes[index] = example.image.shape[:2]
             digest.add(example)
         check_names(names)
         settings = edit_settings(editor, options, size) | {"data": str(digest)}
+        settings |= {"buckets": buckets} if buckets != NONE else {}
         claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
         made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
         missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
@@ -107,9 +117,12 @@ def edit_all(
     if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
         editor.load_encoders()
         _ = editor.params
-    batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
+    parts = []
+    for shape in shapes.sizes:
+        rows = batch_rows(batch, sum(sizes[index] == shape for index in own), mesh)  # the same when a call goes on
+        parts.append(read_batches(source, [index for index in missing if sizes[index] == shape], rows, shape))
     with PictureLog(Path(folder), rank, count) as log:
-        for edited in edit_batches(editor, batches, options, lora, mesh):
+        for edited in edit_batches(editor, chain(*parts), options, lora, mesh):
             for row, example in enumerate(edited.batch.own):
                 index = int(edited.batch.indices[row])
                 log.add(example.name, index, example.instruction, edited.pictures[row], float(edited.acd[row]))

@@ -167,8 +167,21 @@ def size_of_edits(folders: Iterable[Path]) -> tuple[int, int] | None:
     Raises:
         UserError: As `read_common`.
     """
-    commons = [read_common(folder) for folder in folders]
-    return next((tuple(common["settings"]["size"]) for common in commons if common), None)
+    return next((size for folder in folders if (size := size_in(folder, read_common(folder)))), None)
+
+
+def size_in(folder: Path, common: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) of all edits in a folder, by what `read_common` found; None where that is nothing.
+
+    Raises:
+        UserError: They have several shapes.
+    """
+    if common and "buckets" in common["settings"]:
+        raise UserError(
+            f"{folder}: edits in the shapes of {common['settings']['buckets']} found; edits of one size were wanted.",
+            "Edit without --buckets; `rcgrpo evaluate --benchmark` alone measures several shapes.",
+        )
+    return tuple(common["settings"]["size"]) if common else None
 
 
 def read_lines(folder: Path) -> dict[str, dict[str, Any]]:

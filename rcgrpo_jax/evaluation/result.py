@@ -13,6 +13,8 @@ from annotated_types import Ge
 from jaxtyping import Float, UInt8
 
 from rcgrpo_jax.borders import STRICT, check_memory, conform, parse_json
+from rcgrpo_jax.data.buckets import KINDS as BUCKETS
+from rcgrpo_jax.data.buckets import NONE as ONE_SIZE
 from rcgrpo_jax.data.scenes.source import KINDS
 from rcgrpo_jax.errors import UserError, reason
 from rcgrpo_jax.flow.solvers import SOLVERS
@@ -41,6 +43,7 @@ class Settings:
     acd_reference_keys: bool = False
     solver: Literal[tuple(SOLVERS)] = LATER["solver"]
     data: str = ""
+    buckets: Literal[BUCKETS] = ONE_SIZE
 
 
 @dataclass(frozen=True)

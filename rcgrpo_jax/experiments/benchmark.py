@@ -13,15 +13,23 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from rcgrpo_jax.data.buckets import NONE, make_buckets
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import Entry, Listed, Locate, extra_pictures, measure_results
+from rcgrpo_jax.evaluation.benchmarks.results import (
+    Entry,
+    Listed,
+    Locate,
+    extra_pictures,
+    measure_results,
+    score_results,
+)
 from rcgrpo_jax.evaluation.benchmarks.rows import Row, has_parquet, measures_of, write_jsonl, write_parquet
-from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, to_csv
+from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, subset_of, to_csv
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.examples import EditedBatch
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, note
@@ -67,6 +75,7 @@ def edit_adapters(
     folder: Path,
     size: tuple[int, int],
     *,
+    buckets: str = NONE,
     steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
@@ -88,6 +97,7 @@ def edit_adapters(
         adapters: Name -> adapter with its scale folded in; None is the base.
         folder: Gets a folder of pictures for each adapter.
         size: (height, width) in pixels that the model edits in.
+        buckets: `kontext`: in the nearest of Kontext's shapes of that area instead (`edit_all`).
         steps: K.
         guidance: Guidance scale.
         seed: Of the noise, which all adapters share.
@@ -101,7 +111,7 @@ def edit_adapters(
     Returns:
         Name -> where the edit of an example lies.
     """
-    check_fits(model, size, steps, dtype, min(batch, len(entries)))
+    check_fits(model, make_buckets(buckets, size).largest, steps, dtype, min(batch, len(entries)))
     mesh = make_mesh({"fsdp": -1}, jax.local_devices() if devices is None else devices)
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
     indices = [entry.index for entry in entries]
@@ -109,7 +119,8 @@ def edit_adapters(
     for name, lora in adapters.items():
         edit_all(
             editor, source, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, solver=solver,
-            lora=lora, batch=batch, size=size, mesh=mesh, progress=count_steps(progress, f"edit {name}", own),
+            lora=lora, batch=batch, size=size, buckets=buckets, mesh=mesh,
+            progress=count_steps(progress, f"edit {name}", own),
         )  # fmt: skip
     return {name: _locate_in(folder / name) for name in adapters}
 
@@ -133,11 +144,15 @@ def measure_editor(
     """
     shown_first = in_turn(entries)
     own = [shown_first[i] for i in distributed.local_job_range(len(entries))]
+    done = count_steps(progress, f"measure {name}", len(own))
     with distributed.raise_together():
-        rows, pictures = measure_results(
-            source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options, score=how.score,
-            progress=count_steps(progress, f"measure {name}", len(own)),
-        )  # fmt: skip
+        if benchmark.side is None:
+            rows, pictures = score_results(source, own, locate, how.score, done)
+        else:
+            rows, pictures = measure_results(
+                source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options,
+                score=how.score, progress=done,
+            )  # fmt: skip
     parts = distributed.gather_texts(json.dumps(rows))
     rows = sorted(Row(*row) for part in parts for row in json.loads(part))
     if not any(row.values for row in rows):
@@ -191,6 +206,8 @@ def write_benchmark(
             write_parquet(out / f"{name}.parquet", rows)
     values = compute_values(benchmark, editors)
     tables = make_tables(benchmark, editors, values)
+    more, subset_tables = subset_of(benchmark, editors, listed.subset)
+    values, tables = values + more, [*tables[:-1], *subset_tables, tables[-1]]
     said = remarks(benchmark, editors, listed.others, listed.uncaptioned)
     known = {x for edits in editors.values() for x in measures_of(edits.rows)}
     said += [note(one) for one in how.measures if one.name not in known]
@@ -243,7 +260,8 @@ def _grid_rows(
     for entry in in_turn(entries):
         shown = {name: kept[entry.key] for name, kept in pictures.items() if entry.key in kept}
         if len(shown) == len(pictures):
-            example = official_example(source[entry.index], benchmark.side)
+            example = source[entry.index]
+            example = official_example(example, benchmark.side) if benchmark.side else example
             shown |= {} if example.target is None else {"target": example.target}
             rows.append(GridRow(example.instruction, example.image, example.mask, [*shown.values()], [*shown]))
     return rows

@@ -153,6 +153,11 @@ def make_rewards(options: Options) -> dict[str, Reward]:
     known = reward_registry.known_rewards(options.plugins)
     names = [*(name for name, weight in options.rewards.items() if weight), *names_in(options.watch)]
     rewards = {name: reward_registry.make(name, known, **options.reward_options.get(name, {})) for name in names}
+    for name in (name for name, reward in rewards.items() if reward.needs_task):
+        raise UsageError(
+            f"rewards.{name}: it rates by the kind of edit, which a training does not know.",
+            "Leave it out; `rcgrpo evaluate --benchmark` and `rcgrpo judge` take it.",
+        )
     for name in options.plugins.keys() & rewards.keys():
         reward_registry.try_reward(name, rewards[name], make_buckets(options.data.buckets, options.data.size).largest)
     return rewards

@@ -103,7 +103,7 @@ def _is_nothing(cell: Any) -> bool:
 
 
 def read_text(cell: Any, field: str) -> str:
-    """A cell as text, without blanks at its ends; empty where there is nothing in it.
+    """A cell as text, without blanks at its ends; empty where there is nothing in it. An id may be `true` or `false`.
 
     Raises:
         Unusable: It is no text.
@@ -115,6 +115,8 @@ def read_text(cell: Any, field: str) -> str:
             raise Unusable(f"the {field} is no text", f"not UTF-8 ({error.reason})") from None
     if _is_nothing(cell):
         return ""
+    if isinstance(cell, bool) and field == "id":
+        return str(cell).lower()
     if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or cell in (math.inf, -math.inf):
         raise Unusable(f"the {field} is no text", f"{shorten(cell)} found")
     return str(cell).strip()

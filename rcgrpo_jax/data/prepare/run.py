@@ -65,6 +65,7 @@ def prepare(
     start, count, find = sum(part.rows for part in parts), len(data.table), Finder()
     rows = enumerate(data.table.rows(start, form.columns.values()), start=start)
     part, shard = Part(), None
+    records.load()
     for found in _in_order(lambda row: read_row(row[1], row[0], form, find), rows, workers):
         found = _refuse_repeated(found, names)
         if isinstance(found, Skipped):

@@ -19,7 +19,8 @@ from rcgrpo_jax.errors import UsageError, UserError, nearest
 OWN = "edits"  # what TFDS calls a user's own data set
 NEEDED = ("image", "mask", "instruction")
 _NAMED = 5  # columns, splits or files that a message names before it counts the rest
-_SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+_SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.(parquet|arrow)")
+_ANY = "data"  # how `datasets` begins the names of Arrow files of every split, which lie in a folder each
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,15 @@ def open_published(data: Published, path: Path, split: str = "") -> DataSet:
     notes: list[str] = []
     table = data.open_other(path) if split == default else None  # other layouts hold that one
     if table is None:
-        files = files_below(path, CONTAINERS["parquet"])
-        if not files:
+        kinds = {kind: found for kind in data.containers if (found := files_below(path, CONTAINERS[kind]))}
+        if not kinds:
             raise UserError(f"--from: {path}: {data.layout} wanted; found {_contents(path)}.", f"Download {data.hub}.")
+        kind, files = next(iter(kinds.items()))
         files = _of_split(files, split, path, split == default)
         notes = _missing(files)
-        table = FileTable(CONTAINERS["parquet"], files)
+        table = FileTable(CONTAINERS[kind], files)
+    if not data.form.mask:
+        notes.append("there are no masks: the region of every example is the whole picture")
     title = f"{data.name} ({data.hub}, {data.licence}), split {split}"
     return DataSet(data.name, title, split, _root(path), table, data.splits[split], notes)
 
@@ -139,8 +143,9 @@ def _of_split(files: Sequence[Path], split: str, path: Path, is_default: bool) -
     for file in files:
         named = _SHARD.fullmatch(file.name)
         folders = file.relative_to(_root(path)).parts[:-1]
-        found[named["split"] if named else split if split in folders else ""].append(file)
-    if is_default and set(found) == {""}:
+        is_named = named and named["split"] != _ANY
+        found[named["split"] if is_named else split if split in folders else ""].append(file)
+    if split not in found and is_default and set(found) == {""}:
         return list(files)
     if split not in found:
         raise UserError(f"--from: {path}: no file of the split {split!r}; found {_listed(filter(None, found))}.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,13 +18,16 @@ from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
+from rcgrpo_jax.evaluation.benchmarks.rows import EVERY, MISSING, Row
 from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, right_batches
 from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure_edits
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions
-from rcgrpo_jax.evaluation.official import official_example, official_picture
+from rcgrpo_jax.evaluation.official import official_example, official_picture, resized
+from rcgrpo_jax.evaluation.result import PICTURED
 
 Locate = Callable[["Entry"], Path]  # where the edit of an example lies
+Score = Callable[[EditedBatch], Mapping[str, np.ndarray]]  # `[P]` of each further measure, such as a judge's score
+AT_ONCE = 32  # edits that a judge is asked about, where each has a size of its own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -46,6 +51,7 @@ class Listed(NamedTuple):
     entries: list[Entry]
     others: Counter[str]  # tasks that are none of the benchmark -> examples
     uncaptioned: int = 0  # how many entries have no caption
+    subset: frozenset[int] = frozenset()  # indices of the entries in the benchmark's subset
 
 
 class Measured(NamedTuple):
@@ -67,12 +73,12 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
         UserError: An example cannot be read, or two of a task have one id.
         UsageError: No example has one of the tasks.
     """
-    entries, others, seen, uncaptioned = [], Counter(), {}, 0
+    entries, others, seen, uncaptioned, subset = [], Counter(), {}, 0, set()
     for index in range(len(source)):
         example = source[index]
-        entry = Entry(index, benchmark.identify(example), example.task, example.name)
-        if example.task not in benchmark.tasks:
-            others[example.task] += 1
+        entry = Entry(index, benchmark.identify(example), benchmark.task_of(example), example.name)
+        if entry.task not in benchmark.tasks:
+            others[entry.task] += 1
         elif (other := seen.setdefault(entry.key, index)) != index:
             raise UserError(
                 f"{entry.key}: the examples {other} and {index} have this name; a name for each was wanted.",
@@ -81,14 +87,16 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
         else:
             entries.append(entry)
             uncaptioned += not example.has_caption
+            if benchmark.subset and benchmark.subset.has(example):
+                subset.add(index)
         progress()
     if not entries:
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
         raise UsageError(
             f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
-            f"`rcgrpo data prepare {benchmark.name}` makes such data.",
+            f"`rcgrpo data prepare {benchmark.name.partition('-')[0]}` makes such data.",
         )
-    return Listed(entries, others, uncaptioned)
+    return Listed(entries, others, uncaptioned, frozenset(subset))
 
 
 def open_results(folder: Path, benchmark: Benchmark) -> Locate:
@@ -117,16 +125,22 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
 
 
 def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Task -> the pictures in an editor's results that no example has, relative to the folder."""
-    wanted, extra = {benchmark.picture(folder, x.task, x.id) for x in entries}, {}
+    """Task -> the pictures in an editor's results that no example has, relative to the folder.
+
+    Where all tasks have one folder, they are those of `EVERY` task.
+    """
+    wanted, extra, tasks = {benchmark.picture(folder, x.task, x.id) for x in entries}, {}, defaultdict(list)
     for task, root in zip(benchmark.tasks, _roots(folder, benchmark), strict=True):
+        tasks[root].append(task)
+    for root, (first, *others) in tasks.items():
         there = (
             Path(place, file)
             for place, _, files in os.walk(root)
             for file in files
             if not file.startswith(".") and file.lower().endswith(_PICTURES)
         )
-        extra[task] = sorted(str(file.relative_to(folder)) for file in there if file not in wanted)
+        found = (file for file in there if file not in wanted and not _is_source(file, benchmark))
+        extra[EVERY if others else first] = sorted(str(file.relative_to(folder)) for file in found)
     return extra
 
 
@@ -139,7 +153,7 @@ def measure_results(
     *,
     batch: int = 8,
     options: MeasureOptions = NO_OPTIONS,
-    score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {},
+    score: Score = lambda edited: {},
     progress: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measures the edits of examples. An edit that is missing or cannot be read becomes a row that says so.
@@ -154,7 +168,7 @@ def measure_results(
         side: Pixels of the square that examples and edits are brought to (`evaluation.official`).
         batch: Examples at a time.
         options: Where the weights of measures are.
-        score: Edits -> `[P]` of each of further measures, such as a judge's score (`evaluation.judge.scores_of`).
+        score: Of further measures (`evaluation.judge.scores_of`).
         progress: Called for each example.
 
     Returns:
@@ -165,8 +179,8 @@ def measure_results(
     """
     failed: dict[int, Row] = {}
 
-    def fail(entry: Entry, failure: str, file: str) -> None:
-        failed[entry.index] = Row(entry.index, entry.id, entry.task, {}, failure, file)
+    def fail(row: Row) -> None:
+        failed[row.index] = row
         progress()
 
     batches = _read_batches(source, entries, locate, side, min(batch, max(len(entries), 1)), fail)
@@ -191,13 +205,61 @@ def measure_results(
     return Measured([(failed | rows)[entry.index] for entry in entries], pictures)
 
 
+def score_results(
+    source: Source,
+    entries: Sequence[Entry],
+    locate: Locate,
+    score: Score,
+    progress: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Scores the edits of examples, each by itself in the size of its source, some at the same time.
+
+    Arguments and result are as of `measure_results`. Memory holds `AT_ONCE` examples, and the first pictures.
+    """
+
+    shown = {entry.index for entry in entries[:PICTURED]}
+
+    def look(entry: Entry) -> tuple[Row, np.ndarray | None]:
+        picture = _read_edit(entry, locate)
+        if isinstance(picture, Row):
+            return picture, None
+        example = replace(source[entry.index], task=entry.task)
+        picture = resized(picture, example.image.shape[:2])
+        edited = EditedBatch(ExampleBatch((example,), np.array([entry.index]), 1), picture[None], None)
+        row = Row(*entry[:3], {name: float(x[0]) for name, x in score(edited).items()})
+        return row, picture if entry.index in shown else None
+
+    rows, pictures = [], {}
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for entry, (row, picture) in zip(entries, pool.map(look, entries), strict=True):
+            rows.append(row)
+            if picture is not None:
+                pictures[entry.key] = picture
+            progress()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return Measured(rows, pictures)
+
+
+def _read_edit(entry: Entry, locate: Locate) -> UInt8[np.ndarray, "H W 3"] | Row:
+    """The edit of an example, or the row that says why there is none."""
+    file = None
+    try:
+        file = locate(entry)
+        return read_image(file)
+    except UserError as error:
+        is_missing = file is not None and not os.path.lexists(file)
+        return Row(*entry[:3], {}, MISSING if is_missing else error.problem, str(file or ""))
+
+
 def _read_batches(
     source: Source,
     entries: Sequence[Entry],
     locate: Locate,
     side: int,
     batch: int,
-    fail: Callable[[Entry, str, str], None],
+    fail: Callable[[Row], None],
 ) -> Iterator[EditedBatch]:
     """The examples whose edits can be read, in batches of one shape; `fail` is told of the others."""
 
@@ -208,15 +270,11 @@ def _read_batches(
 
     rows = []
     for entry in entries:
-        file = None
-        try:
-            file = locate(entry)
-            picture = official_picture(read_image(file), side)
-        except UserError as error:
-            is_missing = file is not None and not os.path.lexists(file)
-            fail(entry, MISSING if is_missing else error.problem, str(file or ""))
+        picture = _read_edit(entry, locate)
+        if isinstance(picture, Row):
+            fail(picture)
             continue
-        rows.append((entry.index, official_example(source[entry.index], side), picture))
+        rows.append((entry.index, official_example(source[entry.index], side), official_picture(picture, side)))
         if len(rows) == batch:
             yield gather(rows)
             rows = []
@@ -227,6 +285,10 @@ def _read_batches(
 def _roots(folder: Path, benchmark: Benchmark) -> list[Path]:
     """The folders of the tasks in an editor's results."""
     return [benchmark.picture(folder, task, "x").parent for task in benchmark.tasks]
+
+
+def _is_source(file: Path, benchmark: Benchmark) -> bool:
+    return bool(benchmark.source_mark) and file.stem.endswith(benchmark.source_mark)
 
 
 def _has_layout(folder: Path, benchmark: Benchmark) -> bool:
