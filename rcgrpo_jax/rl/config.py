@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import same_examples
+from rcgrpo_jax.method import nft
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
@@ -58,6 +59,8 @@ _CHOICES = {
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),
     "surrogate.weighting": ("uniform", "policy"),
+    "nft.decay": tuple(nft.DECAYS),
+    "nft.keep_to": ("source", "sample"),
     "acd.text": ("all", "instruction"),
 }
 _RANGES = {
@@ -69,6 +72,9 @@ _RANGES = {
     "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
     "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
     "surrogate.micro_batch": (0, COUNT),
+    "nft.beta": (1e-3, 100), "nft.time_fraction": (0, 1), "nft.base_weight": (0, LARGE),
+    "nft.keep_weight": (0, LARGE), "nft.keep_tolerance": (0, LARGE), "nft.change_weight": (0, LARGE),
+    "nft.change_margin": (0, LARGE), "nft.erosion": (0, 128), "nft.ring_weight": (0, 1),
     "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
     "objective.quasi_norm": (0, 10), "objective.least_scored": (0, 1), "objective.kl_weight": (0, LARGE),
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),

@@ -1,5 +1,6 @@
 """Policies by name; the option `policy` chooses one."""
 
 from rcgrpo_jax.rl.policy.neighbour import Neighbour
+from rcgrpo_jax.rl.policy.nft import NFT
 
-POLICIES = {"neighbour": Neighbour}
+POLICIES = {"neighbour": Neighbour, "nft": NFT}

@@ -16,6 +16,7 @@ from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import likelihood
 from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.rl.policy.noise import initial_noises
 from rcgrpo_jax.runs.state import TrainState
 
 
@@ -97,23 +98,11 @@ class Neighbour:
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
-        settings, group = self.options.explore, self.options.rollout.group_size
-        num_prompts = prompts.region.shape[0]
+        group, num_prompts = self.options.rollout.group_size, len(prompts.explored)
         key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
-        shape = self.networks.source(prompts.condition).shape
-        references = jax.random.normal(key_reference, shape, jnp.float32)
-        keys = jax.random.split(key_noise, num_prompts)
-        alphas = (settings.alpha_edit, settings.alpha_base)
-
-        def perturb(key: Array, reference: Array, region: Array) -> Array:
-            match settings.kind:
-                case "global":
-                    return explore.neighbour_noise(key, reference, group, settings.sigma)
-                case "mixed":
-                    return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
-            return explore.region_decoupled_noise(key, reference, region, group, *alphas)
-
-        noise = jax.vmap(perturb)(keys, references, prompts.explored)
+        num_channels = self.networks.source(prompts.condition).shape[-1]
+        where = prompts.explored, group, num_channels
+        noise = initial_noises(self.options.explore, key_reference, key_noise, *where)
         first = _first_perturbed(self.options)
         anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.options.surrogate.anchors, first))(
             jax.random.split(key_anchors, num_prompts)
