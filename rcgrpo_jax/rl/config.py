@@ -169,6 +169,6 @@ def _spread_problems(options: Options, num_devices: int) -> list[str]:
         ("surrogate: units to differentiate", policy.num_units(options.step), options.surrogate.micro_batch),
     ):
         micro = micro or count
-        if count % micro or micro % spread:
+        if count and (count % micro or micro % spread):  # none where the policy has said why
             problems.append(f"{field} = {count} in micro-batches of {micro} does not divide over {where}")
     return list(dict.fromkeys(problems))

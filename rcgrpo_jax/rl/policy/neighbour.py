@@ -16,7 +16,7 @@ from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import likelihood
 from rcgrpo_jax.rl.policy.base import Prompts, Velocities
-from rcgrpo_jax.rl.policy.noise import initial_noises
+from rcgrpo_jax.rl.policy.noise import initial_noise
 from rcgrpo_jax.runs.state import TrainState
 
 
@@ -98,11 +98,9 @@ class Neighbour:
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
-        group, num_prompts = self.options.rollout.group_size, len(prompts.explored)
-        key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
-        num_channels = self.networks.source(prompts.condition).shape[-1]
-        where = prompts.explored, group, num_channels
-        noise = initial_noises(self.options.explore, key_reference, key_noise, *where)
+        group, num_prompts = self.options.rollout.group_size, prompts.region.shape[0]
+        *key_noise, key_anchors, key_steps = jax.random.split(key, 4)
+        noise = initial_noise(key_noise, prompts, self.networks, self.options)
         first = _first_perturbed(self.options)
         anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.options.surrogate.anchors, first))(
             jax.random.split(key_anchors, num_prompts)

@@ -16,7 +16,7 @@ from rcgrpo_jax.flow.solver import VelocityWithAux
 from rcgrpo_jax.method import nft
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy.base import Prompts, Velocities
-from rcgrpo_jax.rl.policy.noise import initial_noises
+from rcgrpo_jax.rl.policy.noise import initial_noise
 from rcgrpo_jax.runs.state import TrainState
 
 
@@ -79,13 +79,11 @@ class NFT:
 
     def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups, and for each candidate the times and noises that it is matched at."""
-        key_reference, key_noise, key_times, key_matched = jax.random.split(key, 4)
-        group, count = self.options.rollout.group_size, num_times(self.options)
-        num_prompts, num_channels = len(prompts.explored), self.networks.source(prompts.condition).shape[-1]
-        where = prompts.explored, group, num_channels
-        noise = initial_noises(self.options.explore, key_reference, key_noise, *where)
-        every = jnp.broadcast_to(jnp.arange(self.options.rollout.num_steps), (num_prompts, group, len(self.sigmas) - 1))
-        times = jax.random.permutation(key_times, every, axis=-1, independent=True)[..., :count]
+        *key_noise, key_times, key_matched = jax.random.split(key, 4)
+        noise = initial_noise(key_noise, prompts, self.networks, self.options)
+        every = jnp.arange(self.options.rollout.num_steps)
+        every = jnp.broadcast_to(every, (*noise.shape[:2], len(every)))
+        times = jax.random.permutation(key_times, every, -1, independent=True)[..., : num_times(self.options)]
         return Exploration(noise, times, jax.random.split(key_matched, times.shape))
 
     def rollout(

@@ -1,43 +1,43 @@
-"""The initial noises of a step's groups, for all policies that roll out from noise."""
+"""The initial noises of the groups of a step; the option `explore.kind`, for all policies."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.method import explore
-from rcgrpo_jax.rl.options import ExploreOptions
+from rcgrpo_jax.rl.options import StepOptions
+from rcgrpo_jax.rl.policy.base import Prompts
 
 
-def initial_noises(
-    settings: ExploreOptions,
-    key_reference: PRNGKeyArray,
-    key_noise: PRNGKeyArray,
-    explored: Float[Array, "P N"],
-    group_size: int,
-    num_channels: int,
+def initial_noise(
+    keys: Sequence[PRNGKeyArray], prompts: Prompts, networks: Networks, options: StepOptions
 ) -> Float[Array, "P G N C"]:
-    """A reference for each prompt, and a group around it (Eq. 6 or 10-11).
+    """Noises around one reference a group (Eq. 6 or 10-11).
+
+    With `global` and sigma = 1 a group's noises are independent; with sigma = 0 all of them are the reference.
 
     Args:
-        settings: Of the run.
-        key_reference: Draws eps*.
-        key_noise: Draws the perturbations.
-        explored: M, perhaps dilated.
-        group_size: G.
-        num_channels: C.
+        keys: Two: of the references, and of what differs from them.
+        prompts: The batch.
+        networks: They know the shape.
+        options: The run's.
     """
-    references = jax.random.normal(key_reference, (*explored.shape, num_channels), jnp.float32)
-    keys = jax.random.split(key_noise, len(explored))
+    key_reference, key_deltas = keys
+    settings, group = options.explore, options.rollout.group_size
+    references = jax.random.normal(key_reference, networks.source(prompts.condition).shape, jnp.float32)
     alphas = (settings.alpha_edit, settings.alpha_base)
 
     def perturb(key: Array, reference: Array, region: Array) -> Array:
         match settings.kind:
             case "global":
-                return explore.neighbour_noise(key, reference, group_size, settings.sigma)
+                return explore.neighbour_noise(key, reference, group, settings.sigma)
             case "mixed":
-                return explore.mixed_noise(key, reference, region, group_size, *alphas, settings.sigma)
-        return explore.region_decoupled_noise(key, reference, region, group_size, *alphas)
+                return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
+        return explore.region_decoupled_noise(key, reference, region, group, *alphas)
 
-    return jax.vmap(perturb)(keys, references, explored)
+    return jax.vmap(perturb)(jax.random.split(key_deltas, len(references)), references, prompts.explored)
