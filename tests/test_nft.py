@@ -21,6 +21,7 @@ from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.method import nft
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.plan import flops
+from rcgrpo_jax.report import run_record
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.policy.base import Prompts, Rollout
@@ -458,6 +459,15 @@ def test_what_cannot_be_is_refused(changes, problem):
 def test_its_fields_are_refused_for_other_policies():
     with pytest.raises(UsageError, match=r"nft\.beta: 0\.1 with policy = neighbour, which does not read it"):
         validate(small_run.make_config(nft__beta=0.1), 1)
+
+
+def test_the_page_of_a_run_says_what_it_minimised():
+    config = small_run.make_config(policy="nft", nft__beta=0.5, nft__keep_weight=0.02, **UNREAD).to_dict()
+    said = run_record.facts(run_record.RunRecord(config, [], {}))
+    assert said["Method"] == "DiffusionNFT post-training"
+    assert "beta 0.5, 0.99 of the times" in said["Matching"]
+    assert "weight 0.02 outside the mask, kept to the source" in said["Penalty by region"]
+    assert "Surrogate" not in said
 
 
 @pytest.mark.parametrize(("base_weight", "beside"), [(1e-4, 2), (0.0, 1)])
