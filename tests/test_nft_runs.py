@@ -12,6 +12,7 @@ import small_run
 from safetensors.numpy import load_file
 from test_distributed import finish, start
 from test_nft import UNREAD
+from test_plan import total_bytes, workload
 from test_resume import assert_bit_equal
 
 from rcgrpo_jax.experiments.export import export
@@ -93,3 +94,14 @@ def test_it_is_reported_exported_and_evaluated(straight, tmp_path, capsys):
     assert "beta 1.0, 0.5 of the times, decay ramp" in text
     assert "Distances of velocities" in text
     assert "Surrogate" not in text
+
+
+def test_the_plan_counts_what_is_compiled():
+    """The old adapter once in every program, and the evaluations of all three adapters in the update."""
+    planned = workload(**SETTINGS)
+    state = planned.trees["state"]
+    assert total_bytes(state.old) == total_bytes(state.params) > 0
+    kept = [planned.held(name) + total_bytes(planned.arguments(name)) for name in ("rollout", "update")]
+    assert min(kept) > total_bytes(state)
+    plan = planned.compile("update")
+    assert 0.85 < plan.cost.flops / plan.analytic < 1.05
