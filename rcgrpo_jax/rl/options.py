@@ -61,9 +61,7 @@ class NFTOptions:
     keep_weight: float = 0.0  # of the penalty for leaving the background (CoCoEdit: 0.02); 0: none
     keep_to: str = "source"  # what the background is held to: source (CoCoEdit's paper), sample (its code)
     keep_tolerance: float = 1e-3  # squared distance that costs nothing (CoCoEdit)
-    change_weight: float = (
-        0.0  # of the penalty on the region of bad samples, which pulls to the source (CoCoEdit: 0.02)
-    )
+    change_weight: float = 0.0  # of that on the region of bad samples, which pulls to the source (CoCoEdit: 0.02)
     change_margin: float = 3e-2  # squared distance to the source from which on there is none (CoCoEdit)
     erosion: int = 1  # tokens by which background and region shrink for both (CoCoEdit: 2 cells of 8 pixels, as much)
     ring_weight: float = 0.2  # of the tokens that are in neither then, in [0, 1] (CoCoEdit)
