@@ -54,7 +54,7 @@ def test_the_metrics_say_how_far_the_adapter_has_gone(straight):
     lines = small_run.metrics_without_times(straight[1])
     for name in ("from_old", "from_base"):
         assert lines[0][name] < 1e-12  # the first step begins at the old adapter, which is the base
-        assert lines[-1][name] > 1e-9
+        assert lines[-1][name] > 1e-11  # the old one follows closely: d is 0.003
     assert lines[0]["region_penalty"] > 0
 
 
