@@ -145,7 +145,7 @@ class Workload:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
         return {
-            "rollout": (t.params, t.state.params, t.prompts, t.candidates),
+            "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates),
             "decode": (t.decoder, t.images),
             "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
         }[name]

@@ -65,6 +65,8 @@ PANELS = (
     Panel("Loss", "", ("loss", "loss_everywhere", "loss_inside")),
     Panel("Distance to the source", "squared, of anchors, outside the mask", ("source_distance",)),
     Panel("KL divergence", "", ("kl",)),
+    Panel("Distances of velocities", "mean square, to the old adapter's and the base's", ("from_old", "from_base")),
+    Panel("Penalty by region", "", ("region_penalty",)),
     Panel("PSNR", "dB", ("psnr",)),
     Panel("Gradient norm", "before clipping", ("grad_norm",), log=True),
     Panel("Ratio", "largest |ratio - 1| of a step", ("ratio_deviation",)),

@@ -50,6 +50,13 @@ _POLICY = {
         "Random steps": "{sde[kind]}, level {sde[level]}, {sde[noise]} noise, window {sde[window]} (0: all but the "
         "last), {sde[place]}, clip {objective[clip]}",
     },
+    "nft": {
+        "Method": "DiffusionNFT post-training",
+        "Matching": "beta {nft[beta]}, {nft[time_fraction]} of the times, decay {nft[decay]}, weight of the base "
+        "{nft[base_weight]}",
+        "Penalty by region": "weight {nft[keep_weight]} outside the mask, kept to the {nft[keep_to]}; "
+        "{nft[change_weight]} inside",
+    },
 }
 _EXPLORATION = {
     "region": "region-decoupled, {explore[alpha_edit]} inside and {explore[alpha_base]} outside the mask",

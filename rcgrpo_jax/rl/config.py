@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax.data.sources import same_examples
 from rcgrpo_jax.flow.sde import KINDS
 from rcgrpo_jax.flow.solvers import SOLVERS, steps_problem
+from rcgrpo_jax.method import nft
 from rcgrpo_jax.method.gaussian import LOG_PROBS
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
@@ -67,6 +68,8 @@ _CHOICES = {
     "sde.noise": ("independent", "region"),
     "sde.log_prob": tuple(LOG_PROBS),
     "objective.advantage_std": ("group", "batch"),
+    "nft.decay": tuple(nft.DECAYS),
+    "nft.keep_to": ("source", "sample"),
     "acd.text": ("all", "instruction"),
 }
 _RANGES = {
@@ -80,6 +83,9 @@ _RANGES = {
     "surrogate.micro_batch": (0, COUNT),
     "sde.level": (0, LARGE), "sde.window": (0, STEPS), "sde.interval": (1, COUNT), "sde.stride": (0, STEPS),
     "sde.range_start": (0, STEPS), "sde.range_end": (0, STEPS),
+    "nft.beta": (1e-3, 100), "nft.time_fraction": (0, 1), "nft.base_weight": (0, LARGE),
+    "nft.keep_weight": (0, LARGE), "nft.keep_tolerance": (0, LARGE), "nft.change_weight": (0, LARGE),
+    "nft.change_margin": (0, LARGE), "nft.erosion": (0, 128), "nft.ring_weight": (0, 1),
     "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
     "objective.quasi_norm": (0, 10), "objective.least_scored": (0, 1), "objective.kl_weight": (0, LARGE),
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),

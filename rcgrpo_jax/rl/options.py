@@ -68,6 +68,23 @@ class SDEOptions:
 
 
 @dataclass(frozen=True)
+class NFTOptions:
+    """DiffusionNFT, and CoCoEdit's penalty by region (`method.nft`). Squared distances are of latents, per channel."""
+
+    beta: float = 1.0  # b, how far v+ and v- are from v_old (published: 1 or 0.1, which is faster and less stable)
+    time_fraction: float = 0.99  # of a rollout's K times, int(K fraction) of them, drawn for each candidate (published)
+    base_weight: float = 1e-4  # of mean (v - v_base)^2, the pull to the model without an adapter (published)
+    decay: str = "ramp"  # d of old <- d old + (1 - d) theta: none, ramp or delayed, of method.nft.DECAYS (published)
+    keep_weight: float = 0.0  # of the penalty for leaving the background (CoCoEdit: 0.02); 0: none
+    keep_to: str = "source"  # what the background is held to: source (CoCoEdit's paper), sample (its code)
+    keep_tolerance: float = 1e-3  # squared distance that costs nothing (CoCoEdit)
+    change_weight: float = 0.0  # of that on the region of bad samples, which pulls to the source (CoCoEdit: 0.02)
+    change_margin: float = 3e-2  # squared distance to the source from which on there is none (CoCoEdit)
+    erosion: int = 1  # tokens by which background and region shrink for both (CoCoEdit: 2 cells of 8 pixels, as much)
+    ring_weight: float = 0.2  # of the tokens that are in neither then, in [0, 1] (CoCoEdit)
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions:
     """What an update maximises."""
 
@@ -114,6 +131,7 @@ class StepOptions:
     rollout: RolloutOptions
     surrogate: SurrogateOptions
     sde: SDEOptions
+    nft: NFTOptions
     objective: ObjectiveOptions
     acd: ACDOptions
     optimizer: OptimizerOptions
@@ -137,6 +155,7 @@ class Options:
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
     sde: SDEOptions = field(default_factory=SDEOptions)
+    nft: NFTOptions = field(default_factory=NFTOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     # Reward -> weight after its z-score; 0: not used.
     rewards: Mapping[str, float] = field(default_factory=lambda: {"preservation": 1.0, "colour": 1.0})
@@ -155,5 +174,14 @@ class Options:
     @property
     def step(self) -> StepOptions:
         """What the programs of a step are made of."""
-        shared = (self.explore, self.rollout, self.surrogate, self.sde, self.objective, self.acd, self.optimizer)
+        shared = (
+            self.explore,
+            self.rollout,
+            self.surrogate,
+            self.sde,
+            self.nft,
+            self.objective,
+            self.acd,
+            self.optimizer,
+        )
         return StepOptions(self.policy, self.data.size, self.model.guidance, self.lora.scale, *shared)

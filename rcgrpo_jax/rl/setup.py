@@ -210,7 +210,8 @@ def check_sizes(options: Options, model: Model) -> None:
         rollout.prompts * rollout.group_size * candidate_bytes(size, model, rollout.num_steps),
         "Lower rollout.prompts, rollout.group_size, rollout.num_steps or data.size.",
     )
-    check_lora(options.lora, bool(options.optimizer.ema_decay), model)
+    copies = bool(options.optimizer.ema_decay) + POLICIES[options.policy].keeps_old
+    check_lora(options.lora, copies, model)
 
 
 def check_scorable(rewards: Mapping[str, Reward], example: KnownExample) -> None:

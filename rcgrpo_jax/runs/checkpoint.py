@@ -21,7 +21,7 @@ from jaxtyping import Array, PyTree, UInt32
 
 from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
-from rcgrpo_jax.orbax import is_of_files, ocp, saving
+from rcgrpo_jax.orbax import is_of_files, loading, ocp, saving
 from rcgrpo_jax.parallel.distributed import raise_together
 from rcgrpo_jax.runs.best import Held
 
@@ -130,7 +130,7 @@ class Checkpointer:
             if about.metadata is None:
                 raise ValueError("the description of its arrays is damaged")
         _check_same_arrays(path, _signatures(about.metadata), _signatures(wanted))
-        with self._read_errors(path):
+        with self._read_errors(path), loading():
             state, saved = ocp.load(path, wanted), about.custom_metadata["checksums"]
             if damaged := [name for name, found in _checksums(state).items() if found != saved[name]]:
                 raise ValueError(f"{', '.join(damaged)}: not the values that were saved")

@@ -11,9 +11,12 @@ from rcgrpo_jax.runs.fields import is_within
 
 # Fields that came later, and what runs did before: a configuration that was saved without one has this value.
 ADDED = {
-    "data.buckets": "none", "data.mask_value": "", "lora.init": "", "objective.least_scored": 1.0,
+    "data.buckets": "none", "data.mask_value": "", "lora.init": "",
+    "nft.beta": 1.0, "nft.time_fraction": 0.99, "nft.base_weight": 1e-4, "nft.decay": "ramp",
+    "nft.keep_weight": 0.0, "nft.keep_to": "source", "nft.keep_tolerance": 1e-3,
+    "nft.change_weight": 0.0, "nft.change_margin": 3e-2, "nft.erosion": 1, "nft.ring_weight": 0.2,
+    "objective.advantage_std": "group", "objective.least_scored": 1.0,
     "optimizer.eps": 1e-8, "policy": "neighbour", "rollout.solver": "euler",
-    "objective.advantage_std": "group",
     "sde.kind": "flow_grpo", "sde.level": 0.7, "sde.window": 0, "sde.place": "progressive", "sde.interval": 25,
     "sde.stride": 1, "sde.range_start": 0, "sde.range_end": 0, "sde.noise": "independent", "sde.log_prob": "density",
     "train.best": "", "train.patience": 0, "train.samples": "", "train.sample_every": 20,

@@ -34,6 +34,11 @@ class TrainState:
         return self.params if self.old is None else self.old
 
     @property
+    def num_updates(self) -> Array:
+        """Optimizer updates done; a step may have several, or none where no group teaches anything."""
+        return optax.tree.get(self.opt_state, "ScaleByAdamState").count
+
+    @property
     def averaged(self) -> dict:
         """The average if one is kept, else the parameters."""
         return self.params if self.ema is None else self.ema
