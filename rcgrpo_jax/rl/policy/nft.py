@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.matching import interpolate
-from rcgrpo_jax.flow.solver import VelocityWithAux
+from rcgrpo_jax.flow.solvers import SOLVERS
+from rcgrpo_jax.flow.solvers.base import VelocityWithAux
 from rcgrpo_jax.method import nft
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy.base import Prompts, Velocities
@@ -90,7 +91,8 @@ class NFT:
         self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
     ) -> tuple[Float[Array, "K+1 N C"], Any]:
         """Integrates from the candidate's noise; the last state is the sample."""
-        return rollout.integrate_with_aux(velocity, candidate, self.sigmas)
+        solver = SOLVERS[self.options.rollout.solver]
+        return rollout.integrate_with_aux(velocity, candidate, self.sigmas, solver)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, " U"], Array]:
         """Prompt, candidate, time and key of each unit."""
