@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ VelocityWithAux = Callable[[Array, Array], tuple[Array, Any]]
 """The same, with arrays beside it that are kept of each step, such as attention masses."""
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A method for `dx / dsigma = v(x, sigma)`. It takes all steps of a rollout, and says what they cost."""
 
