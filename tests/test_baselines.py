@@ -1,11 +1,13 @@
 """Baselines: rows of one table at one budget of model evaluations, with fields of other policies at their defaults."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
 
 from rcgrpo_jax.cli.ablate import read_rates
+from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.experiments.ablation import EvaluationSettings as Protocol
 from rcgrpo_jax.experiments.ablation import Variant, check_variants, configure
@@ -15,6 +17,8 @@ from rcgrpo_jax.options import read_options
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.recipes import small_editor
+
+FILES = sorted((Path(__file__).parents[1] / "configs" / "baselines").glob("*.py"))
 
 
 def options_of(variant: Variant) -> Options:
@@ -87,3 +91,15 @@ def test_costs_are_kept_and_shown(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=r"0\.json"):
             Cost.load(file)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_published_settings_are_valid_runs_on_the_machines_they_were_planned_for(file):
+    config = load_config(file, "")
+    config.model.path = config.data.path = "somewhere"
+    for devices, tensor in ((8, 1), (16, 2 if file.stem.startswith("flow") else 1)):
+        config.mesh.tensor = tensor
+        validate(config, devices)
+    assert config.acd.weight == 0
+    stated = f"{evaluations_of_step(read_options(Options, config)):,} evaluations"
+    assert stated in " ".join(file.read_text().split())

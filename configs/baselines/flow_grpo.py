@@ -1,0 +1,34 @@
+"""Flow-GRPO (arXiv 2505.05470) at 512 x 512, as its authors' code trains FLUX.1-Kontext.
+
+    rcgrpo train --config configs/baselines/flow_grpo.py --workdir runs/flow_grpo \
+        --config.model.path=/data/kontext --config.data.path=/data/edits
+
+Noise enters five of six steps at level 0.9. 24 groups of 21 are one update; the published code draws 48, and takes
+the second half of them in a second update, which is off-policy by one.
+
+Schedule, rewards and data are this project's, as in `configs/kontext_512.py`: docs/baselines.md says what else differs.
+A step is 10,584 evaluations (322.9 PFLOP by the formula of `rcgrpo plan`; `configs/kontext_512.py`
+has 576 and 21.5).
+"""
+
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.rl.recipes import kontext_512
+
+
+def get_config() -> ConfigDict:
+    config = kontext_512()
+    config.policy = "gaussian"
+    config.explore.kind, config.explore.sigma = "global", 1.0  # every candidate has a noise of its own
+    config.rollout.prompts, config.rollout.group_size, config.rollout.num_steps = 24, 21, 6
+    config.sde.kind, config.sde.level = "flow_grpo", 0.9
+    config.objective.clip = 1e-4
+    config.objective.advantage_std = "batch"
+    config.model.max_text_tokens = 128
+    config.lora.rank, config.lora.alpha, config.lora.targets = 64, 128.0, "attention+mlp"
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 3e-4, 1e-4
+    config.optimizer.ema_decay = 0.9
+    config.acd.weight = 0.0
+    config.rollout.micro_batch, config.rollout.decode_micro_batch = 24, 24  # of 504 candidates: one of each group
+    config.surrogate.micro_batch = 24  # of 2,520 candidate-steps
+    return config

@@ -1,0 +1,35 @@
+"""Flow-GRPO-Fast with Flow-CPS (arXiv 2509.05952) at 512 x 512, as flow_grpo's code trains FLUX.
+
+    rcgrpo train --config configs/baselines/flow_grpo_fast.py --workdir runs/flow_grpo_fast \
+        --config.model.path=/data/kontext --config.data.path=/data/edits
+
+Noise enters the first three of six steps, and only these are trained. Batch, LoRA and optimizer are those of
+`flow_grpo.py`, which are Kontext's.
+
+Schedule, rewards and data are this project's, as in `configs/kontext_512.py`: docs/baselines.md says what else differs.
+A step is 7,560 evaluations (233.0 PFLOP by the formula of `rcgrpo plan`; `configs/kontext_512.py`
+has 576 and 21.5).
+"""
+
+from ml_collections import ConfigDict
+
+from rcgrpo_jax.rl.recipes import kontext_512
+
+
+def get_config() -> ConfigDict:
+    config = kontext_512()
+    config.policy = "gaussian"
+    config.explore.kind, config.explore.sigma = "global", 1.0  # every candidate has a noise of its own
+    config.rollout.prompts, config.rollout.group_size, config.rollout.num_steps = 24, 21, 6
+    config.sde.kind, config.sde.level, config.sde.log_prob = "cps", 0.8, "published"
+    config.sde.window, config.sde.place, config.sde.range_end = 3, "random", 3
+    config.objective.clip = 1e-5
+    config.objective.advantage_std = "batch"
+    config.model.max_text_tokens = 128
+    config.lora.rank, config.lora.alpha, config.lora.targets = 64, 128.0, "attention+mlp"
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 3e-4, 1e-4
+    config.optimizer.ema_decay = 0.9
+    config.acd.weight = 0.0
+    config.rollout.micro_batch, config.rollout.decode_micro_batch = 24, 24  # of 504 candidates: one of each group
+    config.surrogate.micro_batch = 24  # of 1,512 candidate-steps
+    return config
