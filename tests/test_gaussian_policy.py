@@ -1,8 +1,6 @@
 """The policy `gaussian`: what it explores, rolls out and minimises, on networks of one matrix."""
 
 import functools
-import json
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -410,16 +408,3 @@ def test_the_page_of_a_run_names_its_random_steps():
     said = run_record.facts(run_record.RunRecord(config, [], {}))
     assert said["Random steps"].startswith("cps, level 0.6, independent noise, window 2")
     assert "Surrogate" not in said
-
-
-def test_the_published_settings_of_the_docs_are_valid():
-    text = (small_run.ROOT / "docs" / "baselines.md").read_text()
-    rows = re.findall(r"^\| (.*) \| `(explore\.kind=.*)` \|$", text, re.MULTILINE)
-    assert len(rows) == 5
-    for _, overrides in rows:
-        config = make(policy="gaussian")
-        for field, value in (override.split("=") for override in overrides.split()):
-            group, name = field.split(".")
-            text_field = isinstance(config[group][name], str)
-            config[group][name] = value if text_field else type(config[group][name])(json.loads(value))
-        assert problems(config) == []
