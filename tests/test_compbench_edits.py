@@ -76,7 +76,8 @@ def test_several_loras_edit_beside_the_base_and_another_published_table(tmp_path
     run(tmp_path, f"--edits={tmp_path / 'edits'}", adapters=loras[:1])
     assert made == [*range(9)] * 2
     made.clear()
-    run(tmp_path, f"--edits={tmp_path / 'edits'}", "--published=table-2", adapters=loras)
+    table_2 = ("--published=table-2", "--measures=official_psnr")
+    run(tmp_path, f"--edits={tmp_path / 'edits'}", *table_2, adapters=loras)
     assert made == [*range(9)]  # of the second alone
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Table 2" in table

@@ -236,9 +236,9 @@ def test_a_key_is_read_as_it_was_written_and_one_that_lacks_an_edit_is_refused(t
     assert read_key(tmp_path / "a.json") == KEY
     damaged = json.loads((tmp_path / "a.json").read_text())
     del damaged["examples"]["example3"]["edits"]["edit3-1"]
-    write_key(tmp_path / "a.json", damaged)
+    write_key(tmp_path / "b.json", damaged)
     with pytest.raises(UserError, match=r"examples\.example3: edits of"):
-        read_key(tmp_path / "a.json")
+        read_key(tmp_path / "b.json")
 
 
 def test_the_command_writes_numbers_and_tables_and_spares_other_files(tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import list_entries, open_results
-from rcgrpo_jax.evaluation.judge import scores_of
-from rcgrpo_jax.evaluation.measures import MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.benchmarks.results import check_listed, list_entries, open_results
+from rcgrpo_jax.evaluation.judge import check_scorable, scores_of
+from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.measures.clip import load_model
+from rcgrpo_jax.evaluation.measures.official import load_squeeze_weights
 from rcgrpo_jax.experiments.benchmark import (
     FILES,
     Measuring,
@@ -42,6 +44,7 @@ _MAKE = (  # flags that say how a model edits
     "adapter", "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype",
     "quantization",
 )  # fmt: skip
+_WEIGHTS = {"clip": load_model, "lpips_squeeze": load_squeeze_weights}  # flag -> what reads it
 _OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
 
 
@@ -79,17 +82,32 @@ def check_no_benchmark(values: flags.FlagValues) -> None:
         )
 
 
-def check_nothing_edits(values: flags.FlagValues, beside: str) -> None:
+def check_nothing_edits(values: flags.FlagValues, beside: str, names: Sequence[str] = _MAKE) -> None:
     """Refuses flags that say how a model edits, where none does.
 
     Raises:
         UsageError: Naming the first, and the flag that it is found with.
     """
-    if given := [name for name in _MAKE if values[name].present]:
+    if given := [name for name in names if values[name].present]:
         raise UsageError(
             f"--{given[0]}: found with {beside}; it says how a model edits, and these edits are made.",
             f"Leave --{given[0]} out.",
         )
+
+
+def measure_options(values: flags.FlagValues, measures: Sequence[Measure]) -> MeasureOptions:
+    """Where the weights of measures are.
+
+    Raises:
+        UsageError: Weights are named that no measure reads.
+    """
+    for flag, load in _WEIGHTS.items():
+        if values[flag].present and all(one.load is not load for one in measures):
+            raise UsageError(
+                f"--{flag}: found, and none of the measures {', '.join(one.name for one in measures)} reads it.",
+                f"Name measures that do, as in --measures official,region, or leave --{flag} out.",
+            )
+    return MeasureOptions(**{flag: values[flag].value or "" for flag in _WEIGHTS})
 
 
 def run_benchmark(values: flags.FlagValues) -> None:
@@ -107,7 +125,7 @@ def run_benchmark(values: flags.FlagValues) -> None:
         for flag, written in (("--out", out), ("--edits", edits)):
             check_apart(flag, written, {"--results": folder})
     check_apart("--out", out, read, FILES)
-    check_apart("--edits", edits, read)
+    check_apart("--edits", edits, read if values.model else {})
     check_file("out", out / "grid.png", ".png")
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     open_devices()
@@ -119,7 +137,9 @@ def run_benchmark(values: flags.FlagValues) -> None:
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
         with distributed.raise_together():
-            listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
+            done = count_steps(progress, "read the examples", len(source))
+            listed = list_entries(source, benchmark, done, how.check)
+            check_listed(listed, how.measures, located)
         if model:
             edited = edit_adapters(
                 model, source, listed.entries, adapters, edits, size, steps=values.steps, guidance=values.guidance,
@@ -178,7 +198,7 @@ def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict
             "Name the model that shall edit, or the folder of an editor's results.",
         )
     if not values.model:
-        check_nothing_edits(values, "--results alone")
+        check_nothing_edits(values, "--results alone", (*_MAKE, "size"))
     names = [folder.name for folder in folders]
     names += ["base", "lora", *adapters] if values.model else []
     if len(set(names)) < len(names):
@@ -194,7 +214,7 @@ def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
     measures = choose(values.measures or benchmark.measures)
     if not values.measures:  # what was not asked for by name is left out where its weights are not given
         measures = [one._replace(required=False) for one in measures]
-    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    options = measure_options(values, measures)
     weights = load_weights(measures, options)
     without = [one for one in measures if one.load is not None and weights[one.load] is None]
     measures = [one for one in measures if one not in without]
@@ -203,6 +223,8 @@ def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
             raise UsageError("--judge_option: found without --judge.", "Name the judge, or leave it out.")
         return Measuring(measures, options, values.batch, without=without)
     known = known_rewards({})
-    (reward,) = make_repeats(values.judge, read_options(values.judge, values.judge_option, known), 1, known)
+    chosen = read_options(values.judge, values.judge_option, known, "--judge_option")
+    (reward,) = make_repeats(values.judge, chosen, 1, known)
     check_all({values.judge: reward})
-    return Measuring(measures, options, values.batch, partial(scores_of, values.judge, reward), without)
+    score, check = partial(scores_of, values.judge, reward), lambda example: check_scorable([example], reward)
+    return Measuring(measures, options, values.batch, score, check, without)

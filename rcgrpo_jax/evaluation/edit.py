@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def edit_all(
 
     Raises:
         UserError: An example cannot be read or lacks what is needed, two have one name, the folder holds other edits,
-            or it cannot be written.
+            another process is at work on this share, or the folder cannot be written.
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
@@ -86,25 +87,26 @@ def edit_all(
     if not 0 <= rank < count:
         raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
     own = indices[rank::count]
-    with distributed.raise_together():
-        names, digest = [], Digest()
-        for index in indices:
-            example = read_example(source, index, size)
-            check_needs(example, needs)
-            names.append(example.name)
-            digest.add(example)
-        check_names(names)
-        settings = edit_settings(editor, options, size) | {"data": str(digest)}
-        claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
-        made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
-        missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
-    for _ in range(len(own) - len(missing)):
-        progress()
-    if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
-        editor.load_encoders()
-        _ = editor.params
-    batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
-    with PictureLog(Path(folder), rank, count) as log:
+    with ExitStack() as stack:
+        with distributed.raise_together():
+            names, digest = [], Digest()
+            for index in indices:
+                example = read_example(source, index, size)
+                check_needs(example, needs)
+                names.append(example.name)
+                digest.add(example)
+            check_names(names)
+            settings = edit_settings(editor, options, size) | {"data": str(digest)}
+            claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
+            log = stack.enter_context(PictureLog(Path(folder), rank, count))  # before weights are read
+            made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
+            missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
+        for _ in range(len(own) - len(missing)):
+            progress()
+        if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
+            editor.load_encoders()
+            _ = editor.params
+        batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
         for edited in edit_batches(editor, batches, options, lora, mesh):
             for row, example in enumerate(edited.batch.own):
                 index = int(edited.batch.indices[row])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
@@ -26,7 +26,7 @@ from rcgrpo_jax.evaluation.examples import EditedBatch
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, note
 from rcgrpo_jax.evaluation.official import official_example
 from rcgrpo_jax.evaluation.pictures import picture_file
-from rcgrpo_jax.evaluation.tables import Table, latex, markdown, plain
+from rcgrpo_jax.evaluation.tables import Table, latex, markdown, markdown_line, one_line, plain
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
@@ -47,6 +47,7 @@ class Measuring:
     options: MeasureOptions
     batch: int = 8
     score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {}  # a judge's (`judge.scores_of`)
+    check: Callable[[EditExample], None] = lambda example: None  # refuses what the judge cannot score
     without: Sequence[Measure] = ()  # what is not measured for lack of weights
 
 
@@ -185,7 +186,7 @@ def write_benchmark(
     said += [f"{one.label} is not measured: its weights are not given. {one.remedy}" for one in how.without]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
-    write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(said) + "\n")
+    write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(map(markdown_line, said)) + "\n")
     write_text(out / "table.tex", latex(tables))
     write_text(out / "table.csv", to_csv(values))
     write_text(
@@ -198,14 +199,14 @@ def write_benchmark(
 
 def summary(found: Found, out: Path) -> str:
     """What people read of it: the tables as text, what failed, and where the files are."""
-    lines = [plain(found.tables), *found.remarks, ""]
+    lines = [plain(found.tables), *map(one_line, found.remarks), ""]
     for name, edits in found.editors.items():
         failed = [row for row in edits.rows if row.failure]
-        lines += [f"{name}: {row.task}/{row.id}: {row.failure}" for row in failed[:_SHOWN]]
+        lines += [one_line(f"{name}: {row.task}/{row.id}: {row.failure}") for row in failed[:_SHOWN]]
         if failed[_SHOWN:]:
             lines.append(f"{name}: {len(failed) - _SHOWN:,} more failed, listed in {out / 'failures.json'}")
         if extra := [file for files in edits.extra.values() for file in files]:
-            lines.append(f"{name}: {len(extra):,} pictures of no example, the first {extra[0]}")
+            lines.append(one_line(f"{name}: {len(extra):,} pictures of no example, the first {extra[0]}"))
     files = ", ".join(str(out / f"{name}.jsonl") for name in found.editors)
     return "\n".join([*lines, f"examples  {files}", f"table     {out / 'table.md'}, .tex and .csv"])
 

@@ -79,14 +79,14 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of results, and makes its folder.
+    """Writes a file of results, and makes its folder. What is no text, as in names of files, is written with escapes.
 
     Raises:
         UserError: If it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
 

@@ -15,10 +15,11 @@ from jaxtyping import UInt8
 
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import read_image
+from rcgrpo_jax.data.paths import Finder, composed
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
-from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, right_batches
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, check_right, right_batches
 from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure_edits
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions
 from rcgrpo_jax.evaluation.official import official_example, official_picture
@@ -46,6 +47,7 @@ class Listed(NamedTuple):
     entries: list[Entry]
     others: Counter[str]  # tasks that are none of the benchmark -> examples
     uncaptioned: int = 0  # how many entries have no caption
+    untargeted: tuple[str, ...] = ()  # the names of those that have no target
 
 
 class Measured(NamedTuple):
@@ -68,32 +70,42 @@ class Qualified:
         return replace(self._source[index], name=self._names[index])
 
 
-def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], None] = lambda: None) -> Listed:
+def list_entries(
+    source: Source,
+    benchmark: Benchmark,
+    progress: Callable[[], None] = lambda: None,
+    check: Callable[[EditExample], None] = lambda example: None,
+) -> Listed:
     """Lists the examples of a benchmark's tasks; each is read once for it.
 
     Args:
         source: Examples that name their task and have the benchmark's ids.
         benchmark: Whose tasks.
         progress: Called for each example.
+        check: Refuses an example of the benchmark that could not be measured, before hours of edits.
 
     Raises:
-        UserError: An example cannot be read, or two of a task have one id.
+        UserError: An example cannot be read, its target is flawed, it is refused, or two of a task have one id.
         UsageError: No example has one of the tasks.
     """
-    entries, others, seen, uncaptioned = [], Counter(), {}, 0
+    entries, others, seen, uncaptioned, untargeted = [], Counter(), {}, 0, []
     for index in range(len(source)):
         example = source[index]
         entry = Entry(index, benchmark.identify(example), example.task)
         if example.task not in benchmark.tasks:
             others[example.task] += 1
-        elif (other := seen.setdefault(entry.name, index)) != index:
+        elif (other := seen.setdefault(str(PurePosixPath(entry.name)), index)) != index:  # a/./b is a/b
             raise UserError(
                 f"{entry.name}: the examples {other} and {index} have this name; a name for each was wanted.",
                 "Rename one of them in the data.",
             )
         else:
+            check_right(example)
+            check(example)
             entries.append(entry)
             uncaptioned += not example.has_caption
+            if not example.has_target:
+                untargeted.append(entry.name)
         progress()
     if not entries:
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
@@ -101,7 +113,47 @@ def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], No
             f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
             f"`rcgrpo data prepare {benchmark.name}` makes such data.",
         )
-    return Listed(entries, others, uncaptioned)
+    return Listed(entries, others, uncaptioned, tuple(untargeted))
+
+
+def check_listed(listed: Listed, measures: Sequence[Measure], results: Mapping[str, Locate]) -> None:
+    """Refuses what could not be measured, before hours of edits.
+
+    Args:
+        listed: The examples.
+        measures: What is to be measured.
+        results: Editor -> where its pictures lie, of those whose pictures others made.
+
+    Raises:
+        UserError: A measure needs targets, and some of the examples have none; or an editor has no picture at all.
+    """
+    needing = [one.label for one in measures if "target" in one.needs]
+    if needing and 0 < (count := len(listed.untargeted)) < len(listed.entries):
+        raise UserError(
+            f"{listed.untargeted[0]}: no target image; {count:,} of {len(listed.entries):,} examples have none, and "
+            f"{', '.join(needing)} takes one of each.",
+            "Add them, leave such examples out, or choose other --measures.",
+        )
+    for name, locate in results.items():
+        if not any(_is_there(locate, entry) for entry in listed.entries):
+            raise UserError(
+                f"{name}: no picture of any of {len(listed.entries):,} examples found; the first would be "
+                f"{_path_of(locate, listed.entries[0])}.",
+                "Name the folder of the pictures and the data that they are edits of.",
+            )
+
+
+def _path_of(locate: Locate, entry: Entry) -> Path | str:
+    """Where an edit lies; the error's text where there is no such place."""
+    try:
+        return locate(entry)
+    except UserError as error:
+        return error.problem
+
+
+def _is_there(locate: Locate, entry: Entry) -> bool:
+    """Whether there is anything in the place of an edit."""
+    return os.path.lexists(_path_of(locate, entry))
 
 
 def open_results(folder: Path, benchmark: Benchmark) -> Locate:
@@ -120,18 +172,21 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
             f"Name one editor's folder, such as {inside[0]}." if inside else "Name the folder MODEL.",
         )
 
+    find = Finder()
+
     def locate(entry: Entry) -> Path:
         parts = PurePosixPath(entry.id)
         if parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{entry.name}: the id leads out of the folder; one within it was wanted.", "Correct it.")
-        return benchmark.picture(folder, entry.task, entry.id)
+        file = benchmark.picture(folder, entry.task, entry.id)
+        return file if os.path.lexists(file) else find(file)
 
     return locate
 
 
 def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry]) -> dict[str, list[str]]:
     """Task -> the pictures in an editor's results that no example has, relative to the folder."""
-    wanted, extra = {benchmark.picture(folder, x.task, x.id) for x in entries}, {}
+    wanted, extra = {composed(str(benchmark.picture(folder, x.task, x.id))) for x in entries}, {}
     for task, root in zip(benchmark.tasks, _roots(folder, benchmark), strict=True):
         there = (
             Path(place, file)
@@ -139,7 +194,7 @@ def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry])
             for file in files
             if not file.startswith(".") and file.lower().endswith(_PICTURES)
         )
-        extra[task] = sorted(str(file.relative_to(folder)) for file in there if file not in wanted)
+        extra[task] = sorted(str(file.relative_to(folder)) for file in there if composed(str(file)) not in wanted)
     return extra
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.errors import UserError
 
 
@@ -67,7 +68,7 @@ def _record(row: Row, names: Sequence[str]) -> dict[str, str | float | None]:
         return value if math.isfinite(value) else None
 
     values = {name: finite(row.values.get(name, math.nan)) for name in names}
-    return {"id": row.id, "task": row.task, "failure": row.failure or None, **values}
+    return {"id": printable(row.id), "task": row.task, "failure": row.failure or None, **values}
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
