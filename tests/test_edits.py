@@ -244,7 +244,9 @@ def test_what_takes_a_target_is_left_out_without_one_and_refused_where_some_have
 
 
 def test_a_size_that_no_memory_holds_is_refused_before_a_picture_is_made_so_large(tmp_path):
-    with pytest.raises(UserError, match=r"size: 5 pictures of 900000 x 900000 pixels takes [\d,.]+ GiB at least"):
+    with pytest.raises(
+        UserError, match=r"size: 900000 x 900000 pixels, 5 pictures at a time, takes [\d,.]+ GiB at least"
+    ):
         measure(tmp_path, SCENES, size=(900_000, 900_000))
 
 

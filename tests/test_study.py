@@ -188,7 +188,7 @@ def test_a_page_that_no_browser_opens_is_refused_with_the_number_that_fits(tmp_p
         (("a", "b"), {"count": 4}, "--data: 3 examples found; 4 at least were wanted"),
         (("a", "b"), {"questions": ["Best?", "Best? "]}, "--question: 'Best?', 'Best? ' found"),
         (("a", "Not sure"), {}, "--pictures: a folder called Not sure found"),
-        (("a", "b"), {"size": (10**6, 10**6)}, "size: 3 pictures of 1000000 x 1000000 pixels takes"),
+        (("a", "b"), {"size": (10**6, 10**6)}, "size: 1000000 x 1000000 pixels, 3 pictures at a time, takes"),
     ],
 )
 def test_studies_that_cannot_be_are_refused(tmp_path, makers, options, problem):

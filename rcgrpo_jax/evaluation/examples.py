@@ -95,8 +95,8 @@ def check_room(batch: int, size: tuple[int, int]) -> None:
     """
     height, width = size
     needed = batch * height * width * (2 * 3 + 4)  # source and edit in 8 bits, and the mask
-    what = f"{batch} pictures of" if batch > 1 else "a picture of"
-    check_memory(f"size: {what} {width} x {height} pixels", needed, "Choose a smaller size, or fewer at a time.")
+    what = f"size: {width} x {height} pixels, {batch} pictures at a time,"
+    check_memory(what, needed, "Choose a smaller size, or fewer at a time.")
 
 
 def right_batches(batches: Iterable[ExampleBatch], need_targets: bool = False) -> Iterator[ExampleBatch]:

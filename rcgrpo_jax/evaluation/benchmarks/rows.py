@@ -60,7 +60,12 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     names, text = measures_of(rows), pyarrow.string()
     schema = pyarrow.schema([(name, text) for name in ("id", "task", "failure")] + [(x, "float32") for x in names])
     table = pyarrow.Table.from_pylist([_record(row, names) for row in rows], schema)
-    _write(path, lambda partial: pyarrow.parquet.write_table(table, partial))
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # pyarrow takes no path that is not UTF-8
+            pyarrow.parquet.write_table(table, file)
+
+    _write(path, write)
 
 
 def _record(row: Row, names: Sequence[str]) -> dict[str, str | float | None]:
