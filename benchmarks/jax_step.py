@@ -25,11 +25,11 @@ from rcgrpo_jax.plan import flops
 from rcgrpo_jax.plan.chips import chip_of
 from rcgrpo_jax.plan.programs import FluxKontextDev, counts
 from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.parts import join, split_groups
 from rcgrpo_jax.rl.policy.base import Prompts, Rollout
 from rcgrpo_jax.rl.policy.neighbour import Exploration
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.rl.setup import fresh_state
-from rcgrpo_jax.rl.trainer import join
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.weights.keymap import diffusers_key, is_stacked
 from rcgrpo_jax.weights.load import ShardingOf
@@ -78,7 +78,7 @@ class Step:
         options = self.options.rollout
         at_a_time = options.micro_batch // options.prompts or options.group_size
         with jax.set_mesh(self.mesh):
-            noises = jnp.split(self.exploration.noise, options.group_size // at_a_time, axis=1)
+            noises = split_groups(self.exploration.candidates, at_a_time)
             parts = [self.programs.rollout(self.params, self.state.params, self.prompts, noise) for noise in noises]
             self.rolled_out = jax.block_until_ready(join(*parts))
 

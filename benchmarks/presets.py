@@ -24,8 +24,8 @@ Integers = TypeVar("Integers")  # int32 array of NumPy or JAX, or tensor of torc
 KNOWN = {
     "model.remat": ("none", "full"), "model.quantization": ("none",), "lora.targets": ("attention",),
     "surrogate.distance": ("region",), "surrogate.anchor_mode": ("replay",), "surrogate.weighting": ("uniform",),
-    "surrogate.steps": ("all", "early"), "acd.text": ("all",), "acd.reference_keys": (False,),
-    "objective.source_advantage": (0.0,),
+    "surrogate.steps": ("all", "early"), "rollout.solver": ("euler",), "acd.text": ("all",),
+    "acd.reference_keys": (False,), "objective.source_advantage": (0.0,),
 }  # fmt: skip
 
 

@@ -29,33 +29,10 @@ poll=${RCGRPO_LAUNCH_POLL:-5} # seconds between two questions whether a server i
 patience=1800                 # seconds that a server has to load its model
 action=serve lora="" base="" directory=runs/editscore gpus="" port=8000 host="" max_model_len=4096
 
-parse() {
-  local name
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --base | --directory | --gpus | --port | --host | --max-model-len)
-        need_value "$@"
-        name=${1#--}
-        printf -v "${name//-/_}" %s "$2"
-        shift 2
-        ;;
-      --dry-run)
-        dry_run=yes
-        shift
-        ;;
-      -h | --help)
-        usage
-        exit
-        ;;
-      -*) fail 2 "'$1' found; a flag was wanted." "launch/editscore.sh --help lists them." ;;
-      *)
-        [ -z "$lora" ] || fail 2 "'$1' found after '$lora'; one LoRA was wanted." "Leave one out."
-        lora=$1
-        shift
-        ;;
-    esac
-  done
+word() {
+  [ "$action" = serve ] || fail 2 "'$1' found after $action; nothing was wanted." "Leave it out."
+  [ -z "$lora" ] || fail 2 "'$1' found after '$lora'; one LoRA was wanted." "Leave one out."
+  lora=$1
 }
 
 check() {
@@ -66,11 +43,8 @@ check() {
   done
   [[ $gpus =~ ^([0-9]+(,[0-9]+)*)?$ ]] ||
     fail 2 "--gpus: '$gpus' found; numbers with commas were wanted." "For example --gpus 0,1."
-  if [ "$action" != serve ]; then
-    [ -z "$lora" ] || fail 2 "'$lora' found after $action; nothing was wanted." "Leave it out."
-  elif [ -z "$lora" ]; then
+  [ "$action" != serve ] || [ "$lora" ] ||
     fail 2 "no LoRA found; the folder or the name of one was wanted." "launch/editscore.sh --help says more."
-  fi
 }
 
 running() { ! flock --nonblock "$1" true; } # LOCK: a server and its children hold theirs as long as they live
@@ -186,7 +160,7 @@ case ${1-} in
     shift
     ;;
 esac
-parse "$@"
+parse "base|directory|gpus|port|host|max-model-len" "" "" "" "$@"
 check
 case $action in
   serve) start ;;

@@ -30,48 +30,8 @@ cd "$(dirname "$0")/.."
 extra=cuda
 poll=${RCGRPO_LAUNCH_POLL:-30} # seconds before a lost connection is made again
 tries=3                        # connections that may fail in a row
-action=run hosts=() coordinator="" slurm="" nodes="" gpus="" requeue=""
-sbatch_flags=()
-
-parse() {
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --)
-        arguments=("${@:2}")
-        break
-        ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --hosts)
-        need_value "$@"
-        IFS=, read -ra hosts <<<"$2"
-        shift 2
-        ;;
-      --coordinator | --nodes | --gpus)
-        need_value "$@"
-        printf -v "${1#--}" %s "$2"
-        shift 2
-        ;;
-      --env | --sbatch)
-        [ $# -ge 2 ] || need_value "$@"
-        if [ "$1" = --env ]; then environment+=("$2"); else sbatch_flags+=("$2"); fi
-        shift 2
-        ;;
-      --slurm | --requeue)
-        printf -v "${1#--}" yes
-        shift
-        ;;
-      --dry-run)
-        dry_run=yes
-        shift
-        ;;
-      -h | --help)
-        usage
-        exit
-        ;;
-      *) fail 2 "'$1' found; a flag was wanted." "launch/gpu.sh --help lists them; what rcgrpo gets follows --." ;;
-    esac
-  done
-}
+action=run hosts="" coordinator="" slurm="" nodes="" gpus="" requeue=""
+sbatch=()
 
 check() {
   local flag twice
@@ -79,17 +39,17 @@ check() {
     [[ ${!flag:-1} =~ ^[1-9][0-9]*$ ]] ||
       fail 2 "--$flag: '${!flag}' found; a positive integer was wanted." "Correct it."
   done
-  for flag in nodes gpus requeue sbatch_flags; do
-    [ "$slurm" ] || [ -z "${!flag-}" ] || fail 2 "--${flag%_flags} found without --slurm." "Add --slurm, or leave it out."
+  for flag in nodes gpus requeue sbatch; do
+    [ "$slurm" ] || [ -z "${!flag-}" ] || fail 2 "--$flag found without --slurm." "Add --slurm, or leave it out."
   done
-  for flag in coordinator environment; do
+  for flag in coordinator env; do
     [ ${#hosts[@]} -gt 0 ] || [ -z "${!flag-}" ] ||
-      fail 2 "--${flag/environment/env} found without --hosts." "Add --hosts, or set variables before the command."
+      fail 2 "--$flag found without --hosts." "Add --hosts, or set variables before the command."
   done
   [ -z "$slurm" ] || [ ${#hosts[@]} = 0 ] || fail 2 "--slurm and --hosts found; one was wanted." "Leave one out."
-  for flag in nodes gpus sbatch_flags; do
+  for flag in nodes gpus sbatch; do
     [ -z "${SLURM_JOB_ID:-}" ] || [ -z "$slurm" ] || [ -z "${!flag-}" ] ||
-      fail 2 "--${flag%_flags} found inside of an allocation, whose machines are given." "Leave it out."
+      fail 2 "--$flag found inside of an allocation, whose machines are given." "Leave it out."
   done
   [ -z "$coordinator" ] || [[ $coordinator =~ ^[^:]+:[0-9]+$ ]] ||
     fail 2 "--coordinator: '$coordinator' found; HOST:PORT was wanted." "For example ${hosts[0]#*@}:12355."
@@ -168,7 +128,7 @@ submit() {
   local flags=(--job-name=rcgrpo "--nodes=${nodes:-1}" --ntasks-per-node=1 "--gpus-per-node=${gpus:-8}")
   # The same file after a requeue; and time to save before the time limit: the signal goes to the tasks.
   flags+=(--requeue --open-mode=append --signal=TERM@300)
-  [ ${#sbatch_flags[@]} = 0 ] || flags+=("${sbatch_flags[@]}")
+  [ ${#sbatch[@]} = 0 ] || flags+=("${sbatch[@]}")
   run bash launch/lib_worker.sh setup "$extra"
   run sbatch "${flags[@]}" \
     --wrap="cd $(quote "$PWD") && exec bash launch/gpu.sh --slurm --requeue -- $(quote "${arguments[@]}")"
@@ -195,7 +155,8 @@ case ${1-} in
     shift
     ;;
 esac
-parse "$@"
+parse "hosts|coordinator|nodes|gpus" "env|sbatch" "slurm|requeue" "what rcgrpo gets follows --" "$@"
+IFS=, read -ra hosts <<<"$hosts"
 check
 if [ ${#hosts[@]} -gt 0 ]; then
   over_ssh

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh and gpu.sh: errors, dry runs, and one `rcgrpo` command on many workers.
-# Who sources it sets the variables and defines
+# Sourced by the other scripts: flags, errors, dry runs, and one `rcgrpo` command on many workers.
+# Who sources it sets the variables and, to use workers, defines
 #   on_workers SHELL [FILE] runs a shell command on every worker at once, with FILE as its input; fails if one does
 
 dry_run=""     # not empty: commands are printed and not run
 extra=""       # of the package, to install on a worker: tpu or cuda
 arguments=()   # of rcgrpo
-environment=() # NAME=VALUE of rcgrpo
+env=()         # NAME=VALUE of rcgrpo
 archive=""     # the code, once `pack` has made it
 exec 3>&1      # so that a dry run also prints what is captured by $(...)
 
@@ -46,6 +46,42 @@ need_value() { # the arguments left, from a flag on; a value that looks like a f
     fail 2 "$1: '${2-}' found; a value was wanted." "Write $1 VALUE or $1=VALUE; --help lists the flags."
 }
 
+# Reads flags, each into the variable of its name with _ for -; names are joined by |. `word`, where a script has it, gets
+# what is no flag.
+parse() { # NAMES_WITH_A_VALUE NAMES_THAT_MAY_BE_REPEATED NAMES_WITHOUT_VALUE HOW_ARGUMENTS_FOLLOW ARGUMENTS
+  local single=$1 repeated=$2 switches=$3 follow=$4 into given=" " # no flag has these names
+  shift 4
+  while [ $# -gt 0 ]; do
+    [[ $1 != --?*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    into=${1#--}
+    into=${into//-/_}
+    if [ "$1" = -- ] && [ "$follow" ]; then
+      arguments=("${@:2}")
+      return
+    elif [ "$into" ] && [[ $1 =~ ^--($single)$ ]]; then
+      need_value "$@"
+      [[ $given != *" $1 "* ]] || fail 2 "$1: given twice; one value was wanted." "Leave one of them out."
+      given+="$1 "
+      printf -v "$into" %s "$2"
+      shift
+    elif [ "$into" ] && [[ $1 =~ ^--($repeated)$ ]]; then
+      [ $# -ge 2 ] || need_value "$@"
+      eval "$into+=(\"\$2\")"
+      shift
+    elif [ "$into" ] && [[ $1 =~ ^--(dry-run|$switches)$ ]]; then
+      printf -v "$into" yes
+    elif [ "$1" = -h ] || [ "$1" = --help ]; then
+      usage
+      exit
+    elif [[ $1 != -* ]] && declare -F word >/dev/null; then
+      word "$1"
+    else
+      fail 2 "'$1' found; a flag was wanted." "launch/${0##*/} --help lists them${follow:+; $follow}."
+    fi
+    shift
+  done
+}
+
 need_arguments() {
   [ ${#arguments[@]} -gt 0 ] ||
     fail 2 "nothing found after --; the arguments of rcgrpo were wanted." \
@@ -66,7 +102,7 @@ argument() {
 # What would end the command on the workers only: a variable with no name, a configuration that does not arrive there.
 check_sent() {
   local variable config
-  for variable in ${environment[@]+"${environment[@]}"}; do
+  for variable in ${env[@]+"${env[@]}"}; do
     [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] ||
       fail 2 "--env: '$variable' found; NAME=VALUE was wanted." "Names have letters, digits and _, no digit first."
   done
@@ -107,7 +143,7 @@ start() {
   # The lock is held as long as a command runs, and code in use is not replaced.
   # Modules that are gone must not stay importable; all else that lies there may be a user's.
   command+=" && flock --nonblock --conflict-exit-code 0 lock sh -c 'rm -rf code/rcgrpo_jax && tar -xz -C code'"
-  [ ${#environment[@]} = 0 ] || command+=" && export $(quote "${environment[@]}")"
+  [ ${#env[@]} = 0 ] || command+=" && export $(quote "${env[@]}")"
   command+=" && $worker start $extra $(quote "${arguments[@]}")"
   said=$(on_workers "$command" "$archive") || return
   case $said in *"rcgrpo: busy "*)

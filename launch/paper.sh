@@ -20,7 +20,8 @@
 #   --batches N           batches of groups of Fig. 5 (default: 20)
 #   --dry-run             print every command and run none
 #
-# What follows -- goes to every run, such as --config.train.num_steps=100.
+# What follows -- goes to every run, such as --config.train.num_steps=100. Paths that do not begin with / are from the
+# root of this checkout.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,34 +47,6 @@ changes() { # VARIANT
   esac
 }
 
-parse() {
-  local name
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --)
-        arguments=("${@:2}")
-        break
-        ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --model | --data | --judge | --out | --train | --config | --topology | --clip | --lpips-squeeze | --size | --steps | --batches)
-        need_value "$@"
-        name=${1#--}
-        printf -v "${name//-/_}" %s "$2"
-        shift 2
-        ;;
-      --dry-run)
-        dry_run=yes
-        shift
-        ;;
-      -h | --help)
-        usage
-        exit
-        ;;
-      *) fail 2 "'$1' found; a flag was wanted." "launch/paper.sh --help lists them; fields of the runs follow --." ;;
-    esac
-  done
-}
-
 check() {
   local name missing=""
   for name in model data judge out; do
@@ -83,6 +56,11 @@ check() {
   for name in steps batches; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail 2 "--$name: '${!name}' found; a positive integer was wanted." "Correct it."
   done
+  # What is wanted after days of training alone.
+  [[ $size =~ ^[1-9][0-9]*x[1-9][0-9]*$ ]] ||
+    fail 2 "--size: '$size' found; WIDTHxHEIGHT in pixels was wanted." "For example --size 512x512."
+  [ "$dry_run" ] || [ -z "$lpips_squeeze" ] || [ -f "$lpips_squeeze" ] ||
+    fail 1 "--lpips-squeeze: no file $lpips_squeeze found." "docs/compbench.md says how to make it."
   [ "$dry_run" ] || command -v "$rcgrpo" >/dev/null ||
     fail 1 "no rcgrpo found." "Install the package: pip install -e '.[data,evaluate,cuda]', or tpu for cuda."
   if [ -z "$dry_run" ] && [ ! -d "$data/compbench" ]; then
@@ -90,8 +68,26 @@ check() {
   fi
 }
 
+# Like run; the command gets a signal that this script gets, so that it saves and ends, and this script with it.
+relay() {
+  local child code=0
+  show "$@"
+  [ -z "$dry_run" ] || return 0
+  "$@" 3>&- &
+  child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the child ends
+    code=0
+    wait "$child" || code=$?
+  done
+  trap - TERM INT
+  [ "$code" != 143 ] || say "stopped; the same command goes on"
+  [ "$code" = 0 ] || exit "$code"
+}
+
 prepare() { # NAME -> made into OUT/data/NAME
-  run "$rcgrpo" data prepare "$1" --from "$data/$1" --out "$out/data/$1"
+  relay "$rcgrpo" data prepare "$1" --from "$data/$1" --out "$out/data/$1"
 }
 
 # Tells the data of the runs, and makes them where they are a published set.
@@ -114,10 +110,10 @@ fields() { # VARIANT -> the flags of its run, in `flags`
 }
 
 learn() { # VARIANT
-  local flags lora=$out/loras/$1
+  local flags
   fields "$1"
-  run "$rcgrpo" train "${flags[@]}" --workdir "$out/runs/$1"
-  [ -e "$lora/pytorch_lora_weights.safetensors" ] || run "$rcgrpo" export --workdir "$out/runs/$1" --out "$lora"
+  relay "$rcgrpo" train "${flags[@]}" --workdir "$out/runs/$1"
+  relay "$rcgrpo" export --workdir "$out/runs/$1" --out "$out/loras/$1"
 }
 
 tabulate() { # TABLE VARIANTS
@@ -125,31 +121,41 @@ tabulate() { # TABLE VARIANTS
   for variant in "${@:2}"; do flags+=(--adapter "$variant=$out/loras/$variant"); done
   [ -z "$lpips_squeeze" ] || flags+=(--lpips_squeeze "$lpips_squeeze")
   [ "$clip" = none ] || flags+=(--clip "$clip")
-  run "$rcgrpo" evaluate --benchmark compbench --published "$1" --data "tfds:$out/data/compbench" --model "$model" \
+  relay "$rcgrpo" evaluate --benchmark compbench --published "$1" --data "tfds:$out/data/compbench" --model "$model" \
     --edits "$out/edits" --out "$out/$1" --size "$size" --steps "$steps" "${flags[@]}"
 }
 
 explore() { # Fig. 5: the untrained editor under both perturbations, judged by the task reward alone
   local flags
   fields rdp
-  run "$rcgrpo" ablate "${flags[@]}" --seeds 0 --batches "$batches" --out "$out/fig-5" --data "tfds:$out/data/compbench" \
+  relay "$rcgrpo" ablate "${flags[@]}" --seeds 0 --batches "$batches" --out "$out/fig-5" --data "tfds:$out/data/compbench" \
     --variant 'global: explore.kind=global' --variant 'RDP: explore.kind=region'
 }
 
-parse "$@"
-check
-trained_on=""
-[ "$dry_run" ] || { mkdir -p "$out" && out=$(cd "$out" && pwd); }
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
-prepare compbench
-training_data
-if [ -n "$topology" ]; then
-  fields rdp-acd
-  run "$rcgrpo" plan "${flags[@]}" --topology "$topology"
-fi
-for variant in "${variants[@]}"; do learn "$variant"; done
-tabulate table-1 rdp-acd
-tabulate table-2 global rdp rdp-acd
-tabulate table-3 tau-1.0-1.0 rdp-acd tau-0.8-1.2 tau-1.2-0.8
-explore
-[ "$dry_run" ] || sed '' "$out"/table-{1,2,3}/table.md "$out/fig-5/groups.md"
+main() {
+  parse "model|data|judge|out|train|config|topology|clip|lpips-squeeze|size|steps|batches" "" "" "fields of the runs follow --" "$@"
+  check
+  trained_on=""
+  if [ -z "$dry_run" ]; then
+    mkdir -p -- "$out" || fail 1 "--out: $out cannot be made." "Choose a folder you can write to."
+    out=$(cd -- "$out" && pwd)
+  fi
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/compiled} # the runs share their programs
+  prepare compbench
+  training_data
+  if [ -n "$topology" ]; then
+    fields rdp-acd
+    relay "$rcgrpo" plan "${flags[@]}" --topology "$topology"
+  fi
+  for variant in "${variants[@]}"; do learn "$variant"; done
+  tabulate table-1 rdp-acd
+  tabulate table-2 global rdp rdp-acd
+  tabulate table-3 tau-1.0-1.0 rdp-acd tau-0.8-1.2 tau-1.2-0.8
+  explore
+  [ "$dry_run" ] || sed '' "$out"/table-{1,2,3}/table.md "$out/fig-5/groups.md"
+}
+
+{ # read as a whole: the file may change in the days that it runs
+  main "$@"
+  exit
+}

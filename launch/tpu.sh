@@ -36,44 +36,7 @@ extra=tpu
 poll=${RCGRPO_LAUNCH_POLL:-30} # seconds between two looks at a state
 tries=3                        # attempts that may fail in a row before a TPU counts as broken
 name="" zone="" project="" type="" version="" slices=1 spot="" reserved="" direct="" keep=""
-create_flags=() ssh_flags=()
-
-parse() {
-  local flag
-  while [ $# -gt 0 ]; do
-    case $1 in
-      --)
-        arguments=("${@:2}")
-        break
-        ;;
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-      --name | --zone | --project | --type | --version | --slices)
-        need_value "$@"
-        printf -v "${1#--}" %s "$2"
-        shift 2
-        ;;
-      --env | --gcloud-create | --gcloud-ssh)
-        [ $# -ge 2 ] || need_value "$@"
-        case $1 in
-          --env) environment+=("$2") ;;
-          --gcloud-create) create_flags+=("$2") ;;
-          --gcloud-ssh) ssh_flags+=("$2") ;;
-        esac
-        shift 2
-        ;;
-      --spot | --reserved | --direct | --keep | --dry-run)
-        flag=${1#--}
-        printf -v "${flag//-/_}" yes
-        shift
-        ;;
-      -h | --help)
-        usage
-        exit
-        ;;
-      *) fail 2 "'$1' found; a flag was wanted." "launch/tpu.sh --help lists them; what rcgrpo gets follows --." ;;
-    esac
-  done
-}
+gcloud_create=() gcloud_ssh=()
 
 check() { # ACTION
   case $1 in
@@ -135,7 +98,7 @@ create() {
   fi
   [ -z "$spot" ] || flags+=(--spot)
   [ -z "$reserved" ] || flags+=(--reserved)
-  [ ${#create_flags[@]} = 0 ] || flags+=("${create_flags[@]}")
+  [ ${#gcloud_create[@]} = 0 ] || flags+=("${gcloud_create[@]}")
   tpu run create "${flags[@]}"
 }
 
@@ -184,7 +147,7 @@ up() { # [patient]: what the API refuses, or does not answer, is asked again
 on_workers() { # SHELL [FILE]
   local flags=(--worker=all) shell=$1
   [ "$direct" ] || flags+=(--node=all --batch-size=all)
-  [ ${#ssh_flags[@]} = 0 ] || flags+=("${ssh_flags[@]}")
+  [ ${#gcloud_ssh[@]} = 0 ] || flags+=("${gcloud_ssh[@]}")
   if [ "${2-}" ]; then
     run gcloud compute tpus "$group" scp "$2" "$name:rcgrpo.tar.gz" "${place[@]}" "${flags[@]}" --quiet || return
     shell="{ $shell; } < rcgrpo.tar.gz"
@@ -261,7 +224,8 @@ case ${1-} in
     exit
     ;;
 esac
-parse "${@:2}"
+parse "name|zone|project|type|version|slices" "env|gcloud-create|gcloud-ssh" "spot|reserved|direct|keep" \
+  "what rcgrpo gets follows --" "${@:2}"
 check "$1"
 if [ "$direct" ]; then group=tpu-vm state_field=state; else group=queued-resources state_field=state.state; fi
 place=("--zone=$zone")

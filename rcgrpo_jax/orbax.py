@@ -7,7 +7,7 @@ try:
 except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
-__all__ = ["is_of_files", "ocp", "saving"]
+__all__ = ["is_of_files", "loading", "ocp", "saving"]
 
 _SLICE_BYTES = 1 << 20  # from here on replicas of an array share its writing: each slice is a program to compile
 
@@ -20,6 +20,13 @@ def saving() -> ocp.Context:
     """The settings of a save."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
+    return context
+
+
+def loading() -> ocp.Context:
+    """The settings of a load: what is wanted decides, also where the files have no place for a field that is empty."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
     return context
 
 

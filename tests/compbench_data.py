@@ -36,13 +36,14 @@ class Examples:
         mask[8:30, 10:24] = 1
         target = np.where(mask[..., None] > 0, 255 - image, image)
         again = f"{index // 9}" if index >= 9 else ""
-        name, task = f"{again}{IDS[index % 3]}", TASKS[index // 3 % 3]
+        task = TASKS[index // 3 % 3]
+        name = f"{task}-{again}{IDS[index % 3]}"  # as `rcgrpo data prepare` has them
         example = EditExample(name, image, mask, f"Edit {index}.", caption="a fish", target=target, task=task)
         return replace(example, **self._changes)
 
 
 def result_file(folder: Path, example: EditExample) -> Path:
-    return folder / f"{folder.name}_local" / example.task / example.name
+    return folder / f"{folder.name}_local" / example.task / example.name.removeprefix(f"{example.task}-")
 
 
 def write_results(folder: Path, noise: int = 0, source: Examples | None = None) -> Path:

@@ -214,3 +214,8 @@ def test_the_preview_counts_and_names_what_is_cut(capsys, tmp_path):
 def test_what_the_preview_cannot_do_is_said(capsys, tmp_path, flag, problem):
     argv = small_run.last_of_each(f"--data={small_run.data_folder()}", f"--out={tmp_path}/a.png", flag)
     assert problem in small_run.fail(capsys, "data", "preview", *argv)[1]
+
+
+def test_the_preview_does_not_replace_a_picture_that_it_reads(capsys):
+    data = small_run.data_folder()
+    assert "which is read" in small_run.fail(capsys, "data", "preview", f"--data={data}", f"--out={data}/0.png")[1]

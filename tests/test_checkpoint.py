@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from rcgrpo_jax.errors import UserError, mark_everywhere
 from rcgrpo_jax.orbax import ocp
-from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.differences import check_same_config, config_differences
 
 CONFIG = {"explore": {"alpha_edit": 0.3, "steps": (1, 2)}, "seed": 0}
 

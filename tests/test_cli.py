@@ -38,6 +38,17 @@ def test_help_is_no_error(capsys, argv):
     assert out.startswith("usage: rcgrpo ")
 
 
+def test_help_says_what_must_be_given_and_of_each_flag_what_it_takes_and_its_default(capsys):
+    _, out, _ = small_run.run_command(capsys, "data", "prepare", "--help")
+    assert out.startswith("usage: rcgrpo data prepare NAME --from=VALUE --out=VALUE [--FLAG=VALUE ...]\n")
+    shown = {name: " ".join(small_run.run_command(capsys, name, "--help")[1].split()) for name in ("edit", "judge")}
+    assert "--steps: solver steps (a positive integer; default: 28)" in shown["edit"]
+    assert "--dtype: <bfloat16|float32>: compute dtype (default: bfloat16)" in shown["edit"]
+    assert "--[no]sources: score the examples' sources: the edit that does nothing (default: false)" in shown["judge"]
+    assert "--option: NAME=VALUE of the reward; may be given again --" in shown["judge"]  # absl's own words are gone
+    assert not [text for text in (out, *shown.values()) if "absl" in text or "rcgrpo_jax.cli" in text]
+
+
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [

@@ -234,6 +234,12 @@ def test_a_run_does_not_replace_what_it_starts_from(home):
     check_workdir(Path("other"), given)
     given.data.path = "."
     check_workdir(Path("other"), given)
+    given.data.cache = "run/model/cache"
+    check_workdir(Path("other"), given)
+    given.data.cache = "run/model"
+    with pytest.raises(UsageError, match=r"data\.cache: run/model is model\.path run/model, which is read"):
+        check_workdir(Path("other"), given)
+    del given.data.cache
     given.data.path = "scenes:train"
     with pytest.raises(UsageError, match=r"--workdir: run/model is model.path run/model"):
         check_workdir(Path("run/model"), given)

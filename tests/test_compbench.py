@@ -21,7 +21,8 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
 from rcgrpo_jax.evaluation.benchmarks import results as reader
-from rcgrpo_jax.evaluation.benchmarks.results import extra_pictures, list_entries, measure_results, open_results
+from rcgrpo_jax.evaluation.benchmarks.entries import list_entries
+from rcgrpo_jax.evaluation.benchmarks.results import extra_pictures, measure_results, open_results
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, remarks
 from rcgrpo_jax.evaluation.judge import scores_of
@@ -249,10 +250,15 @@ def test_examples_of_other_tasks_are_left_out_and_counted(tmp_path):
     examples = [*Examples(), *Examples(task="view")]
     listed = list_entries(examples, COMPBENCH)
     assert [entry.index for entry in listed.entries] == [*range(9)]
-    edits = {"a": Edits([Row(*entry, {"psnr": 20.0}) for entry in listed.entries[:6]])}
+    edits = {"a": Edits([Row(*entry[:3], {"official_psnr": 20.0}) for entry in listed.entries[:6]])}
     said = remarks(COMPBENCH, edits, listed.others)
     assert "Left out, as of tasks that are none of the benchmark: 9 of view." in said
     assert "The data have no example of replace: the mean is of the other tasks." in said
+    partial = "The data have {} of 2,465 published examples: the published rows are of other edits."
+    assert partial.format(6) in said
+    whole = [Row(0, "", task, {"official_psnr": 20.0}) for task, count in COMPBENCH.tasks.items() for _ in range(count)]
+    assert partial.format("2,464") in remarks(COMPBENCH, {"a": Edits(whole[1:])})
+    assert not any("published examples" in line for line in remarks(COMPBENCH, {"a": Edits(whole)}))
     with pytest.raises(UsageError, match="examples of 9 of no task found; some of the tasks add, remove, replace"):
         list_entries(Examples(task=""), COMPBENCH)
     with pytest.raises(UserError, match=f"add/{IDS[0]}: the examples 0 and 9 have this name"):
@@ -265,8 +271,8 @@ def test_examples_of_other_tasks_are_left_out_and_counted(tmp_path):
 def test_the_id_is_that_of_the_results_however_the_data_name_it(fields):
     examples = Examples(**{field: text.replace("%s", IDS[0]) for field, text in fields.items()})
     (entry,) = list_entries([examples[0]], COMPBENCH).entries
-    assert entry == (0, IDS[0], "add")
-    assert entry.name == f"add/{IDS[0]}"
+    assert entry == (0, IDS[0], "add", examples[0].name)
+    assert entry.key == f"add/{IDS[0]}"
 
 
 def test_without_targets_what_needs_none_is_measured_and_the_rest_is_noted(tmp_path, monkeypatch, capsys):
@@ -283,7 +289,7 @@ def test_measures_without_their_weights_are_left_out_unless_they_were_asked_for(
     out = run(tmp_path, f"--results={folder}")
     assert {*rows_of(out / "a.jsonl")[0]} == {"id", "task", "failure", "official_psnr", "official_ssim"}
     said = capsys.readouterr().out
-    assert "official LPIPS is not measured: its weights are not given. Give --lpips_squeeze FILE" in said
+    assert "Not measured, since their weights are not given: official LPIPS. Give --lpips_squeeze FILE" in said
     assert "Give --clip FOLDER" in said
     assert "| RC-GRPO-Editing | published |  | 24.952 | 0.897 |" in (out / "table.md").read_text()
     with pytest.raises(UserError, match="official_lc_i: its weights were not found") as error:

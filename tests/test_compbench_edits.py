@@ -1,7 +1,9 @@
 """A model edits a benchmark, each edit once, whoever stops it, and stands in a table with other editors."""
 
 import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,11 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
+from rcgrpo_jax.evaluation.benchmarks.entries import list_entries
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING
+from rcgrpo_jax.experiments.benchmark import in_turn
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
+from rcgrpo_jax.study.build import build
 from rcgrpo_jax.weights.lora import save_lora
 
 SMALL = 32  # pixels that pictures are edited and measured in
@@ -58,7 +63,7 @@ def test_a_model_edits_every_task_in_the_size_of_the_benchmark_and_is_measured(t
     run(tmp_path, f"--results={write_results(tmp_path / 'other', 9)}")
     assert made == [*range(9)]
     edits = tmp_path / "out" / "edits" / "base"
-    wanted = {f"{task}%2F{name.replace('/', '%2F')}.png" for task in TASKS for name in IDS}
+    wanted = {f"{task}-{name.replace('/', '%2F')}.png" for task in TASKS for name in IDS}
     assert {file.name for file in edits.glob("*.png")} == wanted  # each task has the same ids
     assert Image.open(edits / min(wanted)).size == (SMALL, SMALL)
     table = (tmp_path / "out" / "table.md").read_text()
@@ -120,9 +125,22 @@ def test_edits_of_other_settings_in_the_folder_are_refused(tmp_path):
 
 def test_an_edit_that_was_damaged_is_a_failure_with_its_name(tmp_path):
     run(tmp_path)
-    (tmp_path / "out" / "edits" / "base" / f"add%2F{IDS[0].replace('/', '%2F')}.png").write_bytes(b"torn")
+    (tmp_path / "out" / "edits" / "base" / f"add-{IDS[0].replace('/', '%2F')}.png").write_bytes(b"torn")
     run(tmp_path)
     (failed,) = json.loads((tmp_path / "out" / "failures.json").read_text())["base"]["failed"]
     assert (failed["task"], failed["id"]) == ("add", IDS[0])
     assert failed["reason"] != MISSING
     assert np.isfinite(psnr_of(tmp_path, "base")[1:]).all()
+
+
+def test_the_edits_are_those_that_studies_and_evaluate_take_of_the_same_data(tmp_path):
+    run(tmp_path)
+    folders = {"one": tmp_path / "out" / "edits" / "base"}
+    folders["two"] = Path(shutil.copytree(folders["one"], tmp_path / "two"))
+    assert build(Examples(), folders, tmp_path / "study.html", size=(SMALL, SMALL)).examples == 9
+
+
+def test_the_grid_shows_all_tasks_before_a_second_example_of_one():
+    entries = list_entries(Examples(), BENCHMARKS["compbench"]).entries
+    assert [entry.index for entry in in_turn(entries)] == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert [entry.index for entry in in_turn(entries[:5])] == [0, 3, 1, 4, 2]

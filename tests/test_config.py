@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards
 from rcgrpo_jax.cli.config_file import load_config
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.flow.solvers import SOLVERS
 from rcgrpo_jax.models.attention import IMPLEMENTATIONS
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.options import read_options
@@ -184,6 +185,7 @@ def test_what_marks_the_region_is_checked(polarity, value, problem):
         ("model.remat", list(REMAT_POLICIES)),
         ("data.polarity", ["white", "black"]),
         ("explore.kind", ["region", "global", "mixed"]),
+        ("rollout.solver", [*SOLVERS]),
         ("surrogate.distance", ["region", "tau", "l2", "mean"]),
         ("surrogate.anchor_mode", ["replay", "integrate"]),
         ("surrogate.steps", ["all", "early", "random"]),
@@ -331,10 +333,10 @@ def test_a_reward_of_ones_own_may_have_any_options(monkeypatch):
 
 
 def test_misspelt_and_missing_fields_in_a_file_are_named():
-    config = make(explore__alpha_edti=0.5, nothing_like_it=1)
+    config = make(explore__alpha_edti=0.5, xyzzy=1)
     assert problems(config) == [
         "explore.alpha_edti: no such field; did you mean explore.alpha_edit?",
-        "nothing_like_it: no such field",
+        "xyzzy: no such field",
     ]
     config = make()
     del config.explore.sigma

@@ -59,6 +59,7 @@ def test_a_good_example_passes_unchanged():
     ({"mask": np.full((20, 30), -1, np.float32)}, r"from -1\.0"),
     ({"instruction": " \n"}, "the instruction is blank"),
     ({"instruction": "Make it red \ud83d"}, r"'Make it red \\ud83d' is not whole Unicode"),
+    ({"caption": "A red \ud83d"}, r"the caption 'A red \\ud83d' is not whole Unicode"),
 ])  # fmt: skip
 def test_unusable_examples_are_refused_by_name(changes, problem):
     with pytest.raises(UserError, match=problem) as caught:
@@ -96,8 +97,9 @@ def test_supervised_triples_need_no_mask_and_flawed_targets_say_so(folder):
     write_lines(folder, line, row("a", mask_polarity="black"))
     with pytest.raises(
         UserError, match=r"line 1: the field 'mask' is missing; found .*; an edit by region needs 'mask'\."
-    ):
+    ) as error:
         EditFolder(folder)
+    assert error.value.remedy == "Add 'mask' to the line. `rcgrpo data mask` finds masks for examples that have none."
     whole, part = (EditFolder(folder, needs=Needs())[i] for i in range(2))
     assert whole.mask.shape == whole.image.shape[:2]
     assert whole.mask.dtype == part.mask.dtype

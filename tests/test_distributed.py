@@ -60,7 +60,7 @@ def start(
     return [
         subprocess.Popen(
             small_run.command(
-                command, f"--config={config}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
+                *command.split(), f"--config={config}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
                 f"--num_processes={count}", f"--process_id={index}", *(last if index == count - 1 else ()),
             ),
             env=environment | variables, text=True,

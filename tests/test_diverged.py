@@ -49,10 +49,10 @@ def test_the_update_is_that_of_a_group_without_signal():
     trainer = small_run.make_trainer()
     programs, state = trainer.programs, small_run.make_state(trainer)
     advantages = jnp.array([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, -1.0]])
-    log_old, results = jnp.zeros(programs.policy.log_policy_shape()), []
+    log_old, results = jnp.zeros(programs.policy.kept_shape()), []
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
-        exploration = programs.explore(jax.random.key(1), prompts)
+        exploration = programs.explore(jax.random.key(1), prompts, 0)
         rollout = programs.rollout(trainer.params, state.params, prompts, exploration.noise)
         for found in (rollout, diverged(rollout, jnp.nan)):
             copy = jax.tree.map(jnp.copy, state)

@@ -134,6 +134,7 @@ def test_processes_share_the_work(tmp_path, made, monkeypatch):
     ("options", "differs"),
     [
         ({"num_steps": 3}, "steps: there 2, now 3"),
+        ({"solver": "heun"}, "solver: there 'euler', now 'heun'"),
         ({"guidance": 1.0}, "guidance: there 2.5, now 1.0"),
         ({"seed": 1}, "seed: there 0, now 1"),
         ({"size": (32, 64)}, "size: there [48, 48], now [32, 64]"),
@@ -142,7 +143,7 @@ def test_processes_share_the_work(tmp_path, made, monkeypatch):
         ({"indices": range(4)}, "data: there "),
         ({"source": [SCENES[i] for i in range(COUNT)] * 2, "indices": range(COUNT, 2 * COUNT)}, "was edited as"),
     ],
-    ids=["steps", "guidance", "seed", "size", "lora", "source", "indices", "repeated"],
+    ids=["steps", "solver", "guidance", "seed", "size", "lora", "source", "indices", "repeated"],
 )
 def test_a_folder_that_was_made_otherwise_is_refused_with_what_differs(tmp_path, made, options, differs):
     edit_into(tmp_path)
@@ -151,6 +152,20 @@ def test_a_folder_that_was_made_otherwise_is_refused_with_what_differs(tmp_path,
         edit_into(tmp_path, **options)
     assert differs in error.value.problem
     assert content(tmp_path) == before
+
+
+def test_a_folder_of_before_there_were_solvers_is_eulers_and_goes_on(tmp_path, made):
+    edit_into(tmp_path)
+    file = tmp_path / "settings.json"
+    common = json.loads(file.read_text())
+    assert common["settings"].pop("solver") == "euler"
+    file.write_text(json.dumps(common))
+    made.clear()
+    edit_into(tmp_path)
+    assert not made
+    assert measure(tmp_path, SCENES, measures=["acd"]).settings["solver"] == "euler"
+    with pytest.raises(UserError, match="solver: there 'euler', now 'dpmpp_2m'"):
+        edit_into(tmp_path, num_steps=3, solver="dpmpp_2m")
 
 
 def test_another_model_and_pictures_of_another_program_are_refused(tmp_path, monkeypatch):

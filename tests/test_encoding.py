@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +25,8 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor, Text
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.encoding.batches import Batches
 from rcgrpo_jax.encoding.cache import EncodedSource
+from rcgrpo_jax.encoding.index import READING
+from rcgrpo_jax.encoding.prefetch import THREADS, read_ahead
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.weights import random_folder
@@ -128,6 +132,114 @@ def test_captions_are_kept_where_they_are_asked_for(calls, tmp_path):
     assert len(entries(tmp_path)) == 3
 
 
+# Several processes, and several runs, on one cache; tests/test_encode_processes.py has real ones.
+
+
+@pytest.fixture
+def run_on_two(monkeypatch):
+    """Runs a function on two threads, each of which is a process to the package."""
+    here, barrier, rows = threading.local(), threading.Barrier(2, timeout=60), {}
+
+    def gather(x):
+        rows[here.index] = np.asarray(x)
+        barrier.wait()
+        gathered = np.concatenate([rows[0], rows[1]])
+        barrier.wait()
+        return gathered
+
+    def run(function):
+        def one(index: int):
+            here.index = index
+            return function(index)
+
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(one, range(2))]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr("jax.process_index", lambda: here.index)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    return run
+
+
+def numbered(count: int) -> list[EditExample]:
+    return [make_example(instruction=f"Make box {i} red.") for i in range(count)]
+
+
+@pytest.mark.parametrize("kept", [(), (0, 2, 4, 6)], ids=["all", "those-of-one"])
+def test_two_processes_share_what_is_missing(calls, run_on_two, tmp_path, kept):
+    """Equal examples are encoded by one of them, and what a process had done before a stop is not its share again."""
+    examples, done = [*numbered(9), numbered(1)[0]], [[], []]
+    for index in kept:
+        run_on_two(lambda _, i=index: EncodedSource([examples[i]], make_editor(), SIZE, tmp_path))
+    sources = run_on_two(
+        lambda p: EncodedSource(examples, make_editor(), SIZE, tmp_path, progress=lambda *n: done[p].append(n))
+    )
+    missing = 9 - len(kept)
+    assert sorted(source.made for source in sources) == [missing // 2, missing - missing // 2]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 9
+    assert [told[-1] for told in done] == [(5, 5), (5, 5)]
+    assert sources[0].digest == sources[1].digest
+
+
+def test_processes_with_a_disk_each_have_all_on_both(calls, run_on_two, tmp_path):
+    sources = run_on_two(lambda p: EncodedSource(numbered(5), make_editor(), SIZE, tmp_path / str(p)))
+    assert [source.made for source in sources] == [5, 5]
+    assert [source[4]["instruction"] for source in sources] == ["Make box 4 red."] * 2
+
+
+def test_what_was_written_before_a_stop_is_not_encoded_again(calls, tmp_path, monkeypatch):
+    save, saved = EncodedSource._save, []
+
+    def stop(self, file, *given):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(file)
+        save(self, file, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodedSource, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            EncodedSource(numbered(5), make_editor(), SIZE, tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in saved}
+    assert EncodedSource(numbered(5), make_editor(), SIZE, tmp_path).made == 2
+    assert {file: file.stat().st_mtime_ns for file in saved} == before
+
+
+def test_the_index_has_what_another_run_found_meanwhile(calls, read, tmp_path):
+    one, two, cache = (small_run.write_data(tmp_path / "one"), small_run.write_data(tmp_path / "two"), tmp_path / "c")
+    others = []
+
+    def start_another(_) -> None:
+        if not others:
+            others.append(None)  # before the first has written what it found
+            start(two, cache)
+
+    start(one, cache, start_another)
+    read.clear()
+    start(one, cache)
+    start(two, cache)
+    assert read == []
+
+
+def test_what_is_read_ahead_comes_in_order_and_is_never_far_ahead():
+    started, taken = [], []
+
+    def work(item: int) -> int:
+        started.append(item)
+        if item == 40:
+            raise UserError("40", "")
+        return item * item
+
+    def take() -> None:
+        for result in read_ahead(work, range(100)):
+            taken.append(result)
+            assert len(started) <= len(taken) + 2 * THREADS + 1
+
+    with pytest.raises(UserError, match="40"):
+        take()
+    assert taken == [item * item for item in range(40)]
+
+
 # The index: a start that finds the files unchanged reads none of them.
 
 
@@ -206,7 +318,7 @@ def test_a_damaged_index_counts_for_nothing(calls, read, tmp_path, text):
     index.write_text(text)
     read.clear()
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
     read.clear()
     start(data, cache)
     assert read == []
@@ -219,7 +331,7 @@ def test_an_entry_whose_name_is_none_counts_for_nothing(calls, read, tmp_path):
     index.write_text(json.dumps({stamp: ["zz", *row[1:]] for stamp, row in json.loads(index.read_text()).items()}))
     read.clear()
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
 
 
 def test_a_cache_that_cannot_be_written_is_read(calls, read, tmp_path, monkeypatch):
@@ -237,13 +349,31 @@ def test_a_cache_that_cannot_be_written_is_read(calls, read, tmp_path, monkeypat
     assert start(data, cache).digest == first.digest
 
 
+def test_a_cache_in_a_file_is_refused_before_encoders_are_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(FluxKontextEditor, "load_encoders", lambda self: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache: .*/file/cache cannot be written"):
+        EncodedSource([make_example()], make_editor(), SIZE, tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_an_entry_that_was_cut_short_is_made_anew(calls, tmp_path, size):
+    data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
+    start(data, cache)
+    file = sorted(cache.glob("*.safetensors"))[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size])
+    assert start(data, cache).made == 1
+    assert file.read_bytes() == whole
+
+
 def test_reading_in_another_way_reads_again(calls, read, tmp_path, monkeypatch):
     data, cache = small_run.write_data(tmp_path / "data"), tmp_path / "cache"
     start(data, cache)
     read.clear()
-    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", 2)
+    monkeypatch.setattr("rcgrpo_jax.encoding.cache.READING", READING + 1)
     start(data, cache)
-    assert read == [0, 1, 2]
+    assert sorted(read) == [0, 1, 2]
 
 
 def test_other_settings_do_not_share_an_index(calls, read, tmp_path):

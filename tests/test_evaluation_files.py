@@ -29,7 +29,7 @@ def write(file, described=DESCRIBED, **arrays) -> None:
 def test_a_value_that_could_not_be_measured_is_kept(tmp_path):
     write(tmp_path / "a.npz")
     read = Evaluation.load(tmp_path / "a.npz")
-    assert read.settings == SETTINGS
+    assert read.settings == {"solver": "euler"} | SETTINGS  # what evaluations were made with that do not say so
     np.testing.assert_array_equal(read.measures["psnr"], np.float32([20, np.nan]))
 
 
@@ -57,6 +57,7 @@ def changed(**changes) -> dict:
         (changed(guidance=float("nan")), "settings.guidance: nan found"),
         (changed(dtype="float8"), "settings.dtype: 'float8' found"),
         (changed(model=None), "settings.model: None found"),
+        (changed(solver="hein"), "settings.solver: 'hein' found"),
     ],
 )
 def test_what_is_described_has_its_types(tmp_path, described, problem):

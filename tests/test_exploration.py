@@ -14,7 +14,7 @@ def noises(**changes) -> tuple[Any, np.ndarray]:
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
         keys = jax.random.split(jax.random.key(3), 32)
-        return prompts, np.stack([programs.explore(key, prompts).noise for key in keys])  # [32, P, G, N, C]
+        return prompts, np.stack([programs.explore(key, prompts, 0).noise for key in keys])  # [32, P, G, N, C]
 
 
 def test_regional_noise_moves_the_background_by_alpha_base_and_keeps_the_reference():
@@ -60,8 +60,8 @@ def test_anchors_and_steps_are_drawn_from_what_may_be_trained():
     programs = trainer.programs
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
-        drawn = [programs.explore(jax.random.key(i), prompts) for i in range(20)]
-        again = programs.explore(jax.random.key(0), prompts)
+        drawn = [programs.explore(jax.random.key(i), prompts, 0) for i in range(20)]
+        again = programs.explore(jax.random.key(0), prompts, 0)
     jax.tree.map(np.testing.assert_array_equal, drawn[0], again)
     assert {tuple(sorted(a.tolist())) for d in drawn for a in d.anchors} == {(1, 2, 3)}
     steps = {tuple(d.steps.tolist()) for d in drawn}
@@ -73,7 +73,7 @@ def test_anchors_are_the_candidates_that_are_not_the_reference(kind, perturbed):
     trainer = small_run.make_trainer(explore__kind=kind, surrogate__anchors=len(perturbed))
     programs = trainer.programs
     with jax.set_mesh(programs.mesh):
-        exploration = programs.explore(jax.random.key(0), programs.prompts(small_run.make_batch(trainer)))
+        exploration = programs.explore(jax.random.key(0), programs.prompts(small_run.make_batch(trainer)), 0)
     references = jax.random.normal(jax.random.split(jax.random.key(0), 4)[0], exploration.noise[:, 0].shape)
     differ = (exploration.noise != references[:, None]).any((2, 3))
     for anchors, differs in zip(np.sort(exploration.anchors), differ, strict=True):

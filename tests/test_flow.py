@@ -9,7 +9,7 @@ import pytest
 from references import Reference, diffusers, torch, transformer_flux
 
 from rcgrpo_jax.flow import latents, rollout, schedule
-from rcgrpo_jax.flow.solver import euler_step
+from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.models import rope
 from rcgrpo_jax.weights.random_folder import SCHEDULER
 

@@ -8,7 +8,7 @@ import pytest
 from rcgrpo_jax.method import grpo
 
 combine = jax.jit(grpo.combine_rewards)
-advantages_of = jax.jit(grpo.group_advantages, static_argnames="quasi_norm")
+advantages_of = jax.jit(grpo.group_advantages, static_argnames=("quasi_norm", "over"))
 objective_of = jax.jit(grpo.clipped_objective)
 
 
@@ -104,6 +104,19 @@ def test_the_quasi_norm_of_the_advantages_is_one():
     advantages = advantages_of(rewards, quasi_norm=0.8)
     np.testing.assert_allclose((jnp.abs(advantages) ** 0.8).sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(advantages[0] / advantages[3], -2 / 3, rtol=1e-5)
+
+
+def test_the_spread_of_the_whole_batch_divides_all_groups_alike():
+    """Flow-GRPO's: `(r - mean of the group) / (std of all + 1e-4)`."""
+    rewards = np.float32([[0, 2, 4], [10, 10.2, 10.1], [7, 7, 7], [1, np.nan, 3]])
+    found = np.asarray(advantages_of(rewards, over="batch"))
+    std = np.nanstd(rewards) + 1e-4
+    np.testing.assert_allclose(found[0], np.array([-2, 0, 2]) / std, rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.array([-0.1, 0.1, 0]) / std, atol=1e-5)
+    np.testing.assert_array_equal(found[2], 0)  # and no rounding
+    np.testing.assert_allclose(found[3], np.array([-1, 0, 1]) / std, rtol=1e-5)
+    small = np.nanstd(rewards) * 1e-4 + 1e-4
+    np.testing.assert_allclose(advantages_of(rewards * 1e-4, over="batch")[0, 2], 2e-4 / small, rtol=1e-3)
 
 
 @pytest.mark.parametrize("quasi_norm", [None, 0.8])

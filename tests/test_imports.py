@@ -12,7 +12,7 @@ FILES = {
     for file in sorted(PACKAGE.rglob("*.py"))
 }
 # What a layer may import besides itself and the ground. Names side by side do not use each other.
-GROUND = ("borders", "errors", "filetypes", "options", "orbax", "progress")
+GROUND = ("borders", "errors", "filetypes", "options", "orbax", "progress", "whole")
 LAYERS = [
     ("method",),
     ("flow", "models", "data"),
@@ -27,6 +27,7 @@ LAYERS = [
     ("experiments", "training"),
     ("report", "plan", "study"),
     ("cli",),
+    ("__main__",),
 ]
 MAX_LINES = 350
 

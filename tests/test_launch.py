@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launch_site import ROOT, SYSTEM, Site
 
-SCRIPTS = ("tpu.sh", "gpu.sh", "editscore.sh")
+SCRIPTS = ("tpu.sh", "gpu.sh", "editscore.sh", "paper.sh")
 
 
 @pytest.fixture
@@ -41,6 +41,9 @@ def test_shellcheck():
         ("tpu.sh", "up --name=n --zone=z --type=v6e-8 --slices=2 --direct", "--slices 2 found with --direct; 1 was"),
         ("tpu.sh", "up --name=n --zone=z --type=v6e-8 -- train", "'train' found after --; up takes none."),
         ("tpu.sh", "up --nmae=n", "'--nmae' found; a flag was wanted."),
+        ("tpu.sh", "up --name=n --name=m", "--name: given twice; one value was wanted."),
+        ("tpu.sh", "up --name|zone=n", "'--name|zone' found; a flag was wanted."),
+        ("editscore.sh", "a -- b", "'--' found; a flag was wanted."),
         ("tpu.sh", "run --name=n --zone=z", "nothing found after --; the arguments of rcgrpo were wanted."),
         ("tpu.sh", "train --name=n --zone=z --type=v6e-8 -- train --workdir=a", "--workdir: 'a' found, on a disk that"),
         ("gpu.sh", "--hosts=a,b -- train --workdir=runs/a", "--workdir: 'runs/a' found, which every host has for it"),
@@ -93,8 +96,9 @@ def test_usage_errors(site, script, argv, problem):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(site, script):
-    patterns = re.findall(r"^ +(--[a-z |-]+)\)", (ROOT / "launch" / script).read_text(), flags=re.MULTILINE)
-    flags = {flag for pattern in patterns for flag in pattern.split(" | ")} - {"--"}
+    text = (ROOT / "launch" / script).read_text()
+    (names,) = re.findall(r'^ *parse ((?:"[a-z|-]*"[ \\\n]*){3})', text, flags=re.MULTILINE)
+    flags = {f"--{name}" for name in re.findall("[a-z-]+", names)} | {"--dry-run"}
     shown = site.run(script, "--help")
     assert shown.returncode == 0
     assert len(flags) > 6

@@ -1,13 +1,17 @@
 """`rcgrpo data mask`: its folder is one to train on, goes on where it was stopped, and names what it left out."""
 
+import dataclasses
+import errno
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rcgrpo_jax.cli.main import main
-from rcgrpo_jax.data.example import NOTHING
+from rcgrpo_jax.data.example import NOTHING, UNMASKED
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.data.sources import open_source
@@ -89,7 +93,7 @@ class Counted:
 
 def masks_of(folder, out, settings=()):
     counted = Counted()
-    source = open_source(str(folder), needs=NOTHING)
+    source = open_source(str(folder), needs=UNMASKED)
     made = make_masks(source, out, Method(counted, dict(settings)), Finish(), {"method": "corner"})
     return made, counted.names
 
@@ -118,6 +122,69 @@ def test_a_call_that_was_killed_goes_on(unmasked, tmp_path):
     assert masks_of(unmasked, out)[1] == []
 
 
+def test_what_cannot_be_read_is_left_out_and_masks_that_are_there_are_not_looked_at(unmasked, tmp_path):
+    table = unmasked / "metadata.jsonl"
+    first = json.loads(table.read_text().splitlines()[0])
+    (unmasked / "loop.png").symlink_to("loop.png")
+    os.mkfifo(unmasked / "pipe.png")
+    (unmasked / "void.png").touch()
+    (unmasked / f"{'n' * 250}.png").symlink_to("0.png")
+    bad = [{"image": x} for x in ("loop.png", "pipe.png", "void.png", "none.png", f"{'n' * 250}.png")]
+    odd = [{"mask": {"counts": [1], "size": [2, 2]}}, {"mask": "none.png", "mask_value": True}]
+    table.write_text("\n".join(json.dumps(first | change) for change in [{}, *bad, {"target": "loop.png"}, *odd]))
+    made, _ = masks_of(unmasked, tmp_path / "masked")
+    assert [line["image"] for line in made.lines] == [f"images/0000{i}-0.png" for i in (1, 8, 9)]
+    problems = (
+        "no file .*loop",
+        "no file .*pipe",
+        "an empty file",
+        "no file .*none",
+        "a name that long",
+        "no file .*loop",
+    )
+    for skipped, problem in zip(made.skipped, problems, strict=True):
+        assert re.search(problem, skipped["reason"])
+
+
+@pytest.mark.parametrize("left", [0, 0.5])
+@pytest.mark.parametrize("field", ["image", "mask", "target"])
+def test_a_picture_that_was_torn_is_made_again(unmasked, tmp_path, field, left):
+    file = tmp_path / "masked" / masks_of(unmasked, tmp_path / "masked")[0].lines[1][field]
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(left * len(whole))])
+    assert masks_of(unmasked, tmp_path / "masked")[1] == ["00002-1"]
+    assert file.read_bytes() == whole
+
+
+def test_a_full_disk_stops_and_skips_nothing(unmasked, tmp_path, monkeypatch):
+    written, save = [], Image.Image.save
+
+    def fill(self, path, *args):
+        written.append(path)
+        save(self, path, *args)
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fill)
+        with pytest.raises(UserError, match="No space left"):
+            masks_of(unmasked, tmp_path / "masked")
+    assert not (tmp_path / "masked" / TABLE).exists()
+    (tmp_path / "masked" / "images" / f".{'a' * 32}.partial").touch()  # of a kill
+    masks_of(unmasked, tmp_path / "masked")
+    masks_of(unmasked, tmp_path / "whole")
+    one, two = ({x.relative_to(d): x.read_bytes() for x in d.rglob("*") if x.is_file() and x.name != "lock"}
+                for d in (tmp_path / "masked", tmp_path / "whole"))  # fmt: skip
+    assert one == two
+
+
+def test_examples_whose_pictures_would_have_one_name_do_not_share_them(tmp_path):
+    scene = Scenes("train", 1, size=64)[0]
+    source = [dataclasses.replace(scene, name=name) for name in ("a/b", "a%2Fb")]
+    made = make_masks(source, tmp_path / "masked", Method(Counted(), {}), Finish(), {})
+    assert [(len(made.lines), x["reason"]) for x in made.skipped] == [(1, "a%2Fb.png: another example has this name.")]
+
+
 def test_masks_of_other_settings_and_other_folders_are_left_alone(unmasked, tmp_path):
     out = tmp_path / "masked"
     masks_of(unmasked, out, {"side": 20})
@@ -139,6 +206,7 @@ def test_masks_of_other_settings_and_other_folders_are_left_alone(unmasked, tmp_
         (["--method=difference", "--soft", "--threshold=0.2"], 2, "--soft: found with --threshold"),
         (["--method=editor", "--model=nowhere"], 1, "nowhere"),
         (["--method=editor", "--model=small-editor", "--size=100x100"], 2, "multiples of 16 pixels"),
+        (["--method=editor", "--model=small-editor", "--size=9999999x9999999"], 1, "GiB at least; this machine has"),
         (["--method=segment", "--segmenter=nowhere.onnx"], 1, "there is no such file"),
     ],
 )

@@ -32,7 +32,9 @@ def test_runs_are_pairs_of_start_and_length(cell):
     assert decode_runs(cell, (4, 3)).tolist() == [[0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("cell", ["", "1 2 3", "12 1", "-1 3", "a b", {"counts": 3}, [None, 1], 7])
+@pytest.mark.parametrize(
+    "cell", ["", "1 2 3", "12 1", "-1 3", "a b", {"counts": 3}, [None, 1], [0.5, 2], [0, np.inf], 7]
+)
 def test_what_is_no_runs_is_named(cell):
     with pytest.raises(UserError, match="pairs of start and length, starts below 12"):
         decode_runs(cell, (4, 3))

@@ -16,7 +16,7 @@ from rcgrpo_jax.data.scenes.source import Scenes
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.masking import editor
 from rcgrpo_jax.masking.difference import difference_method, difference_scores, otsu_threshold
-from rcgrpo_jax.masking.folder import _is_there
+from rcgrpo_jax.masking.folder import _is_whole
 from rcgrpo_jax.masking.method import HALF, Finish, finish_mask, flaw
 from rcgrpo_jax.masking.segmenter import NORMALISATIONS, segmenter_method
 
@@ -227,8 +227,11 @@ def test_an_empty_and_a_full_mask_are_flawed():
 
 
 def test_a_line_of_the_log_counts_only_with_whole_pictures(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"content")
+    Image.fromarray(pictures()[0]).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-200])
     (tmp_path / "empty.png").touch()
-    assert _is_there(tmp_path, {"image": "a.png", "mask": "a.png"})
-    for line in ({}, {"image": 3, "mask": "a.png"}, {"image": "a.png", "mask": "empty.png"}):
-        assert not _is_there(tmp_path, line)
+    whole = {"image": "a.png", "mask": "a.png"}
+    assert _is_whole(tmp_path, whole)
+    for bad in ({"image": 3}, {"mask": "empty.png"}, {"mask": "cut.png"}, {"target": "cut.png"}, {"target": "no.png"}):
+        assert not _is_whole(tmp_path, whole | bad)
+    assert not _is_whole(tmp_path, {})

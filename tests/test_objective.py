@@ -98,7 +98,7 @@ def update(plain: Programs, data: Given, moved: float = 0.0, log_old: np.ndarray
     """The first update after a rollout, or one at other weights that compares with `log_old`."""
     state = new_state(plain.options.optimizer, {"B": jnp.asarray(weights(moved))}, jax.random.key(0))
     first = log_old is None
-    log_old = np.zeros((plain.policy.log_policy_shape()), np.float32) if first else log_old
+    log_old = np.zeros((plain.policy.kept_shape()), np.float32) if first else log_old
     with jax.set_mesh(plain.mesh):
         after, log_pi, metrics = plain.update({}, state, *data, jnp.asarray(log_old), jnp.asarray(first))
     gradient = optax.tree.get(after.opt_state, "mu")["B"] / (1 - plain.options.optimizer.b1)

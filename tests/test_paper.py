@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_run
+from launch_site import WAIT, Site
 
 from rcgrpo_jax.data.scenes.files import write_folder, write_tasks
 from rcgrpo_jax.data.scenes.source import Scenes
@@ -69,9 +71,11 @@ def test_what_is_trained_on_may_be_any_data():
         ([*NEEDED, "--steps=0"], 2, "--steps: '0' found; a positive integer was wanted."),
         ([*NEEDED, "--modle=M"], 2, "'--modle' found; a flag was wanted."),
         ([*NEEDED, "--config"], 2, "--config: '' found; a value was wanted."),
+        ([*NEEDED, "--size=512"], 2, "--size: '512' found; WIDTHxHEIGHT in pixels was wanted."),
+        ([*NEEDED, "--lpips-squeeze=/nowhere"], 1, "--lpips-squeeze: no file /nowhere found."),
         (NEEDED, 1, "--data: no folder D/compbench found."),
     ],
-    ids=["one", "all", "steps", "flag", "value", "data"],
+    ids=["one", "all", "steps", "flag", "value", "size", "weights", "data"],
 )
 def test_mistakes_are_told(argv, code, problem):
     done = run(*argv)
@@ -79,6 +83,40 @@ def test_mistakes_are_told(argv, code, problem):
     first, remedy = done.stderr.splitlines()
     assert first == f"launch/paper.sh: error: {problem}"
     assert remedy.startswith("  ")
+
+
+def test_the_commands_are_run_as_they_are_shown_whatever_becomes_of_the_script(tmp_path):
+    site = Site(tmp_path)
+    (site.path / "data" / "compbench").mkdir(parents=True)
+    for table in ("table-1/table", "table-2/table", "table-3/table", "fig-5/groups"):
+        (site.path / "out" / table).parent.mkdir(parents=True)
+        (site.path / "out" / f"{table}.md").write_text(f"{table}\n")
+    flags = ["--model=M", f"--data={site.path}/data", "--judge=J", f"--out={site.path}/out"]
+    shown = site.run("paper.sh", *flags, "--dry-run").stdout
+    done = site.run("paper.sh", *flags, does=f': >"{site.checkout}/launch/paper.sh"; exit 0')
+    assert done.returncode == 0
+    assert [" ".join(call) for call in site.calls("rcgrpo")] == shown.replace("'", "").splitlines()
+    assert done.stdout.endswith("table-1/table\ntable-2/table\ntable-3/table\nfig-5/groups\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_goes_to_the_command_and_ends_the_experiment(tmp_path, name):
+    site = Site(tmp_path)
+    (site.path / "behaviour").write_text(WAIT)
+    (site.path / "data" / "compbench").mkdir(parents=True)
+    flags = ["--model=M", f"--data={site.path}/data", "--judge=J", f"--out={site.path}/out"]
+    command = ["bash", str(site.checkout / "launch" / "paper.sh"), *flags]
+    script = subprocess.Popen(
+        command, env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (site.homes[0] / "ready").exists():
+        assert script.poll() is None
+        time.sleep(0.01)
+    script.send_signal(getattr(signal, name))
+    said, problem = script.communicate(timeout=60)
+    assert (script.returncode, said.splitlines()) == (143, ["step 1", "saved"])
+    assert problem.endswith("launch/paper.sh: stopped; the same command goes on\n")
+    assert len(site.calls("rcgrpo")) == 1
 
 
 @pytest.fixture

@@ -71,6 +71,22 @@ def test_a_step_is_its_samples_and_units():
         assert integrated["update"] == 4 * 4 * count * (unit + one.forward)
 
 
+@pytest.mark.parametrize(("solver", "whole", "early"), [("euler", 8, 4), ("heun", 15, 8), ("dpmpp_2m", 8, 4)])
+def test_a_step_counts_its_solvers_evaluations(solver, whole, early):
+    """ACD is of one evaluation a step, and a replayed anchor is a step of Euler's."""
+    options, sizes = Options(), (MMDiTConfig(), VAEConfig(), 512, 1024)
+    one, plain = flops.mmdit(sizes[0], 512, 1024, options.lora, options.acd), flops.step(options, *sizes)
+    changed = {"rollout.solver": solver}
+    found = flops.step(with_changes(options, changed), *sizes)
+    assert found["rollout"] == 4 * 12 * (whole * one.forward + 8 * one.concentration)
+    assert found["update"] == plain["update"]
+    changed["surrogate.anchor_mode"] = "integrate"
+    unit = 2 * one.forward + one.recomputed["full"] + one.backward
+    for steps, count in (("early", early), ("all", whole)):
+        found = flops.step(with_changes(options, changed | {"surrogate.steps": steps}), *sizes)
+        assert found["update"] == 4 * 4 * count * unit
+
+
 # Programs
 
 
@@ -80,13 +96,15 @@ def test_a_step_is_its_samples_and_units():
         {"model__remat": "full"},
         pytest.param({"model__remat": "none"}, marks=pytest.mark.slow),
         pytest.param({"surrogate__anchor_mode": "integrate"}, marks=pytest.mark.slow),
+        pytest.param({"surrogate__anchor_mode": "integrate", "rollout__solver": "heun"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 @pytest.mark.slow
 def test_compiled_flops_agree_with_the_formula(changes):
     planned = workload(**changes)
-    names = NAMES if changes == {"model__remat": "full"} else ("update",)
+    rolled = "rollout__solver" in changes
+    names = NAMES if changes == {"model__remat": "full"} else ("rollout", "update") if rolled else ("update",)
     ratios = {name: (plan := planned.compile(name)).cost.flops / plan.analytic for name in names}
     assert ratios.pop("rollout", 1.0) == pytest.approx(1, rel=0.05)
     assert ratios.pop("decode", 1.0) == pytest.approx(1, rel=0.05)
@@ -142,10 +160,10 @@ def test_what_a_run_keeps_counts_once_in_every_program():
     planned = workload(4, mesh__data=1, mesh__fsdp=4)
     kept = {name: planned.held(name) + total_bytes(planned.arguments(name)) for name in NAMES}
     trees = {name: total_bytes(tree) for name, tree in planned.trees.items()}
-    assert kept["decode"] == kept["rollout"] - trees["noise"] + trees["rollout"] + trees["images"]
+    assert kept["decode"] == kept["rollout"] - trees["candidates"] + trees["rollout"] + trees["images"]
     assert trees["upcoming"] == trees["prompts"]
     read = sum(trees[name] for name in ("rollout", "objective", "upcoming"))
-    assert kept["update"] == kept["rollout"] - trees["noise"] + read
+    assert kept["update"] == kept["rollout"] - trees["candidates"] + read
     half = workload(4, mesh__data=1, mesh__fsdp=4, rollout__micro_batch=4)
     assert half.calls == {"rollout": 2, "decode": 2, "update": 1}
     earlier, pictures = half.trees["earlier"]

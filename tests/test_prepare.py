@@ -18,7 +18,8 @@ from PIL import Image
 
 from rcgrpo_jax.cli.data_prepare import run
 from rcgrpo_jax.data import records
-from rcgrpo_jax.data.prepare.row import RowForm, safe_name
+from rcgrpo_jax.data.prepare import run as running
+from rcgrpo_jax.data.prepare.row import RowForm, read_row, safe_name
 from rcgrpo_jax.data.prepare.run import prepare
 from rcgrpo_jax.data.prepare.sets import open_own
 from rcgrpo_jax.data.sources import open_source
@@ -52,6 +53,15 @@ def root(tmp_path) -> Path:
         rows.append(files | {"text": f"Edit {index}.", "caption": "after", "id": f"n{index}"})
     rows.insert(3, rows[0])
     return write_rows(root, rows)
+
+
+def test_tfds_is_imported_before_any_thread_decodes(root, tmp_path, monkeypatch):
+    """Imports of other threads fail while TFDS is imported: Pillow's in `read_row` did."""
+    events, load = [], records.RecordSet.load
+    monkeypatch.setattr(records.RecordSet, "load", lambda self: (load(self), events.append("loaded")))
+    monkeypatch.setattr(running, "read_row", lambda *_: events.append("row") or read_row(*_))
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, "--workers=2"])
+    assert events == ["loaded", *["row"] * 8]
 
 
 @pytest.fixture
@@ -131,11 +141,14 @@ def test_it_does_not_go_on_with_other_settings_or_files(root, tmp_path, small_sh
 def test_what_a_stopped_run_left_unfinished_is_no_part_of_another(root, tmp_path):
     partial = tmp_path / "out.incomplete"
     partial.mkdir()
-    for name in ("compbench-train.array_record-00000", "incomplete.edits-train.array_record-00003"):
+    for name in (
+        "compbench-train.array_record-00000", "incomplete.edits-train.array_record-00003", f".{'0' * 32}.partial",
+    ):  # fmt: skip
         (partial / name).write_bytes(b"half")
     (partial / "settings.json").write_text('{"data_set": "compbench"}')  # no part of it was finished
     run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS])
     assert [file.name for file in (tmp_path / "out").glob("*record*")] == ["edits-train.array_record-00000"]
+    assert not [*(tmp_path / "out").glob("*.partial")]
 
 
 def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
@@ -145,6 +158,8 @@ def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
     assert sorted(file.name for file in out.iterdir()) == [
         "dataset_info.json", "edits-train.array_record-00000", "features.json", "prepare.json", "skipped.jsonl",
     ]  # fmt: skip
+    (out / "parts").mkdir()  # of a kill at the very end
+    (out / "settings.json").touch()
     run(["json", f"--from={root}", f"--out={out}", *COLUMNS])
     assert f"{out} is finished" in capsys.readouterr().out
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before
@@ -152,6 +167,38 @@ def test_a_finished_data_set_is_left_as_it_is(root, tmp_path, capsys):
         run(["json", f"--from={root}", f"--out={out}", *COLUMNS, "--keep_full_masks"])
     with pytest.raises(UserError, match="holds something else"):
         run(["json", f"--from={root}", f"--out={tmp_path}", *COLUMNS])
+
+
+def test_the_folder_is_where_a_link_leads_and_no_mounted_disk(root, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "out")  # nothing is there yet
+    run(["json", f"--from={root}", f"--out={tmp_path / 'link'}", *COLUMNS])
+    assert len(open_source(f"tfds:{tmp_path / 'out'}")) == 7
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(UserError, match="is where a disk is mounted; a folder in it was wanted"):
+        run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--task=text", "--tasks=EDIT 9."], "none of 8 rows is of a task that was chosen; found edit 0., edit 1"),
+        (["--split=dev"], "no file of the split 'dev'; found nothing"),
+        (["--out=/tmp/\udcff"], "a name in UTF-8 was wanted"),
+    ],
+)
+def test_what_would_read_nothing_or_all_is_refused(root, tmp_path, flags, problem):
+    argv = {arg.partition("=")[0]: arg for arg in (f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, *flags)}
+    with pytest.raises(UserError, match=problem):
+        run(["json", *argv.values()])
+
+
+def test_tasks_are_chosen_in_any_case(root, tmp_path):
+    run(["json", f"--from={root}", f"--out={tmp_path / 'out'}", *COLUMNS, "--task=text", "--tasks=EDIT 3."])
+    assert len(open_source(f"tfds:{tmp_path / 'out'}")) == 1
+
+
+def test_tfds_is_imported_before_threads_import_anything(tmp_path):
+    assert "_serializer" in vars(records.RecordSet(tmp_path, "edits", "Edits."))
 
 
 def test_two_processes_do_not_write_one_data_set(root, tmp_path):
@@ -210,7 +257,9 @@ BAD = {  # change of a row -> reason, detail
     "blank": ({"text": "  "}, "the instruction is blank", ""),
     "number": ({"text": ["a"]}, "the instruction is no text", "'a'"),
     "long": ({"text": "a" * 100_001}, "it is no usable example", "100,001 characters"),
-    "half": ({"caption": "\ud800"}, "the caption is no text", "Unicode"),
+    "nan": ({"text": float("nan")}, "the instruction is blank", ""),
+    "endless": ({"text": float("inf")}, "the instruction is no text", "inf found"),
+    "half": ({"caption": "\ud800"}, "it is no usable example", "the caption .* Unicode"),
 }
 
 
@@ -231,7 +280,7 @@ def bad(tmp_path) -> Path:
     rows = [good | {"id": "first"}, *(good | change | {"id": name} for name, (change, *_) in BAD.items())]
     rows[5:5] = [
         good | {"id": "bare", "caption": None, "target": None},
-        good | {"id": "void", "caption": "", "target": ""},
+        good | {"id": "void", "caption": "", "target": float("nan")},
     ]
     rows += [good | {"id": "last/one.png"}, good | {"id": "first"}]
     return write_rows(root, rows)
@@ -262,19 +311,24 @@ def test_rows_that_are_no_examples_are_skipped_and_named(bad, tmp_path, capsys):
 
 def test_a_data_set_without_one_example_is_an_error_and_can_be_begun_anew(bad, tmp_path):
     flags = [f"--from={bad}", f"--out={tmp_path / 'out'}", *COLUMNS]
-    with pytest.raises(UserError, match="no row of the data set is an example") as caught:
+    found = (
+        rf"none of {len(BAD) + 5} rows is an example; 10: the mask is not of the form 'transparent' \(rows.jsonl, lin"
+    )
+    with pytest.raises(UserError, match=found) as caught:
         run(["json", *flags, "--mask_form=transparent"])
-    assert "the mask is not of the form 'transparent'" in caught.value.problem
+    assert "\n" not in caught.value.problem
+    report = Path(caught.value.remedy.partition(" and ")[0])
+    assert json.loads(report.read_text())["examples"] == 0
+    assert len((report.parent / "skipped.jsonl").read_text().splitlines()) == len(BAD) + 5
     assert not (tmp_path / "out").exists()
     run(["json", *flags])
 
 
 def test_a_table_without_rows_is_an_error(tmp_path):
-    for rows, reason in (("", "skipped: 0"), ("\n,,\n", "1  the instruction is blank")):
+    for rows, reason in (("", "there are no rows"), ("\n,,\n", "none of 1 rows .* the instruction is blank")):
         (tmp_path / "a.csv").write_text(f"image,mask,text\n{rows}")
-        with pytest.raises(UserError, match="no row of the data set is an example") as caught:
+        with pytest.raises(UserError, match=reason):
             run(["csv", f"--from={tmp_path / 'a.csv'}", f"--out={tmp_path / 'out'}", *COLUMNS[:3]])
-        assert reason in caught.value.problem
 
 
 def test_masks_may_be_runs(root, tmp_path):
@@ -356,3 +410,25 @@ def test_names_of_examples_can_name_files(identifier, name):
 def test_a_folder_beside_the_file_that_is_read_can_be_written(root):
     run(["json", f"--from={root / 'rows.jsonl'}", f"--out={root / 'out'}", *COLUMNS])
     assert (root / "out" / "prepare.json").is_file()
+
+
+def test_no_module_imports_lazily_while_threads_decode(root, tmp_path):
+    """etils' lazy imports replace `__import__` in all threads, and Pillow's relative imports fail meanwhile."""
+    script = """
+import sys
+from pathlib import Path
+from rcgrpo_jax.data.prepare import run
+from rcgrpo_jax.data.prepare.row import RowForm
+from rcgrpo_jax.data.prepare.sets import open_own
+read_row, missing = run.read_row, []
+def watched(*row):
+    missing.extend({"tensorflow_datasets"} - {*sys.modules})
+    return read_row(*row)
+run.read_row = watched
+form = RowForm("image", "mask", "text", "target", "caption", id=("id",))
+out = Path(sys.argv[2])
+out.mkdir()
+run.prepare(open_own("json", Path(sys.argv[1]), ""), form, out, workers=2)
+assert not missing, missing
+"""
+    subprocess.run([sys.executable, "-c", script, root, tmp_path / "out"], check=True)

@@ -395,9 +395,10 @@ def test_an_evaluation_adds_results_and_pictures(tmp_path):
     assert "edit success ↑, difference from base" in page.values("aria-label")
     page, text = page_of(*arguments, "--data", small_run.data_folder())
     assert "lora, edit success 0.500, PSNR 25.00" in text
+    assert "2 steps of euler, guidance 2.5, seed 7" in text
     for instruction, _ in small_run.EDITS:
         assert instruction in text
-    assert f"--data={small_run.data_folder()} --steps=2 --guidance=2.5 --seed=7 --size=64x64" in text
+    assert f"--data={small_run.data_folder()} --steps=2 --solver=euler --guidance=2.5 --seed=7 --size=64x64" in text
 
 
 def test_an_evaluation_of_pictures_of_another_program_is_shown_too(tmp_path):
@@ -410,7 +411,7 @@ def test_an_evaluation_of_pictures_of_another_program_is_shown_too(tmp_path):
     page, text = page_of(*arguments, "--evaluation", tmp_path / "pictures")
     assert {"results", "examples"} <= set(page.values("id"))
     assert "3 edits of 64 x 64 pixels" in text
-    assert "solver steps, guidance" not in text
+    assert ", guidance 2.5, seed" not in text
     assert "rcgrpo evaluate" not in text  # a model's edits are not what was measured
 
 

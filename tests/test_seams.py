@@ -11,10 +11,14 @@ import small_run
 
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.flow import rollout, schedule
-from rcgrpo_jax.flow.solver import euler_step
+from rcgrpo_jax.flow.solvers.base import scan_steps
+from rcgrpo_jax.flow.solvers.euler import euler_step
+from rcgrpo_jax.method import grpo
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl import policy as policies
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.parts import join, split_groups
+from rcgrpo_jax.rl.policy import likelihood
 from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.programs import Programs
 from rcgrpo_jax.runs.state import new_state
@@ -26,27 +30,27 @@ STD = 0.3
 class AdamsBashforth:
     """A solver that remembers the step before: two-step Adams-Bashforth for uneven steps, Euler's first."""
 
-    def init(self, x, sigmas):
-        return jnp.zeros_like(x), jnp.float32(jnp.inf)  # the velocity and the length of the step before
+    def integrate(self, velocity, x, sigmas):
+        def step(x, memory, sigma, sigma_next):
+            before, length_before = memory
+            v, aux = velocity(x, sigma)
+            length = sigma_next - sigma
+            share = length / (2 * length_before)  # 0 in the first step
+            return x + length * ((1 + share) * v - share * before), (v, length), aux
 
-    def step(self, velocity, x, sigma, sigma_next, memory):
-        before, length_before = memory
-        v, aux = velocity(x, sigma)
-        length = sigma_next - sigma
-        share = length / (2 * length_before)  # 0 in the first step
-        return x + length * ((1 + share) * v - share * before), (v, length), aux
+        return scan_steps(step, x, (jnp.zeros_like(x), jnp.float32(jnp.inf)), sigmas)
 
 
 class Midpoint:
     """A solver that evaluates the velocity twice a step."""
 
-    def init(self, x, sigmas):
-        return ()
+    def integrate(self, velocity, x, sigmas):
+        def step(x, memory, sigma, sigma_next):
+            middle = (sigma + sigma_next) / 2
+            v, aux = velocity(x, sigma)
+            return x + (sigma_next - sigma) * velocity(x + (middle - sigma) * v, middle)[0], memory, aux
 
-    def step(self, velocity, x, sigma, sigma_next, memory):
-        middle = (sigma + sigma_next) / 2
-        v, aux = velocity(x, sigma)
-        return x + (sigma_next - sigma) * velocity(x + (middle - sigma) * v, middle)[0], memory, aux
+        return scan_steps(step, x, (), sigmas)
 
 
 @pytest.mark.parametrize("solver", [AdamsBashforth(), Midpoint()], ids=["memory", "two evaluations"])
@@ -89,7 +93,7 @@ class Matrix:
         return jnp.ones((len(encoded["latents"]), 1))
 
     def velocity(self, params, lora, x, sigma, condition, grid, region=None):
-        return jnp.tanh(x @ (params["W"] + lora["B"])) * (1 + sigma) - condition, None
+        return jnp.tanh(x @ (params["W"] + lora.get("B", 0.0))) * (1 + sigma) - condition, None
 
     def decode(self, params, tokens, grid):
         return tokens.reshape(*tokens.shape[:-2], *grid, tokens.shape[-1])
@@ -97,10 +101,18 @@ class Matrix:
 
 class Noise(NamedTuple):
     noise: jax.Array  # [P, G, N, C]
+    strength: jax.Array  # [P, G]
+
+    @property
+    def candidates(self):
+        return self
 
 
-class Gaussian:
+class Toy:
     """A policy without anchors: `log N(x_k; one step under theta from x_(k-1), STD^2)` of each candidate and step."""
+
+    OWN = ("objective.clip",)
+    keeps_old = True
 
     def __init__(self, options, networks, sigmas):
         self.options, self.sigmas = options, jnp.asarray(sigmas)
@@ -115,40 +127,46 @@ class Gaussian:
 
     num_evaluations = num_units
 
-    def explore(self, key, prompts):
-        return Noise(jax.random.normal(key, (len(prompts.region), self.options.rollout.group_size, N, C)))
+    @staticmethod
+    def num_forwards(options):
+        return 0
 
-    def rollout(self, velocity, noise):
-        return rollout.integrate_with_aux(velocity, noise, self.sigmas)
+    def explore(self, key, prompts, step):
+        shape = len(prompts.region), self.options.rollout.group_size
+        return Noise(jax.random.normal(key, (*shape, N, C)), jnp.full(shape, 1.0 + step))
+
+    def rollout(self, velocity, prompt, candidate):
+        return rollout.integrate_with_aux(velocity, candidate.strength * candidate.noise, self.sigmas)
 
     def units(self, exploration):
         grid = jnp.meshgrid(jnp.arange(P), jnp.arange(G), jnp.arange(1, K + 1), indexing="ij")
         return tuple(x.reshape(-1) for x in grid)
 
-    def log_policy_shape(self):
+    def kept_shape(self):
         return self.num_units(self.options), 1, 1
 
     def read(self, states, unit):
         prompt, candidate, k = unit
         return states[prompt, candidate, k - 1], states[prompt, candidate, k]
 
-    def log_policy(self, velocity, prompt, stored, unit):
-        before, after = stored
-        k = unit[2]
-        mean = euler_step(velocity, before, self.sigmas[k - 1], self.sigmas[k])
-        return -jnp.square(after - mean).mean()[None, None] / (2 * STD**2), {"deviation": jnp.abs(after - mean).mean()}
+    def loss(self, velocities, prompt, stored, unit, advantages, log_old, first):
+        (before, after), (_, candidate, k) = stored, unit
+        mean = euler_step(velocities.theta, before, self.sigmas[k - 1], self.sigmas[k])
+        log_pi = -jnp.square(after - mean).mean()[None, None] / (2 * STD**2)
+        log_ratio, _ = likelihood.log_ratio(log_pi, log_old, first)
+        v, v_old, v_base = (velocity(before, self.sigmas[k - 1]) for velocity in velocities)
+        metrics = {"ratio_deviation": jnp.abs(jnp.expm1(log_ratio)).max(), "largest_deviation": jnp.abs(v).max()}
+        metrics |= {"mean": jnp.abs(v).max(), "from_old": jnp.abs(v - v_old).max(), "base": jnp.abs(v_base).max()}
+        return -grpo.clipped_objective(log_ratio, advantages[candidate][None, None], 0.2), log_pi, metrics
 
-    def advantages(self, advantages, unit):
-        return advantages[unit[1]][None]
-
-    def weights(self, log_old):
-        return None
+    def refresh(self, state):
+        return state.replace(old=jax.tree.map(lambda old, new: (old + new) / 2, state.old, state.params))
 
 
 def test_another_family_and_policy_take_a_step(monkeypatch):
-    monkeypatch.setitem(policies.POLICIES, "gaussian", Gaussian)
+    monkeypatch.setitem(policies.POLICIES, "toy", Toy)
     options = small_run.make_options(
-        policy="gaussian", rollout__prompts=P, rollout__group_size=G, rollout__num_steps=K, lora__rank=1,
+        policy="toy", rollout__prompts=P, rollout__group_size=G, rollout__num_steps=K, lora__rank=1,
         lora__alpha=1.0, acd__weight=0.0, optimizer__max_grad_norm=1e9, surrogate__micro_batch=4,
     )  # fmt: skip
     mesh = make_mesh({}, jax.devices()[:1])
@@ -160,19 +178,28 @@ def test_another_family_and_policy_take_a_step(monkeypatch):
     with jax.set_mesh(mesh):
         encoded, mask = {"latents": rng.standard_normal((P, N, C), np.float32)}, np.ones((P, 64, 64), np.float32)
         prompts = programs.gather_prompts(encoded, mask)
-        exploration = programs.explore(jax.random.key(0), prompts)
-        rolled: Rollout = programs.rollout(params, adapter, prompts, exploration.noise)
+        state = new_state(options.optimizer, jax.tree.map(jnp.asarray, adapter), jax.random.key(0), keep_old=True)
+        exploration = programs.explore(jax.random.key(0), prompts, state.step + 1)
+        parts = [
+            programs.rollout(params, state.rolling_out, prompts, candidates)
+            for candidates in split_groups(exploration.candidates, 1)
+        ]
+        rolled: Rollout = join(*parts)
         pictures = programs.decode({}, rolled.states[:, :, -1])
-        state = new_state(options.optimizer, jax.tree.map(jnp.asarray, adapter), jax.random.key(0))
         states = rolled.states + STD * jax.random.normal(jax.random.key(1), rolled.states.shape)  # off the ODE's path
-        log_old, first = jnp.zeros(programs.policy.log_policy_shape()), jnp.asarray(True)
+        log_old, first = jnp.zeros(programs.policy.kept_shape()), jnp.asarray(True)
         after, log_pi, metrics = programs.update(
             params, state, prompts, exploration, rolled._replace(states=states), advantages, log_old, first
         )
+        refreshed = programs.refresh(jax.tree.map(jnp.copy, after))
+    np.testing.assert_array_equal(rolled.states[:, :, 0], 2 * exploration.noise)  # its strength after one step
     assert pictures.shape == (P * G, 4, 4, C)
     assert log_pi.shape == (P * G * K, 1, 1)
-    assert metrics["ratio_deviation"] == 0
-    assert metrics["deviation"] > 0
+    assert metrics["ratio_deviation"] == metrics["from_old"] == 0
+    assert metrics["largest_deviation"] > metrics["mean"] > metrics["base"] > 0
+    np.testing.assert_array_equal(after.old["B"], adapter["B"])
+    assert (after.params["B"] != adapter["B"]).any()
+    np.testing.assert_array_equal(refreshed.rolling_out["B"], (after.params["B"] + adapter["B"]) / 2)
 
     def loss(B):
         """-mean A log pi over candidates and steps: Eq. 5 at the old policy."""
@@ -188,14 +215,20 @@ def test_another_family_and_policy_take_a_step(monkeypatch):
 
 def test_a_configuration_is_held_to_its_policy(monkeypatch):
     anchors = {"surrogate__anchors": 64, "surrogate__micro_batch": 5}  # the first is refused by Neighbour alone
-    config = small_run.make_config(policy="gaussian", rollout__num_steps=1, **anchors)
-    with pytest.raises(UsageError, match="policy: 'gaussian' found; one of neighbour was wanted"):
+    config = small_run.make_config(policy="toy", rollout__num_steps=1, **anchors)
+    with pytest.raises(UsageError, match=r"policy: 'toy' found; one of .*neighbour.* was wanted"):
         validate(config, 1)
-    monkeypatch.setitem(policies.POLICIES, "gaussian", Gaussian)
+    monkeypatch.setitem(policies.POLICIES, "toy", Toy)
     with pytest.raises(UsageError) as error:
         validate(config, 1)
-    assert error.value.problem.splitlines() == [
-        "config: rollout.num_steps: 1; more were wanted",
-        "        surrogate: units to differentiate = 8 in micro-batches of 5 does not divide over data x fsdp = "
-        "1 x 1 = 1 devices",
-    ]
+    problems = error.value.problem.removeprefix("config: ").splitlines()
+    assert [x.split(":")[0].strip() for x in problems] == [  # what the toy does not read, and what it refuses itself
+        "surrogate.distance", "surrogate.anchors", "surrogate.steps", "rollout.num_steps", "surrogate",
+    ]  # fmt: skip
+    assert problems[1].strip() == (
+        "surrogate.anchors: 64 with policy = toy, which does not read it; 4 was wanted, or policy = neighbour"
+    )
+    assert problems[-1].strip() == (
+        "surrogate: units to differentiate = 8 in micro-batches of 5 does not divide over data x fsdp = "
+        "1 x 1 = 1 devices"
+    )

@@ -26,7 +26,7 @@ TRACE = """
 options = small_run.make_options(**{changes!r})
 planned = Workload(options, open_flux(options.model.path), Topology("local", tuple(jax.devices()[:1]), None, None))
 with jax.set_mesh(planned.mesh):
-    planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"])
+    planned.programs.explore.eval_shape(jax.random.key(0), planned.trees["prompts"], 0)
     for name in ("rollout", "update"):
         getattr(planned.programs, name).eval_shape(*planned.arguments(name))
 """
@@ -58,6 +58,9 @@ def run(code: str) -> str:
         ),
         {"surrogate__anchor_mode": "integrate", "surrogate__weighting": "policy", "surrogate__distance": "region"},
         pytest.param({"explore__kind": "global", "surrogate__distance": "mean"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"policy": "gaussian", "sde__noise": "region", "objective__kl_weight": 0.1}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -68,7 +68,7 @@ def explore_and_roll_out(trainer: Trainer) -> Step:
     programs = trainer.programs
     with jax.set_mesh(programs.mesh):
         prompts = programs.prompts(small_run.make_batch(trainer))
-        exploration = programs.explore(jax.random.key(1), prompts)
+        exploration = programs.explore(jax.random.key(1), prompts, 0)
         rollout = programs.rollout(trainer.params, small_run.make_state(trainer).params, prompts, exploration.noise)
     rewards = np.random.default_rng(2).standard_normal(rollout.acd.shape).astype(np.float32)
     advantages = (rewards - rewards.mean(-1, keepdims=True)) / rewards.std(-1, keepdims=True)
@@ -83,7 +83,7 @@ def base_step() -> Step:
 def update(trainer: Trainer, step: Step, state: Any, log_old: Any = None) -> Update:
     """The first update after a rollout, or one that compares with `log_old`."""
     programs, first = trainer.programs, log_old is None
-    log_old = jnp.zeros(programs.policy.log_policy_shape()) if first else jnp.asarray(log_old)
+    log_old = jnp.zeros(programs.policy.kept_shape()) if first else jnp.asarray(log_old)
     with jax.set_mesh(programs.mesh):
         copy = jax.tree.map(jnp.copy, state)  # the update donates its state
         after, log_pi, metrics = programs.update(trainer.params, copy, *step, log_old, jnp.asarray(first))
@@ -106,7 +106,7 @@ def first_update(mode: str, distance: str, steps: str, weighting: str, source_ad
     # The rollout does not depend on the surrogate: one program serves all combinations.
     step = base_step()
     with jax.set_mesh(trainer.programs.mesh):
-        step = step._replace(exploration=trainer.programs.explore(jax.random.key(1), step.prompts))
+        step = step._replace(exploration=trainer.programs.explore(jax.random.key(1), step.prompts, 0))
     np.testing.assert_array_equal(step.exploration.noise, base_step().exploration.noise)
     return update(trainer, step, small_run.make_state(trainer))
 

@@ -13,6 +13,7 @@ import pytest
 
 from rcgrpo_jax.data.paths import Finder
 from rcgrpo_jax.data.prepare.row import Prepared, RowForm, read_row
+from rcgrpo_jax.data.prepare.sets import fit_form
 from rcgrpo_jax.data.tables import CONTAINERS, FileTable, find_files
 from rcgrpo_jax.errors import UserError
 
@@ -135,6 +136,33 @@ def test_lines_that_are_no_rows_cost_themselves_alone(tmp_path):
     assert third.startswith("no JSON")
 
 
+def test_a_quote_that_is_not_closed_names_the_lines_that_it_swallows(tmp_path):
+    (tmp_path / "a.csv").write_text('a,b\n1,2\n3,"4\n5,6\n7,8\n')
+    first, second = faults("csv", tmp_path / "a.csv")
+    assert first == ""
+    assert second.startswith("lines 3 to 5: unexpected end of data")
+
+
+def test_a_column_that_comes_twice_or_is_a_link_costs_its_row(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("a.txt", None), ("b.txt", None), ("b.txt", None), ("c.txt", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind or tarfile.REGTYPE, "a.txt"
+            archive.addfile(member, io.BytesIO())
+    first, second, third = faults("webdataset", tmp_path / "a.tar")
+    assert (first, second) == ("", "txt is there twice")
+    assert "txt is a link" in third
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"), [("a.json", "[]", "no rows found"), ("a.jsonl", "[", "no JSON")]
+)
+def test_a_table_without_columns_says_why(tmp_path, name, content, problem):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=problem):
+        fit_form(FORM, FileTable(CONTAINERS["json"], [tmp_path / name]), ())
+
+
 def test_an_archive_that_was_cut_gives_the_rows_before_the_cut(tmp_path):
     write_tar(tmp_path / "a.tar", rows_of(0, 3))
     content = (tmp_path / "a.tar").read_bytes()
@@ -167,6 +195,7 @@ def test_a_damaged_row_group_costs_itself_alone(tmp_path):
         ("parquet", "a.parquet", b"PAR1 and then nothing", "cannot be read as Parquet .* a whole file was wanted"),
         ("csv", "a.csv", b"a,a\n1,2\n", "the first line is .* names of columns, each once"),
         ("csv", "a.csv", b"", "this is an empty file"),
+        ("csv", "a.csv", "a,b\n1,2\n".encode("utf-16"), "the first line is not UTF-8"),
         ("json", "a.json", b'{"a": 1}', "a list of objects was wanted"),
         ("json", "a.json", b'[{"a": 1}', "not readable as JSON"),
         ("json", "a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "a Git LFS pointer"),
@@ -175,14 +204,33 @@ def test_a_damaged_row_group_costs_itself_alone(tmp_path):
 def test_files_of_another_kind_are_named(tmp_path, kind, name, content, problem):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
-        len(FileTable(CONTAINERS[kind], [tmp_path / name]))
+        FileTable(CONTAINERS[kind], [tmp_path / name]).columns  # noqa: B018
 
 
 def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     from rcgrpo_jax.data.tables import parquet
 
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    parquet._pyarrow.cache_clear()
+    parquet.load_pyarrow.cache_clear()
     with pytest.raises(UserError, match="pyarrow, which is not installed") as caught:
         CONTAINERS["parquet"].count(tmp_path / "a.parquet")
     assert "[data]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_is_read_from_any_row_across_its_batches(tmp_path, kind):
+    import pyarrow
+
+    file = tmp_path / "data-00000-of-00001.arrow"
+    table = pyarrow.table({"n": [*range(10)], "text": [f"row {i}" for i in range(10)]})
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(file), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    arrow = CONTAINERS["arrow"]
+    assert (arrow.columns(file), arrow.count(file)) == (["n", "text"], 10)
+    for start in (0, 3, 4, 9, 10):
+        found = [(row.where, row.cells) for row in arrow.rows(file, start, ["n"])]
+        assert found == [(f"{file.name}, row {i}", {"n": i}) for i in range(start, 10)]
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow: cannot be read as Arrow"):
+        list(arrow.rows(file))

@@ -277,6 +277,14 @@ def test_records_that_cannot_be_used_are_named(tmp_path):
             source[index]
 
 
+def test_a_record_of_a_file_that_was_cut_short_is_named(tmp_path):
+    features, row = by_hand()
+    source = TfdsSource(str(write_by_hand(tmp_path, features, row)))
+    source._records = [dict.fromkeys(row)]
+    with pytest.raises(UserError, match=r"example 0 cannot be read \(image is missing\)"):
+        source[0]
+
+
 def test_writing_is_all_or_nothing(folder, written, tmp_path):
     with pytest.raises(UserError, match="the dataset exists"):
         write_tfds(folder, "edits", written.parents[1])

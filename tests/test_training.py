@@ -329,7 +329,7 @@ def test_the_update_writes_the_state_where_the_old_one_was():
     programs, state = trainer.programs, small_run.make_state(trainer)
     with jax.set_mesh(programs.mesh):
         sample = trainer.sample(state, trainer.prepare(small_run.make_batch(trainer)))
-        log_old = jnp.zeros(programs.policy.log_policy_shape())
+        log_old = jnp.zeros(programs.policy.kept_shape())
         shapes = (jnp.zeros(sample.scores["acd"].shape), log_old, jnp.asarray(True))
         update = programs.update.lower(trainer.params, state, *sample[:3], *shapes).compile()
     assert update.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))

@@ -19,7 +19,7 @@ from rcgrpo_jax.rl.reward_fields import Schedule, unlearned
 from rcgrpo_jax.rl.setup import make_rewards
 from rcgrpo_jax.rl.step_metrics import correlation_metrics, drift_metrics, reward_metrics, watch_metrics
 from rcgrpo_jax.rl.trainer import Trainer, train
-from rcgrpo_jax.runs.checkpoint import check_same_config
+from rcgrpo_jax.runs.differences import check_same_config
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from rcgrpo_jax.report.run_record import read_run
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.run import FOLDERS, open_run
 from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, no_leftovers
+from rcgrpo_jax.whole import sweep, whole_file
 
 
 def opened(workdir: Path) -> Checkpointer:
@@ -257,3 +259,27 @@ def test_metrics_that_cannot_be_read(monkeypatch, tmp_path, kind):
         monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
         read_run(tmp_path)
+
+
+# Files that are whole
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_is_what_it_was_until_it_is_whole(tmp_path, fails):
+    (tmp_path / "there").write_text("before")
+    (tmp_path / "link").symlink_to("there")
+    with pytest.raises(OSError, match="full") if fails else nullcontext(), whole_file(tmp_path / "link") as partial:
+        partial.write_text("after")
+        assert (tmp_path / "there").read_text() == "before"
+        if fails:
+            raise OSError("full")
+    assert (tmp_path / "there").read_text() == ("before" if fails else "after")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "there"]
+
+
+def test_what_a_kill_leaves_is_swept_and_nothing_else(tmp_path):
+    names = [".mine.partial", "a.partial", f".{'0' * 32}.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == names[:2]

@@ -12,6 +12,8 @@ from absl import flags
 
 from rcgrpo_jax.errors import UsageError, nearest
 
+_REPEATED = ";\n    repeat this option to specify a list of values"  # absl's, after the help of each such flag
+
 
 def parse(
     command: str,
@@ -25,7 +27,7 @@ def parse(
 
     Args:
         command: Its name.
-        about: One line for `--help`.
+        about: What `--help` says before the flags.
         argv: Arguments after the name.
         define: Adds the flags to the `FlagValues` it is given.
         positional: Names of the arguments without dashes, all of them needed.
@@ -39,9 +41,10 @@ def parse(
     """
     values = flags.FlagValues()
     define(values)
-    usage = " ".join(["rcgrpo", command, *(name.upper() for name in positional), "[--FLAG=VALUE ...]"])
+    needed = [*(name.upper() for name in positional), *(f"--{name}=VALUE" for name in required)]
+    usage = " ".join(["rcgrpo", command, *needed, "[--FLAG=VALUE ...]"])
     if any(arg in ("--help", "-h", "-help") for arg in argv):
-        print(f"usage: {usage}\n\n{about}\n\n{values.get_help()}")
+        print("\n".join([f"usage: {usage}", "", about, "", "flags:", *(describe(values[name]) for name in values)]))
         sys.exit(0)
     try:
         rest = values([command, *argv])[1:]
@@ -62,6 +65,17 @@ def parse(
             f"missing {', '.join(f'--{name}' for name in missing)}.", f"`rcgrpo {command} --help` lists the flags."
         )
     return values, rest
+
+
+def describe(flag: flags.Flag) -> str:
+    """A flag as `--help` shows it: its name, what it says, what it takes, and its default if it has one."""
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    facts = [flag.parser.syntactic_help] if flag.parser.syntactic_help else []
+    default = flag.default if isinstance(flag.default, list) else [flag.default]
+    if shown := ",".join(str(x).lower() if flag.boolean else str(x) for x in default if x not in (None, "")):
+        facts.append(f"default: {shown}")
+    about = flag.help.removesuffix(_REPEATED) + (f" ({'; '.join(facts)})" if facts else "")
+    return flags.text_wrap(f"{name}: {about}", indent=" " * 6, firstline_indent=" " * 2)
 
 
 def check_given(values: flags.FlagValues) -> None:

@@ -16,12 +16,15 @@ from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.judge import make_repeats, read_options
 from rcgrpo_jax.cli.lora_flags import read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, expand_home
+from rcgrpo_jax.data.buckets import KINDS, KONTEXT_SIDE
+from rcgrpo_jax.data.example import NOTHING, REGION
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import check_listed, list_entries, open_results
+from rcgrpo_jax.evaluation.benchmarks.entries import check_listed, list_entries
+from rcgrpo_jax.evaluation.benchmarks.results import open_results
 from rcgrpo_jax.evaluation.judge import check_scorable, scores_of
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, choose, load_weights
 from rcgrpo_jax.evaluation.measures.clip import load_model
@@ -34,6 +37,7 @@ from rcgrpo_jax.experiments.benchmark import (
     summary,
     write_benchmark,
 )
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.slurm import launched_processes
 from rcgrpo_jax.progress import Jobs, count_steps, no_progress
@@ -41,11 +45,11 @@ from rcgrpo_jax.rewards import check_all, known_rewards
 from rcgrpo_jax.weights.lora import load_loras
 
 _MAKE = (  # flags that say how a model edits
-    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "guidance", "acd_layers", "text_tokens", "dtype",
-    "quantization",
+    "adapter", "lora", "lora_scale", "edits", "seed", "steps", "solver", "guidance", "acd_layers", "text_tokens",
+    "dtype", "quantization", "buckets",
 )  # fmt: skip
 _WEIGHTS = {"clip": load_model, "lpips_squeeze": load_squeeze_weights}  # flag -> what reads it
-_OWN = ("results", "published", "adapter", "judge", "judge_option")  # of a benchmark
+_OWN = ("results", "published", "adapter", "judge", "judge_option", "buckets")  # of a benchmark
 
 
 def define_benchmark(values: flags.FlagValues) -> None:
@@ -55,6 +59,8 @@ def define_benchmark(values: flags.FlagValues) -> None:
     flags.DEFINE_multi(PathParser("results"), flags.ArgumentSerializer(), "results", None, about, values)
     tables = dict.fromkeys(name for benchmark in BENCHMARKS.values() for name in benchmark.tables)
     flags.DEFINE_enum("published", None, [*tables], "published table to stand beside; the main one by default", values)
+    about = "kontext: edits in the nearest of Kontext's shapes, of --size's area; by default as the benchmark wants"
+    flags.DEFINE_enum("buckets", None, KINDS, about, values)
     about = "a further LoRA, NAME=PATH, that edits beside base and --lora; may be given again"
     flags.DEFINE_multi_string("adapter", [], about, values)
     flags.DEFINE_string("judge", None, "reward that scores the edits of a benchmark too, such as editscore", values)
@@ -112,12 +118,10 @@ def measure_options(values: flags.FlagValues, measures: Sequence[Measure]) -> Me
 
 def run_benchmark(values: flags.FlagValues) -> None:
     """Edits, measures and compares; several processes share the work, and the first one writes and prints."""
-    benchmark, out = BENCHMARKS[values.benchmark], Path(values.out)
-    if values.published:
-        benchmark = benchmark._replace(published=benchmark.tables[values.published])
+    benchmark, out = _chosen(values), Path(values.out)
     loras = _adapter_paths(values)
     folders = _result_folders(values, loras)
-    size = parse_size(values.size) if values.size else (benchmark.side, benchmark.side)
+    size = parse_size(values.size) if values.size else (benchmark.side or KONTEXT_SIDE,) * 2
     edits = Path(values.edits) if values.edits else out / "edits"
     located = {name: open_results(folder, benchmark) for name, folder in folders.items()}
     read = {"--data": values.data, "--model": values.model}
@@ -127,13 +131,15 @@ def run_benchmark(values: flags.FlagValues) -> None:
     check_apart("--out", out, read, FILES)
     check_apart("--edits", edits, read if values.model else {})
     check_file("out", out / "grid.png", ".png")
+    choose_solver(values.solver, values.steps)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
     open_devices()
     with distributed.raise_together():
         how = _measuring(values, benchmark)
         model = open_model(values.model) if values.model else None
         adapters = _read_adapters(values, loras, model) if model else {}
-        source = open_source(values.data, values.polarity, mask_value=values.mask_value)
+        needs = NOTHING if benchmark.side is None else REGION
+        source = open_source(values.data, values.polarity, mask_value=values.mask_value, needs=needs)
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
         with distributed.raise_together():
@@ -142,9 +148,9 @@ def run_benchmark(values: flags.FlagValues) -> None:
             check_listed(listed, how.measures, located)
         if model:
             edited = edit_adapters(
-                model, source, listed.entries, adapters, edits, size, steps=values.steps, guidance=values.guidance,
-                seed=values.seed, batch=values.batch, acd_layers=values.acd_layers, progress=progress,
-                **editor_options(values),
+                model, source, listed.entries, adapters, edits, size, buckets=values.buckets or benchmark.buckets,
+                steps=values.steps, solver=values.solver, guidance=values.guidance, seed=values.seed,
+                batch=values.batch, acd_layers=values.acd_layers, progress=progress, **editor_options(values),
             )  # fmt: skip
             located = edited | located  # differences are from the base
         measured = {
@@ -156,6 +162,28 @@ def run_benchmark(values: flags.FlagValues) -> None:
                 found = write_benchmark(benchmark, source, listed, measured, folders, how, out)
     if distributed.is_main():
         print(summary(found, out))
+
+
+def _chosen(values: flags.FlagValues) -> Benchmark:
+    """The benchmark, with the published table to stand beside.
+
+    Raises:
+        UsageError: It has no such table; or has no masks, and measures or their weights are named, or no judge is.
+    """
+    benchmark = BENCHMARKS[values.benchmark]
+    if values.published and values.published not in benchmark.tables:
+        raise UsageError(
+            f"--published: {values.published} found; {benchmark.name} has {', '.join(benchmark.tables)}.",
+            "Name one of these, or leave it out.",
+        )
+    given = [flag for flag in ("measures", *_WEIGHTS) if values[flag].present]
+    if benchmark.side is None and (given or not values.judge):
+        found = f"--{given[0]}: found; measures need masks" if given else "--judge: none found"
+        raise UsageError(
+            f"{found}. The examples of {benchmark.name} have no masks; a judge scores them alone.",
+            f"Name a judge by --judge; the benchmark's own is {benchmark.judge} (docs/benchmarks.md).",
+        )
+    return benchmark._replace(published=benchmark.tables[values.published]) if values.published else benchmark
 
 
 def _adapter_paths(values: flags.FlagValues) -> dict[str, str]:
@@ -211,7 +239,7 @@ def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict
 
 def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
     """The measures, with what they load, and the judge: what they lack is said before hours of edits."""
-    measures = choose(values.measures or benchmark.measures)
+    measures = [] if benchmark.side is None else choose(values.measures or benchmark.measures)
     if not values.measures:  # what was not asked for by name is left out where its weights are not given
         measures = [one._replace(required=False) for one in measures]
     options = measure_options(values, measures)

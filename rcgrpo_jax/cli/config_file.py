@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from rcgrpo_jax.cli.arguments import given_again, one_line, parse
 from rcgrpo_jax.cli.config_import import neighbours
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.paths import check_for_checkpoints, check_workdir, expand_fields, expand_home, path_flag
+from rcgrpo_jax.cli.paths import check_name, check_workdir, expand_fields, expand_home, path_flag
 from rcgrpo_jax.errors import UsageError, UserError, nearest
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.rewards import known_rewards
@@ -55,7 +55,7 @@ def parse_run(command: str, about: str, argv: Sequence[str], defaults: str) -> t
             f"--workdir: {values.workdir!r} found; a directory was wanted.",
             "Mount the bucket and name its directory; launch/tpu.sh does so with gs://BUCKET/PATH.",
         )
-    check_for_checkpoints("--workdir", values.workdir)
+    check_name("--workdir", values.workdir)
     expand_fields(values.config)
     check_workdir(Path(values.workdir), values.config)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})

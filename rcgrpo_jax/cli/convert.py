@@ -6,7 +6,7 @@ from absl import flags
 
 from rcgrpo_jax.cli.arguments import dtype_of, parse
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.paths import check_for_checkpoints, expand_home, path_flag
+from rcgrpo_jax.cli.paths import check_name, expand_home, path_flag
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.parallel.sharding import parameter_sharding
 from rcgrpo_jax.progress import Jobs
@@ -30,7 +30,7 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values, paths = parse("convert", ABOUT, argv, _flags, ("src", "dst"))
     source, destination = (expand_home(name, path) for name, path in zip(("SRC", "DST"), paths, strict=True))
-    check_for_checkpoints("DST", destination)
+    check_name("DST", destination)
     sharding_of = on_default_device
     if len(open_devices()) > 1:
         sharding_of = parameter_sharding(make_mesh({"fsdp": -1}))

@@ -10,7 +10,7 @@ from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import leave_devices_alone, open_devices
 from rcgrpo_jax.cli.edit import editor_options
 from rcgrpo_jax.cli.paths import check_apart, path_flag
-from rcgrpo_jax.data.example import NOTHING
+from rcgrpo_jax.data.example import UNMASKED
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
@@ -46,14 +46,18 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("soft", False, "keep the scores themselves as soft masks, without a threshold", values)
     flags.DEFINE_integer("dilate", 0, "pixels by which the masks grow", 0, 1024, flag_values=values)
     path_flag("segmenter", "segment: ONNX file of a network that finds the foreground", values)
-    flags.DEFINE_enum("normalisation", "imagenet", [*NORMALISATIONS], "segment: of the network's input", values)
-    path_flag("model", "editor: diffusers folder or converted directory", values)
+    flags.DEFINE_enum(
+        "normalisation", "imagenet", [*NORMALISATIONS], "segment: how the network wants its input", values
+    )
+    path_flag("model", "editor: diffusers folder, converted directory, or small-editor", values)
     flags.DEFINE_string("size", None, "editor: WIDTHxHEIGHT; nearest of Kontext's 17 sizes by default", values)
     flags.DEFINE_integer("seed", 0, "editor: seed of the noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_float("guidance", 2.5, "editor: guidance scale", flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "editor: compute dtype", values)
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "editor: of the transformer's kernels", values)
-    flags.DEFINE_integer("text_tokens", 0, "editor: length of the T5 sequence; 0: default", 0, 512, flag_values=values)
+    flags.DEFINE_integer(
+        "text_tokens", 0, "editor: length of the T5 sequence; 0: the model's", 0, 512, flag_values=values
+    )
 
 
 def run(argv: list[str]) -> None:
@@ -66,7 +70,7 @@ def run(argv: list[str]) -> None:
         size=parse_size(values.size) if values.size else None, seed=values.seed, guidance=values.guidance,
         **editor_options(values),
     )  # fmt: skip
-    source = open_source(given, needs=NOTHING)
+    source = open_source(given, needs=UNMASKED)
     open_devices() if values.method == "editor" else leave_devices_alone()
     method = METHODS[values.method](options)
     finish = Finish(None if values.soft else HALF if values.threshold is None else values.threshold, values.dilate)

@@ -11,10 +11,10 @@ from absl import flags
 from rcgrpo_jax.borders import read_object
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import leave_devices_alone
-from rcgrpo_jax.cli.paths import check_apart, path_flag
+from rcgrpo_jax.cli.paths import check_apart, check_name, path_flag
 from rcgrpo_jax.data.mask_forms import MASK_FORMS, RUNS
 from rcgrpo_jax.data.prepare.row import RowForm
-from rcgrpo_jax.data.prepare.run import REPORT, prepare, publish, settings_of
+from rcgrpo_jax.data.prepare.run import REPORT, prepare, publish, settings_of, tidy
 from rcgrpo_jax.data.prepare.sets import NEEDED, DataSet, check_tasks, fit_form, open_own, open_published
 from rcgrpo_jax.data.published import PUBLISHED
 from rcgrpo_jax.data.tables import CONTAINERS
@@ -24,8 +24,9 @@ from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder
 
 ABOUT = f"""Writes a data set as ArrayRecord files, which data.path takes as tfds:OUT. After a stop, run it again.
 
-NAME is a published data set as it was downloaded ({", ".join(PUBLISHED)}), or the kind of your own files
-({", ".join(CONTAINERS)}), whose columns the flags name."""
+NAME is a published data set as it was downloaded, or the kind of your own files, whose columns the flags name.
+Published data sets: {", ".join(PUBLISHED)}.
+Kinds of files: {", ".join(CONTAINERS)}."""
 COLUMNS = {
     "image": "column of the source picture",
     "mask": "column of the mask",
@@ -34,6 +35,7 @@ COLUMNS = {
     "caption": "column of the description of the edited picture",
     "task": "column of the kind of edit",
 }
+_MASK_FORM = "what the edit region is in a mask; of your own files white by default, of published sets theirs"
 _LINES = 100  # of progress where there is no terminal
 
 
@@ -45,7 +47,7 @@ def _flags(values: flags.FlagValues) -> None:
     for field, about in COLUMNS.items():
         flags.DEFINE_string(field, None, about, flag_values=values)
     flags.DEFINE_list("id", None, "columns whose values, joined by -, name an example", flag_values=values)
-    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS, RUNS], "what the edit region is in a mask", flag_values=values)
+    flags.DEFINE_enum("mask_form", None, [*MASK_FORMS, RUNS], _MASK_FORM, flag_values=values)
     flags.DEFINE_bool("resize_masks", None, "bring masks of the picture's shape to its size", flag_values=values)
     flags.DEFINE_bool("keep_full_masks", None, "keep masks that are the whole picture", flag_values=values)
     flags.DEFINE_integer(
@@ -56,11 +58,13 @@ def _flags(values: flags.FlagValues) -> None:
 def run(argv: list[str]) -> None:
     values, (name,) = parse("data prepare", ABOUT, argv, _flags, positional=("name",), required=("from", "out"))
     data, form = _open(name, values)
-    out = Path(os.path.abspath(values.out))
+    check_name("--out", values.out)
+    out = Path(os.path.realpath(values.out))
     folder = values["from"].value if os.path.isdir(values["from"].value) else None  # beside a file is place enough
     check_apart("--out", out, {"--from": folder})
     leave_devices_alone()
     if _is_finished(out, data, form):
+        tidy(out)
         print(f"{values.out} is finished; {REPORT} in it says what it holds.\n\ntfds:{values.out}")
         return
     partial = out.with_name(f"{out.name}.incomplete")
@@ -88,6 +92,7 @@ def _open(name: str, values: flags.FlagValues) -> tuple[DataSet, RowForm]:
     fields = (*COLUMNS, "id", "mask_form", "resize_masks", "keep_full_masks", "tasks")
     given = {field: values[field].value for field in fields if values[field].present}
     given |= {field: tuple(given[field]) for field in ("id", "tasks") if field in given}
+    given |= {"tasks": tuple(task.lower() for task in given["tasks"])} if "tasks" in given else {}
     path, split, published = Path(values["from"].value), values.split or "", PUBLISHED.get(name)
     missing = [f"--{field}" for field in NEEDED if field not in given]
     if missing and not published:
@@ -103,7 +108,11 @@ def _open(name: str, values: flags.FlagValues) -> tuple[DataSet, RowForm]:
 
 def _is_finished(out: Path, data: DataSet, form: RowForm) -> bool:
     """Whether a folder holds this data set already; refuses one that holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if out.is_mount():  # the finished folder takes its place, and what is unfinished lies beside it
+        raise UserError(
+            f"--out: {out} is where a disk is mounted; a folder in it was wanted.", f"Name {out / data.name}."
+        )
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     remedy = "Choose another folder, or remove it."
     if not (out / REPORT).is_file():

@@ -8,7 +8,7 @@ from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse, parse_size
 from rcgrpo_jax.cli.devices import leave_devices_alone
-from rcgrpo_jax.cli.paths import check_file, path_flag
+from rcgrpo_jax.cli.paths import check_apart, check_file, path_flag
 from rcgrpo_jax.data.buckets import KONTEXT, make_buckets
 from rcgrpo_jax.data.example import NOTHING
 from rcgrpo_jax.data.images import save_image
@@ -38,7 +38,8 @@ def run(argv: list[str]) -> None:
     if problems := size_problems(size):
         raise UsageError(f"--size: {values.size}: {problems[0].partition('; ')[2]}.", "For example --size 512x512.")
     leave_devices_alone()
-    check_file("out", out, ".png", {"--data": values.data})
+    check_apart("--out", out, {"--data": values.data})
+    check_file("out", out, ".png")
     source = open_source(values.data, values.polarity, values.mask_value, NOTHING)
     with Progress(len(source), description="preview", lines=10) as progress:
         found = preview(source, make_buckets(KONTEXT, size), values.shown, progress.update)

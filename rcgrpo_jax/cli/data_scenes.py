@@ -57,6 +57,6 @@ def run(argv: list[str]) -> None:
     leave_devices_alone()
     check_replaceable(out)
     check_room(out, values.count, values.size)
-    with Progress(len(scenes), description=f"scenes {values.split}") as progress:
+    with Progress(len(scenes), description=f"scenes {values.split}", lines=10) as progress:
         LAYOUTS[values.layout](scenes, out, progress.update)
     print(f"{len(scenes)} tasks ({values.split}, {values.size} x {values.size}): {values.out}")

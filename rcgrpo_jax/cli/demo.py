@@ -9,7 +9,7 @@ from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.paths import check_for_checkpoints, path_flag
+from rcgrpo_jax.cli.paths import check_name, path_flag
 from rcgrpo_jax.progress import Jobs
 from rcgrpo_jax.report.demo import run_demo
 
@@ -25,7 +25,7 @@ def _flags(values: flags.FlagValues) -> None:
 
 def run(argv: list[str]) -> None:
     values, _ = parse("demo", ABOUT, argv, _flags, required=("out",))
-    check_for_checkpoints("--out", values.out)
+    check_name("--out", values.out)
     page, devices = Path(values.out) / "report.html", open_devices()
     with Jobs(lines=10) as progress:
         run_demo(

@@ -34,7 +34,7 @@ SUBJECTS = ("layers",)
 
 
 def _flags(values: flags.FlagValues) -> None:
-    path_flag("model", "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder, converted directory, or small-editor", values)
     define_lora(values)
     path_flag("data", forms(), values)
     flags.DEFINE_enum("polarity", "white", ["white", "black"], "colour of the region in a folder's masks", values)

@@ -17,6 +17,7 @@ from rcgrpo_jax.data.images import kontext_size, read_image, resize_image, save_
 from rcgrpo_jax.editors.model import EditorOptions
 from rcgrpo_jax.editors.open import check_fits, check_tokens, open_model
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.flow.solvers import SOLVERS, choose_solver
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.parallel.mesh import make_mesh
 
@@ -24,19 +25,26 @@ ABOUT = "Edits one image by an instruction. Target and reference share one size,
 
 
 def _flags(values: flags.FlagValues) -> None:
-    path_flag("model", "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder, converted directory, or small-editor", values)
     define_lora(values)
     path_flag("image", "image to edit", values)
     flags.DEFINE_string("instruction", None, "what to change", values)
     path_flag("out", "file to write, PNG", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
+    define_solver(values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_string("size", None, "WIDTHxHEIGHT in pixels; nearest of Kontext's 17 sizes by default", values)
     path_flag("noise", ".npy file of packed initial noise, float32 [N_img, C], in place of --seed", values)
-    flags.DEFINE_integer("text_tokens", 0, "padded length of the T5 sequence; 0: default", 0, 512, flag_values=values)
+    flags.DEFINE_integer("text_tokens", 0, "length of the T5 sequence; 0: the model's", 0, 512, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "compute dtype", values)
     flags.DEFINE_enum("quantization", NONE, QUANTIZATIONS, "of the transformer's kernels", values)
+
+
+def define_solver(values: flags.FlagValues) -> None:
+    """The flag that says which solver takes the steps."""
+    about = "how a step is taken: heun evaluates the model twice in all but the last, the others once"
+    flags.DEFINE_enum("solver", "euler", [*SOLVERS], about, values)
 
 
 def read_noise(path: str, shape: tuple[int, int]) -> np.ndarray:
@@ -68,12 +76,13 @@ def run(argv: list[str]) -> None:
     required = ("model", "image", "instruction", "out")
     values, _ = parse("edit", ABOUT, argv, _flags, required=required)
     check_file("out", Path(values.out), ".png", {"--image": values.image, "--noise": values.noise})
+    choose_solver(values.solver, values.steps)
     model = open_model(values.model)
     image = read_image(values.image)
     height, width = parse_size(values.size) if values.size else kontext_size(*image.shape[:2])
-    check_tokens(model, (height, width))
     devices = open_devices()
     check_fits(model, (height, width), values.steps, values.dtype)
+    check_tokens(model, (height, width))
     lora = read_lora(values, model)
     # One image makes no use of several devices but for their memory: weights are spread, activations are not.
     mesh = make_mesh({"fsdp": -1}, devices)
@@ -82,6 +91,7 @@ def run(argv: list[str]) -> None:
     noise = read_noise(values.noise, shape) if values.noise else jax.random.normal(jax.random.key(values.seed), shape)
     pixels = resize_image(image, (height, width))
     with jax.set_mesh(mesh):
-        edited = editor.edit(pixels[None], [values.instruction], noise[None], values.steps, values.guidance, lora)[0]
+        how = (values.steps, values.guidance, lora, values.solver)
+        edited = editor.edit(pixels[None], [values.instruction], noise[None], *how)[0]
     save_image(values.out, edited)
     print(f"edited image: {values.out} ({width} x {height})")

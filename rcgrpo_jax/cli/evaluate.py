@@ -15,7 +15,7 @@ from rcgrpo_jax.cli.benchmark import (
     run_benchmark,
 )
 from rcgrpo_jax.cli.devices import open_devices
-from rcgrpo_jax.cli.edit import editor_options
+from rcgrpo_jax.cli.edit import define_solver, editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
 from rcgrpo_jax.cli.paths import PathParser, check_apart, check_file, name_folders, path_flag
 from rcgrpo_jax.data.kinds import forms
@@ -24,10 +24,11 @@ from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.measures import choose
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
 from rcgrpo_jax.progress import Jobs
 
-ABOUT = """Edits examples that have targets, and measures the edits: success inside the region, background outside.
+ABOUT = """Edits examples, and measures the edits: success inside the region, background outside.
 
 With --lora, base and LoRA edit from the same noise, and their differences come with 95 % intervals. With --pictures in
 place of --model, edits that are there are measured, whoever made them: a PNG for each example, NAME.png, in pixels of
@@ -35,11 +36,11 @@ place of --model, edits that are there are measured, whoever made them: a PNG fo
 
 With --benchmark, the examples are those of a published benchmark, and its published rows stand in the table. --model
 edits all of them, and goes on where it was stopped; --results DIR, which may be given again, has the edits of another
-editor, in the layout of the benchmark. docs/compbench.md has the whole way."""
+editor, in the layout of the benchmark. docs/compbench.md has the whole way, docs/benchmarks.md that of the others."""
 
 
 def _flags(values: flags.FlagValues) -> None:
-    path_flag("model", "diffusers folder or converted directory", values)
+    path_flag("model", "diffusers folder, converted directory, or small-editor", values)
     define_lora(values)
     about = "folder of edits to measure in place of a model's, NAME.png for each example; may be given again"
     flags.DEFINE_multi(PathParser("pictures"), flags.ArgumentSerializer(), "pictures", None, about, values)
@@ -50,12 +51,13 @@ def _flags(values: flags.FlagValues) -> None:
     about = "directory that keeps the edits as they are made, so that a call that was stopped goes on"
     path_flag("edits", f"{about}; of a benchmark OUT/edits by default", values)
     define_benchmark(values)
-    about = "measures or groups, with commas between, such as official,region (docs/compbench.md); editor by default"
+    about = "measures or groups (docs/compbench.md); editor by default, official,region of a benchmark"
     flags.DEFINE_list("measures", None, about, values)
     path_flag("clip", "CLIP model of LC-I and LC-T: a folder, or its name on the hub", values)
     path_flag("lpips_squeeze", "safetensors file of SqueezeNet's LPIPS (docs/compbench.md)", values)
     flags.DEFINE_integer("seed", 0, "seed of the initial noise", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("steps", 28, "solver steps", lower_bound=1, flag_values=values)
+    define_solver(values)
     flags.DEFINE_float("guidance", 2.5, "guidance scale", flag_values=values)
     flags.DEFINE_integer(
         "batch",
@@ -79,6 +81,7 @@ def run(argv: list[str]) -> None:
         run_benchmark(values)
         return
     check_no_benchmark(values)
+    choose_solver(values.solver, values.steps)
     size, out = parse_size(values.size) if values.size else None, Path(values.out)
     folders = picture_folders(values)
     check_file("out", out / "grid.png", ".png")
@@ -102,10 +105,11 @@ def run(argv: list[str]) -> None:
             source = open_source(values.data, values.polarity, mask_value=values.mask_value)
             found = evaluate_adapters(
                 model, source, {"base": None} | ({"lora": lora} if lora else {}), **common, steps=values.steps,
-                guidance=values.guidance, seed=values.seed, acd_layers=values.acd_layers, **editor_options(values),
+                solver=values.solver, guidance=values.guidance, seed=values.seed, acd_layers=values.acd_layers,
+                **editor_options(values),
                 edits=Path(values.edits) if values.edits else None, devices=devices, progress=progress,
             )  # fmt: skip
-            title = f"{values.steps} solver steps, guidance {values.guidance}, one noise"
+            title = f"{values.steps} steps of {values.solver}, guidance {values.guidance}, one noise"
         comparison = compare(found, source, out, title)
     print(summary(comparison, out))
 

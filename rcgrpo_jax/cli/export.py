@@ -17,8 +17,8 @@ from rcgrpo_jax.weights.lora import FORMS
 
 ABOUT = """Writes a trained LoRA as other programs load it; the average, if one was kept.
 
-diffusers: as pipe.load_lora_weights reads it. kohya: lora_unet_* with .alpha, for Forge and most others. comfyui: \
-diffusion_model.*. Every form has the same strength in every program: alpha is folded in."""
+diffusers: as pipe.load_lora_weights reads it. kohya: lora_unet_* with .alpha, for Forge and most others.
+comfyui: diffusion_model.*. Every form has the same strength in every program: alpha is folded in."""
 
 
 def _flags(values: flags.FlagValues) -> None:

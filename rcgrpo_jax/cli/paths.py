@@ -20,7 +20,7 @@ from rcgrpo_jax.runs.workdir import FOLDERS, LOCK
 
 # Of a configuration, where it has them; in `reward_options` whatever the reward.
 _PATH_FIELD = re.compile(
-    r"(model|data)\.path|data\.cache|lora\.init|train\.samples|reward_options\.\w+\.(path|template)"
+    r"(model|data)\.path|data\.cache|lora\.init|train\.samples|reward_options\.\w+\.(path|template|prompts)"
 )
 STARTS = {  # how the files begin that commands write; a plan, a search and scores of a reward begin differently
     ".png": (b"\x89PNG\r\n\x1a\n",),
@@ -177,8 +177,8 @@ def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = 
         raise _overwrites(flag, output, f"{'' if _same(output, read) else 'in '}{field} {path}")
 
 
-def check_for_checkpoints(flag: str, folder: str) -> None:
-    """Refuses a folder for checkpoints whose name is not UTF-8: Orbax could not write there, after the first steps.
+def check_name(flag: str, folder: str) -> None:
+    """Refuses a folder whose name is not UTF-8: Orbax and ArrayRecord could not write there, after the first steps.
 
     Raises:
         UsageError: It is not.
@@ -192,7 +192,8 @@ def check_for_checkpoints(flag: str, folder: str) -> None:
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Refuses a directory among the run's model or data, and one whose result would replace what the run reads."""
     paths = path_fields(config)
-    paths.pop("data.cache", None)  # which a run writes too
+    if cache := paths.pop("data.cache", None):  # which a run writes too
+        check_apart("data.cache", Path(cache), paths, ["*"])
     check_apart("--workdir", workdir, paths, RUN)
     if "stage" in config:
         check_apart("the run's result", workdir / ("lora" if config.stage == "lora" else "model"), paths, ["*"])

@@ -105,7 +105,7 @@ def _score(argv: list[str]) -> None:
     found, remarks = tables(scores), notes(scores)
     texts = {
         ".json": json.dumps(as_json(scores), indent=2, ensure_ascii=False) + "\n",
-        ".md": f"{markdown(found)}\n" + "\n".join(map(markdown_line, remarks)) + "\n",
+        ".md": f"{markdown(found)}\n" + "\n\n".join(map(markdown_line, remarks)) + "\n",
         ".tex": latex(found),
     }
     for suffix, path in outputs.items():

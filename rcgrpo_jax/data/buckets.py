@@ -15,6 +15,7 @@ from rcgrpo_jax.data.images import KONTEXT_SIZES
 Size = tuple[int, int]  # (height, width), pixels
 NONE, KONTEXT = "none", "kontext"
 KINDS = (NONE, KONTEXT)  # values of `data.buckets`
+KONTEXT_SIDE = 1024  # of its square, whose area all its shapes have about
 SIDE = 16  # sides are multiples of it, as those of `data.size`
 
 
@@ -76,7 +77,7 @@ def make_buckets(kind: str, size: Size) -> Buckets:
     """
     if kind == NONE:
         return Buckets((size,), crops=False)
-    scale = math.sqrt(math.prod(size)) / 1024  # that of Kontext's square
+    scale = math.sqrt(math.prod(size)) / KONTEXT_SIDE
 
     def scaled(side: int) -> int:
         return max(SIDE, math.floor(side * scale / SIDE + 0.5) * SIDE)

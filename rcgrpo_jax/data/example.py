@@ -43,7 +43,7 @@ def check_example(example: EditExample) -> EditExample:
 
     Raises:
         UserError: The image is smaller than a token (16 x 16 pixels), the mask or target is of another size, the mask
-            is empty, not finite or outside [0, 1], or the instruction is blank, endless or not Unicode.
+            is empty, not finite or outside [0, 1], or a text is blank, endless or not Unicode.
     """
     name, mask = example.name, example.mask
     height, width = example.image.shape[:2]
@@ -82,27 +82,30 @@ def check_example(example: EditExample) -> EditExample:
             f"{name}: the instruction has {count:,} characters; at most {MAX_CHARACTERS:,} were wanted.",
             "Write what to change in a sentence.",
         )
-    if re.search(r"[\ud800-\udfff]", example.instruction):  # half of a surrogate pair
-        raise UserError(
-            f"{name}: the instruction {example.instruction!a} is not whole Unicode text, which was wanted.",
-            "It was cut within a character: write it again.",
-        )
+    for field, text in (("instruction", example.instruction), ("caption", example.caption or "")):
+        if re.search(r"[\ud800-\udfff]", text):  # half of a surrogate pair
+            raise UserError(
+                f"{name}: the {field} {text!a} is not whole Unicode text, which was wanted.",
+                "It was cut within a character: write it again.",
+            )
     return example
 
 
 class Needs(NamedTuple):
     """What examples must have beside an image and an instruction.
 
-    Each field names who needs it, for the message to those whose examples lack it; empty: nobody does.
+    Each text names who needs it, for the message to those whose examples lack it; empty: nobody does.
     """
 
     mask: str = ""
     target: str = ""  # also one that is flawed on purpose
     right_target: str = ""  # one that is not
     caption: str = ""
+    each_alone: bool = False  # masks are not looked at, and a missing file costs its own example when that is read
 
 
 NOTHING = Needs()
+UNMASKED = Needs(each_alone=True)
 REGION = Needs(mask="an edit by region")
 
 
@@ -143,7 +146,7 @@ def check_needs(example: ExampleDescription, needs: Needs) -> None:
 
 
 class Source(Protocol):
-    """Random access to examples; `data.folder.EditFolder` is one.
+    """Random access to examples, which several threads may ask for; `data.folder.EditFolder` is one.
 
     A source whose examples are files has `stamp(index) -> str` too: a text that changes when one of an example's files
     does, and is had without reading them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -66,7 +66,7 @@ class EditFolder:
         mask_field: The key of the mask.
         instruction_field: The key of the instruction.
         needs: Whether a line of `metadata.jsonl`, or a folder, without masks is refused; else the mask is the whole
-            picture.
+            picture. With `each_alone` it is in any case, and files that do not exist are found when they are read.
 
     Raises:
         UserError: There is no such folder, nothing in it, a bad line, or files that do not exist: all are looked for
@@ -109,6 +109,8 @@ class EditFolder:
     def __getitem__(self, index: int) -> EditExample:
         """Reads and checks one example; see `check_example` for what is refused."""
         entry = self._entries[index]
+        if missing := _missing([entry]):
+            raise UserError(f"{entry.name}: no file {missing[0]}.", "Add the file, or remove the example.")
         text, image = entry.instruction, read_image(entry.image)
         mask = np.ones(image.shape[:2], np.float32) if entry.mask is None else read_mask(entry.mask, *entry.marking)
         return check_example(
@@ -158,7 +160,7 @@ def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, st
         entries = list(_from_folders(path, marking, needs))
     if not entries:
         raise _nothing(path)
-    if missing := [file for entry in entries for file in entry.files if not file.is_file()]:
+    if not needs.each_alone and (missing := _missing(entries)):
         listed = ", ".join(str(file) for file in missing[:_SHOWN])
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise UserError(
@@ -168,11 +170,18 @@ def _find_entries(path: str | Path, marking: Marking, fields: tuple[str, str, st
     return entries
 
 
+def _missing(entries: Iterable[_Entry]) -> list[Path]:
+    """The files of examples that are not there, or are no files."""
+    return [file for entry in entries for file in entry.files if not file.is_file()]
+
+
 def _from_jsonl(
     table: Path, marking: Marking, fields: tuple[str, str, str], needs: Needs, find: Finder
 ) -> Iterator[_Entry]:
     for number, row in read_rows(table):
         where = f"{table}, line {number}"
+        if needs.each_alone:
+            row = {field: x for field, x in row.items() if field not in (fields[1], "mask_polarity", "mask_value")}
         check_row(row, where, fields, needs)
         image, mask, instruction = (row.get(field) for field in fields)
         target = row.get("target")
@@ -199,7 +208,7 @@ def _marking(row: Mapping[str, Any], where: str, default: Marking) -> Marking:
 def _from_folders(root: Path, marking: Marking, needs: Needs) -> Iterator[_Entry]:
     suffixes = Image.registered_extensions()
     images = _by_stem(root / "images", suffixes)
-    masks = _by_stem(root / "masks", suffixes)
+    masks = {} if needs.each_alone else _by_stem(root / "masks", suffixes)
     texts = _by_stem(root / "instructions", (".txt",))
     for name in sorted(images.keys() | masks.keys() | texts.keys()):
         yield _Entry(

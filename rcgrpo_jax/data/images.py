@@ -15,6 +15,7 @@ from rcgrpo_jax import filetypes
 from rcgrpo_jax.data.paths import Finder
 from rcgrpo_jax.data.profiles import to_srgb
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.whole import whole_file
 
 # The 17 (width, height) pairs that FLUX.1-Kontext was trained at: `PREFERRED_KONTEXT_RESOLUTIONS` of diffusers.
 _PORTRAIT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
@@ -120,8 +121,8 @@ def to_8_bits(image: Image.Image, where: str) -> Image.Image:
     return scaled
 
 
-def save_image(path: str | Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes 8-bit RGB as a PNG, which is lossless; the folder is made if need be.
+def save_image(path: str | Path, image: UInt8[np.ndarray, "H W *_"]) -> None:
+    """Writes 8-bit RGB or grey as a PNG, which is lossless, whole or not at all; the folder is made if need be.
 
     Raises:
         UserError: The name ends otherwise than in `.png`, or the file cannot be written.
@@ -131,7 +132,8 @@ def save_image(path: str | Path, image: UInt8[np.ndarray, "H W 3"]) -> None:
         raise UserError(f"{path}: the suffix is {path.suffix!r}; '.png' was wanted.", "Name the output NAME.png.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        with whole_file(path) as partial:
+            Image.fromarray(image).save(partial, "PNG")
     except OSError as error:
         raise UserError(
             f"{path}: the image cannot be written ({error}).", "Choose a folder you can write to."

@@ -212,6 +212,8 @@ def _missing(
         remedies.append(f"Did you mean {_all([f'{old!r} for {new!r}' for old, new in meant.items()])}? Rename.")
     if absent:
         remedies.append(f"Add {_all([*map(repr, absent)])} to the line.")
+    if absent == [fields[1]]:
+        remedies.append("`rcgrpo data mask` finds masks for examples that have none.")
     listed = ", ".join(map(shorten, row)) or "none"
     are = f"fields {_all([*map(repr, missing)])} are" if missing[1:] else f"field {missing[0]!r} is"
     who = f"; {needs.mask} needs {fields[1]!r}" if missing == [fields[1]] else ""

@@ -86,7 +86,9 @@ def decode_runs(cell: Any, size: tuple[int, int]) -> Float[np.ndarray, "H W"]:
     count = size[0] * size[1]
     try:
         numbers = [int(part) for part in parts]
-    except (TypeError, ValueError):
+        if any(isinstance(part, float) and not part.is_integer() for part in parts):
+            numbers = []  # half a pixel
+    except (TypeError, ValueError, OverflowError):  # the last of infinity
         numbers = []
     if not numbers or len(numbers) % 2 or min(numbers) < 0 or max(numbers[::2]) >= count:
         raise UserError(

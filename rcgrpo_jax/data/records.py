@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,10 @@ class RecordSet:
     """
 
     def __init__(self, folder: Path, name: str, description: str, split: str = SPLIT):
-        self._folder, self._name, self._description, self._split = folder, name, description, split
-
-    @cached_property
-    def _info(self):
+        # Imported here, before any thread decodes: its lazy imports replace `__import__` in every thread meanwhile.
         import tensorflow_datasets as tfds
 
+        self._folder, self._name, self._split = folder, name, split
         text = tfds.features.Text
         picture = {"shape": (None, None, 3), "encoding_format": "png"}
         features = {
@@ -70,23 +67,19 @@ class RecordSet:
             "target": tfds.features.Image(**picture),
             "flawed": tfds.features.Scalar(np.bool_, doc="Whether the target is wrong on purpose."),
         }
-        identity = tfds.core.DatasetIdentity(
-            self._name, tfds.core.Version(VERSION), str(self._folder), module_name=__name__
-        )
-        info = tfds.core.DatasetInfo(
+        identity = tfds.core.DatasetIdentity(name, tfds.core.Version(VERSION), str(folder), module_name=__name__)
+        self._info = tfds.core.DatasetInfo(
             builder=identity,
-            description=self._description,
+            description=description,
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,
         )
-        info.set_file_format("array_record")
-        return info
+        self._info.set_file_format("array_record")
+        self._serializer = tfds.core.ExampleSerializer(self._info.features.get_serialized_info())
 
-    @cached_property
-    def _serializer(self):
-        import tensorflow_datasets as tfds
-
-        return tfds.core.ExampleSerializer(self._info.features.get_serialized_info())
+    def load(self) -> None:
+        """Imports TFDS now. While it is imported, the imports of all other threads fail, such as Pillow's own."""
+        _ = self._serializer
 
     def serialize(self, example: EditExample, pictures: Mapping[str, bytes], identifier: str = "") -> bytes:
         """A record of the data set.

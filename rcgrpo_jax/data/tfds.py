@@ -72,7 +72,7 @@ class TfdsSource:
         builder = _open(name, data_dir)
         self._folder, features = Path(builder.data_dir), builder.info.features
         required = list(zip(self._fields, ("RGB", "L", "text"), strict=True))
-        if not needs.mask and mask_field not in features:
+        if needs.each_alone or (not needs.mask and mask_field not in features):
             del required[1]
         for field, kind in required:
             _check_feature(f"tfds:{name}", features, field, kind, needs.mask if field == mask_field else "")
@@ -119,6 +119,8 @@ class TfdsSource:
         index = range(len(self))[index]  # as a sequence: negative ones count from the end, others raise IndexError
         try:
             record = self._records[index]
+            if missing := [field for field in self._fields if field in self._kinds and record[field] is None]:
+                raise ValueError(f"{missing[0]} is missing")  # of a file that was cut short
             row = {
                 field: _decode(record[field], kind, f"{self._where}, example {index}, {field}")
                 for field, kind in self._kinds.items()

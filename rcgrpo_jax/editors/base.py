@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rcgrpo_jax.flow import rollout
-from rcgrpo_jax.flow.solver import EULER, Solver, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import Solver, VelocityWithAux
+from rcgrpo_jax.flow.solvers.euler import EULER
 from rcgrpo_jax.method import concentration
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from rcgrpo_jax.editors.base import Networks, sample
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.models.attention import AUTO
 from rcgrpo_jax.models.quantization import NONE
 
@@ -141,6 +142,7 @@ class Editor(ABC):
         num_steps: int = 28,
         guidance: float = 2.5,
         lora: dict | None = None,
+        solver: str = "euler",
     ) -> UInt8[np.ndarray, "P H W 3"]:
         """Edits images by deterministic integration from the given noise, as the family's pipeline in diffusers does.
 
@@ -151,14 +153,15 @@ class Editor(ABC):
             num_steps: K.
             guidance: Guidance scale.
             lora: Adapter with its scale folded in (`models.lora.scale_adapter`).
+            solver: A name of `flow.solvers.SOLVERS`; the pipeline's is Euler's.
 
         Returns:
             The edited images.
         """
         grid = self.grid(*images.shape[1:3])
         condition = self.networks.condition(self.encode(images, instructions), guidance)
-        sigmas = self.sigmas(num_steps, grid[0] * grid[1])
-        tokens = _sample(self.networks, self.params, lora or {}, jnp.asarray(noise), condition, sigmas, grid)
+        how = (grid, num_steps, solver)
+        tokens = _sample(self.networks, self.params, lora or {}, jnp.asarray(noise), condition, *how)
         return self.decode(tokens, grid)
 
 
@@ -186,11 +189,13 @@ def to_pixels(images: Float[Array, "*b H W 3"]) -> UInt8[np.ndarray, "*b H W 3"]
 # Compiled by networks and not by editor, so that a program does not keep an editor's parameters alive.
 
 
-@partial(jax.jit, static_argnums=(0, 6))
+@partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _sample(
-    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, sigmas: Array, grid: tuple[int, int]
-) -> Float[Array, "P N C"]:
-    return sample(networks, params, lora, noise, condition, sigmas, grid)[-1]
+    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, grid: tuple[int, int], num_steps: int,
+    solver: str,
+) -> Float[Array, "P N C"]:  # fmt: skip
+    sigmas = networks.sigmas(num_steps, grid[0] * grid[1])
+    return sample(networks, params, lora, noise, condition, sigmas, grid, choose_solver(solver, num_steps))[-1]
 
 
 @partial(jax.jit, static_argnums=(0, 3))

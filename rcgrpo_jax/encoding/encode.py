@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from rcgrpo_jax.data.example import REGION, EditExample, First, Needs, check_needs
+from rcgrpo_jax.data.example import REGION, First, Needs, check_needs
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.encoding.batches import Batches
@@ -30,7 +30,7 @@ def encode(
     mesh: Mesh,
     batch_size: int,
     seed: int,
-    check: Callable[[EditExample | KnownExample], None] = lambda example: None,
+    check: Callable[[KnownExample], None] = lambda known: None,
     needs: Needs = REGION,
     captions: bool = False,
     first: int = 0,
@@ -55,7 +55,7 @@ def encode(
         logger.warning("%s: the first %d of %d examples are used", data.path, first, len(source))
         source = First(source, first)
 
-    def check_all(example: EditExample | KnownExample) -> None:
+    def check_all(example: KnownExample) -> None:
         check_needs(example, needs)
         check(example)
 

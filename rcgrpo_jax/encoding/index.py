@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -14,10 +12,11 @@ from annotated_types import Predicate
 
 from rcgrpo_jax.borders import conform, parse_json
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.whole import write_whole
 
 # Raised with any change of `data.images`, `data.masks`, `data.buckets` or `data.example.check_example` that reads files
 # in another way or refuses others: the index spares the reading, and would pass over it.
-READING = 1
+READING = 2
 _Entry = Annotated[str, Predicate(re.compile(r"[0-9a-f]{32}").fullmatch)]
 _Row = tuple[_Entry, str, str, bool, bool, bool, tuple[int, int], float, float]
 
@@ -59,11 +58,6 @@ def read_index(folder: Path, settings: str) -> dict[str, KnownExample]:
 def write_index(folder: Path, settings: str, process: int, known: dict[str, KnownExample]) -> None:
     """Keeps what a process found, whole or not at all; the next start is slower where it cannot be written."""
     file = folder / f"index-{settings}-{process}.json"
-    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(partial, file)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        write_whole(file, json.dumps(known))

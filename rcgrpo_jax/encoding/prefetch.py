@@ -1,12 +1,33 @@
-"""Batches made before they are asked for."""
+"""Examples and batches made before they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
+THREADS = min(8, os.cpu_count() or 1)  # that read pictures; decoding and resizing leave Python's lock to the others
+
+
+def read_ahead(read: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`map(read, items)`, in order, of which threads compute the next few while the last ones are used.
+
+    Raises:
+        Exception: What `read` raises, in its turn.
+    """
+    pool, pending = ThreadPoolExecutor(THREADS), deque[Future[T]]()
+    try:
+        for item in items:
+            pending.append(pool.submit(read, item))
+            if len(pending) > 2 * THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Prefetch(Generic[T]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from rcgrpo_jax.data.buckets import NONE, make_buckets
 from rcgrpo_jax.data.example import NOTHING, Needs, Source, check_needs
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.editors.model import Editor
@@ -21,6 +23,7 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, read_batches, read_example
 from rcgrpo_jax.evaluation.pictures import PictureLog, check_names, claim, edited_names
 from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, make_mesh
@@ -36,6 +39,7 @@ class EditOptions(NamedTuple):
     num_steps: int  # K
     guidance: float  # guidance scale
     seed: int  # of the noise, which depends on it and the index of the example alone
+    solver: str = "euler"  # a name of `flow.solvers.SOLVERS`
 
 
 def edit_all(
@@ -47,9 +51,11 @@ def edit_all(
     num_steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     lora: dict | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
+    buckets: str = NONE,
     mesh: Mesh | None = None,
     share: tuple[int, int] | None = None,
     needs: Needs = NOTHING,
@@ -68,9 +74,12 @@ def edit_all(
         num_steps: K.
         guidance: Guidance scale.
         seed: Of the noise.
+        solver: A name of `flow.solvers.SOLVERS`.
         lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
         batch: Examples at a time; rounded up to what the mesh divides.
         size: (height, width) that images are brought to; that of the first example by default.
+        buckets: `kontext`: each image is brought to the nearest of Kontext's shapes in place of `size`, whose area they
+            have (`data.buckets.make_buckets`), and its edit has that shape. A program is compiled for each.
         mesh: Where the editor's parameters lie, devices of this process; one device by default.
         share: (k, n): this call makes the examples k, k + n, ...; by default k is the process, n how many there are.
         needs: What examples must have to be measured later.
@@ -81,7 +90,10 @@ def edit_all(
             another process is at work on this share, or the folder cannot be written.
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
-    size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
+    size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed, solver)
+    shapes = make_buckets(buckets, size)
+    for shape in shapes.sizes:
+        check_request(editor, source, indices, shape)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     rank, count = share or (jax.process_index(), jax.process_count())
     if not 0 <= rank < count:
@@ -89,14 +101,16 @@ def edit_all(
     own = indices[rank::count]
     with ExitStack() as stack:
         with distributed.raise_together():
-            names, digest = [], Digest()
+            names, sizes, digest = [], {}, Digest()
             for index in indices:
-                example = read_example(source, index, size)
+                example = read_example(source, index, shapes)
                 check_needs(example, needs)
                 names.append(example.name)
+                sizes[index] = example.image.shape[:2]
                 digest.add(example)
             check_names(names)
             settings = edit_settings(editor, options, size) | {"data": str(digest)}
+            settings |= {"buckets": buckets} if buckets != NONE else {}
             claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
             log = stack.enter_context(PictureLog(Path(folder), rank, count))  # before weights are read
             made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
@@ -106,8 +120,11 @@ def edit_all(
         if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
             editor.load_encoders()
             _ = editor.params
-        batches = read_batches(source, missing, batch_rows(batch, len(own), mesh), size)
-        for edited in edit_batches(editor, batches, options, lora, mesh):
+        parts = []
+        for shape in shapes.sizes:
+            rows = batch_rows(batch, sum(sizes[index] == shape for index in own), mesh)  # the same when a call goes on
+            parts.append(read_batches(source, [index for index in missing if sizes[index] == shape], rows, shape))
+        for edited in edit_batches(editor, chain(*parts), options, lora, mesh):
             for row, example in enumerate(edited.batch.own):
                 index = int(edited.batch.indices[row])
                 log.add(example.name, index, example.instruction, edited.pictures[row], float(edited.acd[row]))
@@ -145,7 +162,8 @@ def edit_settings(editor: Editor, options: EditOptions, size: tuple[int, int]) -
     """What edits depend on besides the adapter and the data, and R_acd with them."""
     opened = editor.options
     return {
-        "steps": options.num_steps, "guidance": float(options.guidance), "seed": options.seed, "size": list(size),
+        "steps": options.num_steps, "solver": options.solver, "guidance": float(options.guidance), "seed": options.seed,
+        "size": list(size),
         "acd_layers": min(opened.acd_layers, editor.model.sizes.num_blocks),
         "acd_reference_keys": opened.acd_reference_keys, "text_tokens": opened.max_text_tokens,
         "dtype": opened.dtype, "quantization": opened.quantization, "model": editor.model.whole_fingerprint(),
@@ -190,10 +208,10 @@ def _edit(
     condition = editor.networks.condition(encoded, options.guidance)
     shape = editor.networks.source(condition).shape[1:]
     noise = initial_noise(np.uint32(options.seed), batch.indices, shape)
-    sigmas = editor.sigmas(options.num_steps, grid[0] * grid[1])
     text_weights = jnp.asarray(editor.networks.text_weights(encoded)) if instruction_only else None
     inputs = (condition, jnp.asarray(batch.masks), noise, text_weights)
-    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, sigmas, grid, mesh, summarise)
+    how = (grid, mesh, summarise, options.num_steps, options.solver)
+    tokens, acd = _edit_latents(editor.networks, editor.params, lora, inputs, *how)
     return editor.decode(tokens, grid), acd
 
 
@@ -206,17 +224,18 @@ def initial_noise(seed: np.uint32, indices: Array, shape: tuple[int, int]) -> Fl
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape))(indices)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
 def _edit_latents(
-    networks: Networks, params: dict, lora: dict, inputs: tuple, sigmas: Array, grid: tuple[int, int], mesh: Mesh,
-    summarise: Summary,
+    networks: Networks, params: dict, lora: dict, inputs: tuple, grid: tuple[int, int], mesh: Mesh,
+    summarise: Summary, num_steps: int, solver: str,
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P ..."]]:  # fmt: skip
     """The last state of each rollout (Eq. 12), and what is kept of its densities (Eq. 17), R_acd (Eq. 18) as a rule."""
+    sigmas = networks.sigmas(num_steps, grid[0] * grid[1])
 
     def one(condition: Any, mask: Array, noise: Array, text_weights: Array | None) -> tuple[Array, Array]:
         tokens = region.token_region(mask, grid)
         velocity = velocity_and_density(networks, params, lora, condition, grid, tokens, text_weights)
-        states, densities = rollout.integrate_with_aux(velocity, noise, sigmas)
+        states, densities = rollout.integrate_with_aux(velocity, noise, sigmas, choose_solver(solver, num_steps))
         return states[-1], summarise(densities)
 
     return map_samples(one, inputs, 0, mesh)

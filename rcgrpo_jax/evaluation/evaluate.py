@@ -26,6 +26,7 @@ def evaluate(
     num_steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     lora: dict | None = None,
     batch: int = 8,
     size: tuple[int, int] | None = None,
@@ -47,6 +48,7 @@ def evaluate(
         num_steps: K.
         guidance: Guidance scale.
         seed: Of the noise.
+        solver: A name of `flow.solvers.SOLVERS`.
         lora: Adapter with its scale folded in (`models.lora.scale_adapter`); None is the base.
         batch: Examples at a time; rounded up to what the mesh divides. Memory depends on it, results do not.
         size: (height, width) that images are brought to; that of the first example by default.
@@ -66,7 +68,7 @@ def evaluate(
     """
     check_targets(source)
     chosen = choose(measures)
-    size, making = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed)
+    size, making = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed, solver)
     mesh = make_mesh({}, jax.local_devices()[:1]) if mesh is None else mesh
     batches = read_batches(source, indices, batch_rows(batch, len(indices), mesh), size)
     edits = edit_batches(editor, right_batches(batches, need_targets(chosen)), making, lora, mesh)

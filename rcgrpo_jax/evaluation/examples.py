@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from rcgrpo_jax.borders import check_memory
+from rcgrpo_jax.data.buckets import Buckets, Size
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
 from rcgrpo_jax.data.scenes.source import Scenes
@@ -56,9 +57,13 @@ class EditedBatch(NamedTuple):
     acd: Float[np.ndarray, "P ..."] | None  # R_acd, or what `edit_batches` keeps; None if pictures alone are known
 
 
-def read_example(source: Source, index: int, size: tuple[int, int]) -> EditExample:
-    """An example with its pictures and its mask in `size = (height, width)`."""
+def read_example(source: Source, index: int, size: Size | Buckets) -> EditExample:
+    """An example with its pictures and its mask in `size = (height, width)`, or in the bucket of the nearest shape.
+
+    It is squeezed into either, and nothing is cropped: an edit is judged beside the whole of its source.
+    """
     example = source[index]
+    size = size.nearest(*example.image.shape[:2]) if isinstance(size, Buckets) else size
     target = None if example.target is None else resize_image(example.target, size)
     image, mask = resize_image(example.image, size), resize_mask(example.mask, size)
     return replace(example, image=image, mask=mask, target=target)

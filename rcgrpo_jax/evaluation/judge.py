@@ -19,7 +19,9 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, read_batches
 from rcgrpo_jax.evaluation.pictures import read_picture
 from rcgrpo_jax.evaluation.statistics import Interval, mean_interval, share_interval
-from rcgrpo_jax.rewards import Reward, RewardInputs, start_all
+from rcgrpo_jax.rewards import Reward, RewardInputs, Unscored, start_all
+from rcgrpo_jax.rewards.base import named
+from rcgrpo_jax.rewards.judge import Judge
 
 logger = logging.getLogger(__name__)
 APART = 1000  # between the seeds of two repeats: more than the askings of a question, each of which has the next seed
@@ -119,8 +121,19 @@ def judge(
 
 
 def scores_of(name: str, reward: Reward, edited: EditedBatch) -> dict[str, Float[np.ndarray, " n"]]:
-    """The reward's score of each edit of a batch, under its name; NaN where none came. Rows that repeat have none."""
+    """The reward's score of each edit of a batch, under its name, or the numbers that a judge shows in its place.
+
+    NaN where none came. Rows that repeat have none.
+    """
     inputs = _inputs(edited.batch, {name: lambda batch: edited.pictures}, reward)
+    if isinstance(reward, Judge) and reward.columns:
+        found = np.full((edited.batch.count, len(reward.columns)), np.nan, np.float32)
+        try:
+            with named(name):
+                found = reward.start_details(inputs).result()[:, 0]
+        except Unscored as cause:
+            logger.warning("%s: no scores of %d edits: %s", name, edited.batch.count, cause)
+        return dict(zip(reward.columns, found.T, strict=True))
     found = start_all({name: reward}, inputs).result()
     for cause in found.failures.values():
         logger.warning("%s: no scores of %d edits: %s", name, edited.batch.count, cause)
@@ -143,6 +156,8 @@ def check_scorable(examples: Iterable[EditExample], reward: Reward) -> None:
         reward.validate(example.instruction)
         check_needs(example, Needs(right_target="the reward" * reward.needs_target))
         check_needs(example, Needs(caption="the reward" * reward.needs_caption))
+        if reward.needs_task and not example.task:
+            raise UserError(f"{example.name}: no kind of edit; the reward needs one.", "Choose data that name it.")
 
 
 def reward_inputs(batch: ExampleBatch, edited: UInt8[np.ndarray, "P G H W 3"], reward: Reward) -> RewardInputs:
@@ -155,6 +170,7 @@ def reward_inputs(batch: ExampleBatch, edited: UInt8[np.ndarray, "P G H W 3"], r
         tuple(batch.instructions[own]),
         _unit(batch.targets[own]) if reward.needs_target else None,
         tuple(example.caption for example in batch.own) if reward.needs_caption else None,
+        tuple(example.task for example in batch.own) if reward.needs_task else None,
     )
 
 

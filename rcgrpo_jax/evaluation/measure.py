@@ -18,7 +18,7 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.examples import Digest, EditedBatch, ExampleBatch, check_targets, read_batches, right_batches
 from rcgrpo_jax.evaluation.measures import Measure, MeasureInputs, MeasureOptions, choose, load_weights
 from rcgrpo_jax.evaluation.official import official_batch
-from rcgrpo_jax.evaluation.pictures import read_common, read_lines, read_picture
+from rcgrpo_jax.evaluation.pictures import read_common, read_lines, read_picture, size_in
 from rcgrpo_jax.evaluation.result import PICTURED, Evaluation
 
 OFFICIAL = "official"  # the group of measures that has a form of its own
@@ -68,7 +68,7 @@ def measure(
         raise UsageError("measure: no examples found; at least one was wanted.", "Name more examples.")
     folder = None if isinstance(pictures, np.ndarray) else Path(pictures)
     common = None if folder is None else read_common(folder)
-    size = tuple(size or (common and common["settings"]["size"]) or source[indices[0]].image.shape[:2])
+    size = tuple(size or (folder and size_in(folder, common)) or source[indices[0]].image.shape[:2])
     batches = right_batches(read_batches(source, indices, min(batch, len(indices)), size))
     if folder is None:
         edits = _of_array(pictures, batches, len(indices), size)

@@ -16,7 +16,12 @@ SIDE = 512  # pixels of what is measured
 
 def official_picture(picture: UInt8[np.ndarray, "H W 3"], side: int = SIDE) -> UInt8[np.ndarray, "side side 3"]:
     """A picture at `side x side` by Pillow's bicubic filter on 8 bits, whatever its shape."""
-    return np.array(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+    return resized(picture, (side, side))
+
+
+def resized(picture: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture in `size = (height, width)` by Pillow's bicubic filter on 8 bits, as benchmarks' scripts resize."""
+    return np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def official_mask(mask: Float[np.ndarray, "H W"], side: int = SIDE) -> Float[np.ndarray, "side side"]:

@@ -27,11 +27,11 @@ from typing_extensions import TypedDict
 from rcgrpo_jax.borders import STRICT, conform, parse_json, read_object, shorten
 from rcgrpo_jax.data.images import read_image, save_image
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.evaluation.result import Count, Origin, Settings
+from rcgrpo_jax.evaluation.result import LATER, Count, Origin, Settings
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-_LONGEST = 255  # bytes of a file's name on common file systems
+LONGEST_NAME = 255  # bytes of a file's name on common file systems
 _LINES = "edits-*-of-*.jsonl"
 _ANOTHER = "Use another folder, or put the values back."
 _WRITE = "Choose a folder you can write to, on a disk with free space."
@@ -69,9 +69,10 @@ def check_names(names: Sequence[str]) -> None:
     """
     first: dict[Path, int] = {}
     for position, name in enumerate(names):
-        if (size := len(os.fsencode(picture_file(Path(), name).name))) > _LONGEST:
+        if (size := len(os.fsencode(picture_file(Path(), name).name))) > LONGEST_NAME:
             raise UserError(
-                f"example {position}, {name[:40]}...: a name of {size} bytes found; {_LONGEST} at most were wanted.",
+                f"example {position}, {name[:40]}...: a name of {size} bytes found; {LONGEST_NAME} at most were "
+                "wanted.",
                 "Give its image a shorter name.",
             )
         other = first.setdefault(picture_file(Path(), name), position)
@@ -160,7 +161,7 @@ def read_common(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_object(file, _ANOTHER)
     conform(found, _Common, str(file), _ANOTHER)
-    return found
+    return found | {"settings": LATER | found["settings"]}
 
 
 def size_of_edits(folders: Iterable[Path]) -> tuple[int, int] | None:
@@ -169,8 +170,21 @@ def size_of_edits(folders: Iterable[Path]) -> tuple[int, int] | None:
     Raises:
         UserError: As `read_common`.
     """
-    commons = [read_common(folder) for folder in folders]
-    return next((tuple(common["settings"]["size"]) for common in commons if common), None)
+    return next((size for folder in folders if (size := size_in(folder, read_common(folder)))), None)
+
+
+def size_in(folder: Path, common: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """(height, width) of all edits in a folder, by what `read_common` found; None where that is nothing.
+
+    Raises:
+        UserError: They have several shapes.
+    """
+    if common and "buckets" in common["settings"]:
+        raise UserError(
+            f"{folder}: edits in the shapes of {common['settings']['buckets']} found; edits of one size were wanted.",
+            "Edit without --buckets; `rcgrpo evaluate --benchmark` alone measures several shapes.",
+        )
+    return tuple(common["settings"]["size"]) if common else None
 
 
 def read_lines(folder: Path) -> dict[str, dict[str, Any]]:

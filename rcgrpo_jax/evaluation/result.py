@@ -13,12 +13,16 @@ from annotated_types import Ge
 from jaxtyping import Float, UInt8
 
 from rcgrpo_jax.borders import STRICT, check_memory, conform, parse_json
+from rcgrpo_jax.data.buckets import KINDS as BUCKETS
+from rcgrpo_jax.data.buckets import NONE as ONE_SIZE
 from rcgrpo_jax.data.scenes.source import KINDS
 from rcgrpo_jax.errors import UserError, reason
+from rcgrpo_jax.flow.solvers import SOLVERS
 from rcgrpo_jax.models.quantization import QUANTIZATIONS
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+LATER = {"solver": "euler"}  # settings that came later, and what edits were made with before
 PICTURED = 8  # edits that an evaluation keeps for people: memory must not grow with the examples
 
 
@@ -37,7 +41,9 @@ class Settings:
     quantization: Literal[QUANTIZATIONS]
     model: str
     acd_reference_keys: bool = False
+    solver: Literal[tuple(SOLVERS)] = LATER["solver"]
     data: str = ""
+    buckets: Literal[BUCKETS] = ONE_SIZE
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,8 @@ class Evaluation:
         measures = {name.partition("/")[2]: x for name, x in arrays.items() if name.startswith("measures/")}
         if problem := _array_problem(measures, images, len(described["names"])):
             raise UserError(f"{path}: not an evaluation: {problem}.", remedy)
-        rest = (described["settings"], described.get("origin", {}), described.get("uncaptioned", 0))
+        settings = settings if _of_pictures(settings) else LATER | settings
+        rest = (settings, described.get("origin", {}), described.get("uncaptioned", 0))
         return cls(tuple(described["names"]), measures, images, *rest)
 
 

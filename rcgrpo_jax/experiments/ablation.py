@@ -26,16 +26,18 @@ from rcgrpo_jax.encoding.encode import Batches
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.evaluate import evaluate
 from rcgrpo_jax.evaluation.result import Evaluation
+from rcgrpo_jax.experiments.cost import Cost
 from rcgrpo_jax.models.lora import LoRAConfig, scale_adapter
 from rcgrpo_jax.options import ModelOptions, read_options
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
 from rcgrpo_jax.rl.config import MAY_DIFFER
+from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.reward_fields import name_rewards
 from rcgrpo_jax.rl.setup import Setup, set_up
 from rcgrpo_jax.rl.step_metrics import background_drift
 from rcgrpo_jax.rl.trainer import Trainer, train_to_end
-from rcgrpo_jax.runs.checkpoint import config_differences
+from rcgrpo_jax.runs.differences import config_differences
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.state import TrainState
 
@@ -194,7 +196,7 @@ def run_variant(
         variant: What is changed.
         seed: Of the training.
         protocol: Of the evaluation.
-        out: Gets `runs/VARIANT/SEED` and `evaluations/VARIANT/SEED.npz`.
+        out: Gets `runs/VARIANT/SEED`, `evaluations/VARIANT/SEED.npz` and, beside it, what the training cost.
         devices: The run's mesh is over these; all by default.
         progress: Told of each edit of the evaluation.
 
@@ -206,10 +208,17 @@ def run_variant(
     origin = _origin(config, protocol, changed)
     if file.exists():
         return _load(file, origin)
-    state = train_to_end(changed, out / "runs" / slug(variant.name) / str(seed), devices)
+    workdir = out / "runs" / slug(variant.name) / str(seed)
+    state = train_to_end(changed, workdir, devices)
+    Cost.of_run(read_options(Options, changed), workdir).save(file.with_suffix(".json"))
     adapter = scale_adapter(state.averaged, read_options(LoRAConfig, changed.lora).scale)
     mesh = make_mesh(config.mesh, devices)
     return _evaluate(config, protocol, file, f"{variant.name}, seed {seed}", origin, mesh, progress, adapter)
+
+
+def cost_of(variant: Variant, seed: int, out: Path) -> Cost | None:
+    """What a training cost; None if it was made before costs were kept."""
+    return Cost.load(out / "evaluations" / slug(variant.name) / f"{seed}.json")
 
 
 def run_base(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +13,17 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from rcgrpo_jax.data.buckets import NONE, make_buckets
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import Entry, Listed, Locate, Qualified, extra_pictures, measure_results
+from rcgrpo_jax.evaluation.benchmarks.entries import Entry, Listed, Locate
+from rcgrpo_jax.evaluation.benchmarks.results import extra_pictures, measure_results, score_results
 from rcgrpo_jax.evaluation.benchmarks.rows import Row, has_parquet, measures_of, write_jsonl, write_parquet
-from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, to_csv
+from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, subset_of, to_csv
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.examples import EditedBatch
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, note
@@ -36,7 +39,7 @@ from rcgrpo_jax.runs.workdir import write_text
 FILES = ("*.jsonl", "*.parquet", "table.*", "failures.json", "grid.png", "edits")  # that are written
 _SHOWN = 5  # failures of an editor that are printed
 
-Pictures = Mapping[str, UInt8[np.ndarray, "H W 3"]]  # edits by the names of their examples
+Pictures = Mapping[str, UInt8[np.ndarray, "H W 3"]]  # edits by the keys of their examples
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ def edit_adapters(
     folder: Path,
     size: tuple[int, int],
     *,
+    buckets: str = NONE,
     steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     batch: int = 8,
     dtype: str = "bfloat16",
     devices: Sequence[jax.Device] | None = None,
@@ -87,9 +92,11 @@ def edit_adapters(
         adapters: Name -> adapter with its scale folded in; None is the base.
         folder: Gets a folder of pictures for each adapter.
         size: (height, width) in pixels that the model edits in.
+        buckets: `kontext`: in the nearest of Kontext's shapes of that area instead (`edit_all`).
         steps: K.
         guidance: Guidance scale.
         seed: Of the noise, which all adapters share.
+        solver: A name of `flow.solvers.SOLVERS`.
         batch: Edits at a time.
         dtype: Of computation and parameters.
         devices: Of this process; all by default.
@@ -99,15 +106,16 @@ def edit_adapters(
     Returns:
         Name -> where the edit of an example lies.
     """
-    check_fits(model, size, steps, dtype, min(batch, len(entries)))
+    check_fits(model, make_buckets(buckets, size).largest, steps, dtype, min(batch, len(entries)))
     mesh = make_mesh({"fsdp": -1}, jax.local_devices() if devices is None else devices)
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
-    named, indices = Qualified(source, entries), [entry.index for entry in entries]
+    indices = [entry.index for entry in entries]
     own = len(distributed.local_job_range(len(entries)))
     for name, lora in adapters.items():
         edit_all(
-            editor, named, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, lora=lora,
-            batch=batch, size=size, mesh=mesh, progress=count_steps(progress, f"edit {name}", own),
+            editor, source, indices, folder / name, num_steps=steps, guidance=guidance, seed=seed, solver=solver,
+            lora=lora, batch=batch, size=size, buckets=buckets, mesh=mesh,
+            progress=count_steps(progress, f"edit {name}", own),
         )  # fmt: skip
     return {name: _locate_in(folder / name) for name in adapters}
 
@@ -129,12 +137,17 @@ def measure_editor(
     Raises:
         UserError: Nothing could be measured; or as `measure_results`.
     """
-    own = [entries[i] for i in distributed.local_job_range(len(entries))]
+    shown_first = in_turn(entries)
+    own = [shown_first[i] for i in distributed.local_job_range(len(entries))]
+    done = count_steps(progress, f"measure {name}", len(own))
     with distributed.raise_together():
-        rows, pictures = measure_results(
-            source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options, score=how.score,
-            progress=count_steps(progress, f"measure {name}", len(own)),
-        )  # fmt: skip
+        if benchmark.side is None:
+            rows, pictures = score_results(source, own, locate, how.score, done)
+        else:
+            rows, pictures = measure_results(
+                source, own, locate, how.measures, benchmark.side, batch=how.batch, options=how.options,
+                score=how.score, progress=done,
+            )  # fmt: skip
     parts = distributed.gather_texts(json.dumps(rows))
     rows = sorted(Row(*row) for part in parts for row in json.loads(part))
     if not any(row.values for row in rows):
@@ -145,6 +158,14 @@ def measure_editor(
             "Name the folder of the pictures and the data that they are edits of.",
         )
     return rows, pictures
+
+
+def in_turn(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries with their tasks in turn, so that the first ones are of all tasks."""
+    tasks: dict[str, list[Entry]] = {}
+    for entry in entries:
+        tasks.setdefault(entry.task, []).append(entry)
+    return [entry for row in zip_longest(*tasks.values()) for entry in row if entry]
 
 
 def write_benchmark(
@@ -180,10 +201,13 @@ def write_benchmark(
             write_parquet(out / f"{name}.parquet", rows)
     values = compute_values(benchmark, editors)
     tables = make_tables(benchmark, editors, values)
+    more, subset_tables = subset_of(benchmark, editors, listed.subset)
+    values, tables = values + more, [*tables[:-1], *subset_tables, tables[-1]]
     said = remarks(benchmark, editors, listed.others, listed.uncaptioned)
     known = {x for edits in editors.values() for x in measures_of(edits.rows)}
     said += [note(one) for one in how.measures if one.name not in known]
-    said += [f"{one.label} is not measured: its weights are not given. {one.remedy}" for one in how.without]
+    without = {one.remedy: [x.label for x in how.without if x.remedy == one.remedy] for one in how.without}
+    said += [f"Not measured, since their weights are not given: {', '.join(x)}. {y}" for y, x in without.items()]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
     write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(map(markdown_line, said)) + "\n")
@@ -226,12 +250,13 @@ def _failures(edits: Edits) -> dict[str, Any]:
 def _grid_rows(
     benchmark: Benchmark, source: Source, entries: Sequence[Entry], pictures: Mapping[str, Pictures]
 ) -> list[GridRow]:
-    """The first examples of which every editor's picture was kept."""
+    """The first examples of each task of which every editor's picture was kept."""
     rows = []
-    for entry in entries:
-        shown = {name: kept[entry.name] for name, kept in pictures.items() if entry.name in kept}
+    for entry in in_turn(entries):
+        shown = {name: kept[entry.key] for name, kept in pictures.items() if entry.key in kept}
         if len(shown) == len(pictures):
-            example = official_example(source[entry.index], benchmark.side)
+            example = source[entry.index]
+            example = official_example(example, benchmark.side) if benchmark.side else example
             shown |= {} if example.target is None else {"target": example.target}
             rows.append(GridRow(example.instruction, example.image, example.mask, [*shown.values()], [*shown]))
     return rows

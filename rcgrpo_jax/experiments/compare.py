@@ -79,6 +79,7 @@ def evaluate_adapters(
     steps: int = 28,
     guidance: float = 2.5,
     seed: int = 0,
+    solver: str = "euler",
     batch: int = 8,
     size: tuple[int, int] | None = None,
     dtype: str = "bfloat16",
@@ -98,6 +99,7 @@ def evaluate_adapters(
         steps: K.
         guidance: Guidance scale.
         seed: Of the noise.
+        solver: A name of `flow.solvers.SOLVERS`.
         batch: Edits at a time.
         size: (height, width) in pixels; that of the first example by default.
         dtype: Of computation and parameters.
@@ -123,7 +125,10 @@ def evaluate_adapters(
         height, width = size or source[0].image.shape[:2]
         check_fits(model, (height, width), steps, dtype, min(batch, len(source)))
     editor = model.open(EditorOptions(dtype=dtype, **editor_options), mesh)
-    making = {"num_steps": steps, "guidance": guidance, "seed": seed, "batch": batch, "size": size, "mesh": mesh}
+    making = {
+        "num_steps": steps, "guidance": guidance, "seed": seed, "solver": solver, "batch": batch, "size": size,
+        "mesh": mesh,
+    }  # fmt: skip
     for name, lora in adapters.items():
         options = {**making, "lora": lora, "progress": count_steps(progress, name, len(source))}
         if edits is None:

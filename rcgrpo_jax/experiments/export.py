@@ -12,6 +12,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.experiments.saved_runs import read_saved_config
 from rcgrpo_jax.models.lora import LoRAConfig
 from rcgrpo_jax.options import OptimizerOptions, read_options
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.runs.checkpoint import Checkpointer
 from rcgrpo_jax.runs.state import init_state
 from rcgrpo_jax.weights.lora import holds_lora, lora_file, save_lora
@@ -57,7 +58,9 @@ def export(
         )
     lora, optimizer = read_options(LoRAConfig, saved["lora"]), read_options(OptimizerOptions, saved["optimizer"])
     params = open_model(model or saved["model"]["path"]).param_shapes
-    state = checkpointer.restore(jax.eval_shape(lambda: init_state(lora, optimizer, saved["seed"], params)), step)
+    keep_old = "policy" in saved and POLICIES[saved["policy"]].keeps_old
+    wanted = jax.eval_shape(lambda: init_state(lora, optimizer, saved["seed"], params, keep_old))
+    state = checkpointer.restore(wanted, step)
     try:
         return save_lora(Path(out), state.averaged, lora, params, form, dtype)
     except (OSError, SafetensorError) as error:  # a full disk is a SafetensorError

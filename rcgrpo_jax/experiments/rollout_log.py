@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, parse_json, read_object, shorten
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.evaluation.result import LATER
 from rcgrpo_jax.runs.workdir import write_text
 
 SETTINGS, ROLLOUTS = "settings.json", "rollouts.jsonl"
@@ -53,7 +54,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         if (folder / ROLLOUTS).exists():
             raise UserError(f"{folder}: {ROLLOUTS} without {SETTINGS} found.", "Choose another folder.")
         write_text(file, json.dumps(wanted, indent=2) + "\n")
-    there = read_object(file, _ANOTHER)
+    there = LATER | read_object(file, _ANOTHER)
     differing = [
         f"{field}: there {shorten(there.get(field), 20)}, now {shorten(wanted.get(field), 20)}"
         for field in {**there, **wanted}

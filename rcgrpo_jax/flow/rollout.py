@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rcgrpo_jax.flow.solver import EULER, Solver, Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import Solver, Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.euler import EULER
 
 
 def integrate(
@@ -20,7 +19,8 @@ def integrate(
     Args:
         velocity: `v_theta(., ., c)`.
         x: Initial noise at `sigmas[0]`, float32; states keep its dtype.
-        sigmas: K1 = K + 1 decreasing times, `flow.schedule.sigmas`.
+        sigmas: K1 = K + 1 decreasing times, `flow.schedule.sigmas`. All solvers but Euler's look at them ahead of the
+            loop: they must not be traced.
         solver: Takes the steps; the paper's is Euler's.
 
     Returns:
@@ -36,11 +36,4 @@ def integrate_with_aux(
     solver: Solver = EULER,
 ) -> tuple[Float[Array, "K1 *b N C"], Any]:
     """`integrate` for a velocity that returns `(v, aux)`; the arrays of `aux` come back as `[K, ...]`, one a step."""
-
-    def step(carry: tuple[Array, Any], times: tuple[Array, Array]) -> tuple[tuple[Array, Any], tuple]:
-        x, memory, aux = solver.step(velocity, carry[0], *times, carry[1])
-        return (x, memory), (x, aux)
-
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    _, (states, aux) = jax.lax.scan(step, (x, solver.init(x, sigmas)), (sigmas[:-1], sigmas[1:]))
-    return jnp.concatenate([x[None], states]), aux
+    return solver.integrate(velocity, x, sigmas)

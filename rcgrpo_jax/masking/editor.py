@@ -21,6 +21,7 @@ from rcgrpo_jax.masking.method import Method, MethodOptions, Scores, resize_scor
 from rcgrpo_jax.parallel.mesh import make_mesh
 
 NOISES = 4  # draws that are averaged
+SAME = 1e-5  # of a velocity: two rows of equal input differ by less in float32
 SIGMAS = (0.95, 0.9, 0.8)  # times that are averaged, 1 at the noise: what is where is decided early
 
 
@@ -37,7 +38,8 @@ def disagreement(
         sigma |v(x_sigma, sigma, c) - v(x_sigma, sigma, c_0)|_2,   x_sigma = (1 - sigma) x_src + sigma eps.
 
     `sigma v` takes `x_sigma` to the predicted picture, so that this is the distance of two predicted pictures: the
-    instruction's and that of no instruction. DiffEdit (Couairon et al. 2022) has it for noise predictions.
+    instruction's and that of no instruction. DiffEdit (Couairon et al. 2022) has it for noise predictions. Velocities
+    that differ by less than `SAME` of their norm count as equal.
 
     Args:
         networks: The networks.
@@ -56,7 +58,8 @@ def disagreement(
         noise, sigma = drawn
         x, _ = interpolate(source, jnp.broadcast_to(noise, source.shape), jnp.broadcast_to(sigma, source.shape[:1]))
         v, _ = networks.velocity(params, {}, x, sigma, condition, grid)
-        return sigma * jnp.linalg.norm(v[0] - v[1], axis=-1)
+        distance = jnp.linalg.norm(v[0] - v[1], axis=-1)
+        return sigma * jnp.where(distance > SAME * jnp.linalg.norm(v[0], axis=-1), distance, 0)
 
     count = len(noises), len(sigmas)
     pairs = (jnp.repeat(noises, count[1], axis=0), jnp.tile(sigmas, count[0]))
@@ -72,8 +75,8 @@ def editor_method(options: MethodOptions) -> Method:
     """
     model, devices = open_model(options.model), jax.devices()
     if options.size is not None:
-        check_tokens(model, options.size)
         check_fits(model, options.size, 1, options.dtype)
+        check_tokens(model, options.size)
     mesh = make_mesh({"fsdp": -1}, devices)  # as for `rcgrpo edit`: one picture at a time
     asked = EditorOptions(options.dtype, options.max_text_tokens, options.quantization)
     editor = model.open(asked, mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,14 @@ from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, parse_json, read_object, shorten
 from rcgrpo_jax.data.example import EditExample, Source
+from rcgrpo_jax.data.images import open_image
 from rcgrpo_jax.data.masks import edit_region
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.examples import Digest
-from rcgrpo_jax.evaluation.pictures import picture_file
+from rcgrpo_jax.evaluation.pictures import LONGEST_NAME, picture_file
 from rcgrpo_jax.masking.method import LEVELS, Finish, Method, finish_mask, flaw
 from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, write_text
+from rcgrpo_jax.whole import sweep, whole_file
 
 SETTINGS, LOG, SKIPPED, TABLE, SHEET = "masks.json", "made.jsonl", "skipped.jsonl", "metadata.jsonl", "sheet.png"
 PARTS = ("images", "masks", "targets")
@@ -71,12 +74,15 @@ def make_masks(
     settings = {**settings, **method.settings, "finish": finish._asdict()}
     make_folder(folder, "--out", PARTS, (SETTINGS, LOG, SKIPPED, TABLE, SHEET, LOCK))
     with hold(folder):
-        _claim(folder, settings)
         try:
+            for part in (folder, *(folder / part for part in PARTS)):
+                sweep(part)
+            _claim(folder, settings)
             return _make_all(source, folder, method, finish, progress)
         except OSError as error:
             raise UserError(
-                f"--out: {folder} cannot be written ({error}).", "Choose a folder you can write to."
+                f"--out: {folder} cannot be written ({error}).",
+                "Make room, or choose another folder; the same command goes on.",
             ) from error
 
 
@@ -114,11 +120,12 @@ def _make_all(source: Source, folder: Path, method: Method, finish: Finish, prog
             name = f"example {index}"
             try:
                 example = source[index]
-                name = _unused(example.name, names)
+                name = example.name
+                _take(picture_file(folder, name).name, names)
                 digest = Digest()
                 digest.add(example)
                 entry = before.get(name)
-                if entry and entry["digest"] == str(digest) and _is_there(folder, entry["line"]):
+                if entry and entry["digest"] == str(digest) and _is_whole(folder, entry["line"]):
                     kept += 1
                 else:
                     entry = {"name": name, "digest": str(digest), "line": _make(example, folder, method, finish)}
@@ -150,36 +157,38 @@ def _make(example: EditExample, folder: Path, method: Method, finish: Finish) ->
     file = picture_file(Path(), example.name).name
     line: dict[str, Any] = {field: f"{field}s/{file}" for field in pictures}
     for field, picture in pictures.items():
-        picture.save(folder / line[field])
+        with whole_file(folder / line[field]) as partial:
+            picture.save(partial, "PNG")
     line |= {"instruction": example.instruction, "caption": example.caption}
     line |= {"flawed": True} if example.flawed else {}
     return line | ({"task": example.task} if example.task else {})
 
 
-def _unused(name: str, names: set[str]) -> str:
-    """The name of an example, which is put among those that are taken; a UserError if it is there."""
-    if name in names:
-        raise UserError(f"{name}: another example has this name.", "Rename one of them.")
-    names.add(name)
-    return name
+def _take(file: str, files: set[str]) -> None:
+    """Puts the name of an example's pictures among those that are taken; a UserError if it is there, or is none."""
+    if len(os.fsencode(file)) > LONGEST_NAME:
+        raise UserError(f"{file[:40]}...: no file can have a name that long.", "Give its image a shorter name.")
+    if file in files:
+        raise UserError(f"{file}: another example has this name.", "Rename one of them.")
+    files.add(file)
 
 
-def _is_there(folder: Path, line: Mapping[str, Any]) -> bool:
-    """Whether a line names its pictures, and none of them is missing or empty, as a loss of power leaves them."""
-    files = [line.get(field) for field in ("image", "mask", *({"target"} & line.keys()))]
-    return all(isinstance(file, str) and _has_content(folder / file) for file in files)
-
-
-def _has_content(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
+def _is_whole(folder: Path, line: Mapping[str, Any]) -> bool:
+    """Whether a line names its pictures, and all of them can be read."""
+    try:
+        for field in ("image", "mask", *({"target"} & line.keys())):
+            open_image(folder / str(line.get(field)))
+    except UserError:
+        return False
+    return True
 
 
 def _read_log(file: Path) -> dict[str, dict[str, Any]]:
     """Name -> what was made of it; what a kill tore off at the end is cut off."""
     if not file.exists():
         return {}
-    whole, _, _ = file.read_bytes().rpartition(b"\n")
-    file.write_bytes(whole + b"\n" if whole else b"")
+    whole = file.read_bytes().rpartition(b"\n")[0]
+    os.truncate(file, len(whole) + 1 if whole else 0)
     entries = {}
     for number, text in enumerate(filter(None, whole.split(b"\n")), start=1):
         where, remedy = f"{file}, line {number}", "Remove that line: its mask is made again."

@@ -109,6 +109,27 @@ def mixed_noise(
     return _around(key, reference, group_size, alpha[..., None])
 
 
+def region_decoupled_step_noise(
+    shared: Float[Array, "N C"],
+    own: Float[Array, "N C"],
+    region: Float[Array, " N"],
+    alpha_edit: float,
+    alpha_base: float,
+) -> Float[Array, "N C"]:
+    """The noise of one candidate's random step, z_i = sqrt(1 - alpha^2) z* + alpha delta_i (ours; Eq. 10 and 11).
+
+    Candidates differ mainly in the edit region, and each z_i is N(0, I): the policy of a step stays `N(mean, S^2 I)`.
+
+    Args:
+        shared: z*, which all candidates of the group have, [N, C] float32 from N(0, I).
+        own: delta_i, likewise, of the candidate alone; the first candidate has one too.
+        region: M, [N] in [0, 1], from `region.token_region`.
+        alpha_edit: Strength inside the edit region, in [0, 1].
+        alpha_base: Strength in the background, in [0, 1].
+    """
+    return _mix(shared, own[None], perturbation_map(region, alpha_edit, alpha_base)[None, :, None])[0]
+
+
 def sample_anchors(key: PRNGKeyArray, group_size: int, num_anchors: int, first: int = 1) -> Int[Array, " B"]:
     """Draws B anchors uniformly without replacement from the perturbed candidates (Section 4.1).
 

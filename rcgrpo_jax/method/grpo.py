@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float
 # float32 holds seven digits, and dividing by the rounding of equal rewards would give a group without news full weight.
 NEGLIGIBLE_STD = 1e-6
 
+# Flow-GRPO's, beside the standard deviation of a whole batch.
+BATCH_EPSILON = 1e-4
+
 # exp(20) is far beyond any clip. Without this bound an overflowing ratio times a zero advantage would be NaN.
 MAX_LOG_RATIO = 20.0
 
@@ -76,17 +79,19 @@ def zero_std_groups(rewards: Float[Array, "... G"]) -> Bool[Array, "..."]:
 
 
 def group_advantages(
-    rewards: Float[Array, "... G"], clip: float = 5.0, quasi_norm: float | None = None
+    rewards: Float[Array, "... G"], clip: float = 5.0, quasi_norm: float | None = None, over: str = "group"
 ) -> Float[Array, "... G"]:
     """The rewards standardised in their group, A_i = (r_i - mean) / std, clipped to +-clip (Eq. 4).
 
     With `quasi_norm` = p it is Neighbor GRPO's A_i = r'_i / (sum_j |r'_j|^p)^(1/p), r' = r - mean, which gives less
-    weight to groups in which many candidates differ than to those with one that stands out.
+    weight to groups in which many candidates differ than to those with one that stands out. `over="batch"` is
+    Flow-GRPO's A_i = (r_i - mean of the group) / (std of all rewards + 1e-4): groups that differ little weigh little.
 
     Args:
         rewards: [..., G].
         clip: Largest |A_i|.
         quasi_norm: p > 0 (Neighbor GRPO: 0.8), or None for the population standard deviation.
+        over: Whose standard deviation it is: of the `group`, or of the whole `batch`.
 
     Returns:
         [..., G] float32, always finite. Rewards that are not finite are left out of the statistics, and their
@@ -97,10 +102,12 @@ def group_advantages(
     usable = finite.any(axis=-1, keepdims=True) & ~zero_std_groups(rewards)[..., None]
     mean = jnp.mean(rewards, axis=-1, keepdims=True, where=finite)
     centred = jnp.where(usable & finite, rewards - mean, 0.0)
-    if quasi_norm is None:
-        scale = jnp.std(rewards, axis=-1, keepdims=True, where=finite)
-    else:
+    if quasi_norm is not None:
         scale = jnp.sum(jnp.abs(centred) ** quasi_norm, axis=-1, keepdims=True) ** (1.0 / quasi_norm)
+    elif over == "batch":
+        scale = jnp.std(rewards, keepdims=True, where=finite) + BATCH_EPSILON
+    else:
+        scale = jnp.std(rewards, axis=-1, keepdims=True, where=finite)
     return jnp.clip(centred / jnp.where(usable, scale, 1.0), -clip, clip)
 
 

@@ -42,5 +42,16 @@ def token_region(
     if threshold is not None:
         share = cells.mean(axis=(1, 3))
         tokens = ((share > 0) & (share >= jnp.minimum(threshold, share.max()))).astype(jnp.float32)
-    side = 2 * dilation + 1
-    return jax.lax.reduce_window(tokens, 0.0, jax.lax.max, (side, side), (1, 1), "SAME").reshape(-1)
+    return dilate(tokens.reshape(-1), grid, dilation)
+
+
+def dilate(tokens: Float[Array, " N"], grid: tuple[int, int], radius: int) -> Float[Array, " N"]:
+    """The largest value within a square around each token; outside of the picture there is nothing.
+
+    Args:
+        tokens: Not negative, row-major.
+        grid: (rows, columns).
+        radius: In tokens; 0 changes nothing.
+    """
+    side = 2 * radius + 1
+    return jax.lax.reduce_window(tokens.reshape(grid), 0.0, jax.lax.max, (side, side), (1, 1), "SAME").reshape(-1)

@@ -13,6 +13,7 @@ from functools import cache
 
 from flax.traverse_util import flatten_dict
 
+from rcgrpo_jax.flow.solvers import num_evaluations
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
 from rcgrpo_jax.rl.options import ACDOptions, Options
@@ -121,12 +122,15 @@ def step(
 ) -> dict[str, float]:
     """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
     one = mmdit(transformer, text, target, options.lora, options.acd, attention)
-    samples = options.rollout.prompts * options.rollout.group_size
+    samples, num_steps = options.rollout.prompts * options.rollout.group_size, options.rollout.num_steps
+    evaluations = num_evaluations(options.rollout.solver, num_steps)
     differentiated = one.forward + one.recomputed[options.model.remat] + one.backward
     if options.surrogate.anchor_mode == "integrate":
         differentiated += one.forward  # each velocity is a checkpoint by itself
+    policy = POLICIES[options.policy]
     return {
-        "rollout": samples * options.rollout.num_steps * (one.forward + one.concentration),
+        "rollout": samples * (evaluations * one.forward + num_steps * one.concentration),
         "decode": samples * vae_decoder(vae, 4 * target),
-        "update": POLICIES[options.policy].num_evaluations(options.step) * differentiated,
+        "update": policy.num_evaluations(options.step) * differentiated
+        + policy.num_forwards(options.step) * one.forward,
     }

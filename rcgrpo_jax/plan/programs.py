@@ -145,7 +145,7 @@ class Workload:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
         return {
-            "rollout": (t.params, t.state.params, t.prompts, t.noise),
+            "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates),
             "decode": (t.decoder, t.images),
             "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
         }[name]
@@ -269,13 +269,13 @@ def _trees(options: Options, programs: Programs, editor: FluxKontextEditor, mode
     }
     mask = array((prompts, *options.data.size))
     with jax.set_mesh(mesh):
-        state = copied(jax.eval_shape(lambda: init_state(options.lora, options.optimizer, options.seed, base)))
+        adapter = (options.lora, options.optimizer, options.seed, base, POLICIES[options.policy].keeps_old)
+        state = copied(jax.eval_shape(partial(init_state, *adapter)))
         asked = copied(jax.eval_shape(programs._prompts, encoded, mask))
-        exploration = programs.explore.eval_shape(state.key, asked)
+        exploration = programs.explore.eval_shape(state.key, asked, state.step)
         params = place(base, mesh, dtype, options.model.quantization)
-        noise = exploration.noise
-        noise = jax.ShapeDtypeStruct((prompts, at_a_time, *noise.shape[2:]), noise.dtype, sharding=whole)
-        part = programs.rollout.eval_shape(params, state.params, asked, noise)
+        started = jax.tree.map(lambda x: array((prompts, at_a_time, *x.shape[2:]), x.dtype), exploration.candidates)
+        part = programs.rollout.eval_shape(params, state.rolling_out, asked, started)
 
     def candidates(count: int) -> Any:
         return jax.tree.map(lambda x: array((prompts, count, *x.shape[2:]), x.dtype), part)
@@ -289,7 +289,7 @@ def _trees(options: Options, programs: Programs, editor: FluxKontextEditor, mode
         "prompts": asked,
         "upcoming": copied(asked),  # of the next step
         "exploration": exploration,
-        "noise": noise,
+        "candidates": started,
         "part": part,
         "rollout": candidates(group),
         "images": array((prompts, at_a_time, *part.states.shape[3:])),
@@ -298,5 +298,5 @@ def _trees(options: Options, programs: Programs, editor: FluxKontextEditor, mode
             if at_a_time < group
             else ()
         ),
-        "objective": (array((prompts, group)), array(programs.policy.log_policy_shape()), array((), bool)),
+        "objective": (array((prompts, group)), array(programs.policy.kept_shape()), array((), bool)),
     }

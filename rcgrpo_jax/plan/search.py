@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rcgrpo_jax.editors.flux_kontext import FluxKontext
 from rcgrpo_jax.errors import UsageError
+from rcgrpo_jax.flow.solvers import num_evaluations
 from rcgrpo_jax.models.attention import choose
 from rcgrpo_jax.models.mmdit import REMAT_POLICIES
 from rcgrpo_jax.options import with_changes
@@ -161,7 +162,8 @@ class Search:
         work = flops.step(options, *sizes, self.text, self.target, self.attention)[name]
         if name == "decode":
             return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, 0.0)
-        passes = options.rollout.num_steps if name == "rollout" else 2 + (remat != "none")
+        rolled = num_evaluations(options.rollout.solver, options.rollout.num_steps)
+        passes = rolled if name == "rollout" else 2 + (remat != "none")
         gathered = whole * (shape[1] - 1) / shape[1]
         tokens = self.text + 2 * self.target
         summed = 2 * self.sizes.num_blocks * samples * tokens * self.sizes.width * 2 * 2 * (shape[2] - 1) / shape[2]

@@ -13,17 +13,19 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax import __version__
 from rcgrpo_jax.evaluation.result import Evaluation
-from rcgrpo_jax.evaluation.tables import differences, group_table, make_tables, markdown, notes, plain
+from rcgrpo_jax.evaluation.tables import Table, differences, group_table, make_tables, markdown, notes, plain
 from rcgrpo_jax.experiments.ablation import (
     BASE,
     EvaluationSettings,
     GroupStatistics,
     Variant,
     check_variants,
+    cost_of,
     group_statistics,
     run_base,
     run_variant,
 )
+from rcgrpo_jax.experiments.cost import cost_table
 from rcgrpo_jax.progress import ProgressCallback, no_progress
 from rcgrpo_jax.report.page import Report, write_report
 from rcgrpo_jax.report.plots import as_file, distributions
@@ -31,6 +33,8 @@ from rcgrpo_jax.runs.workdir import LOCK, hold, make_folder, write_text
 
 PAGES = ("table.md", "groups.md", "report.html")
 WRITTEN = ("runs", "evaluations", "cache", "compiled", "*.md", "*.svg", "report.html*", LOCK)  # into the folder
+
+EXPLORES = ("policy", "explore", "sde", "rollout", "model")  # what an exploration depends on
 
 Groups = Mapping[str, Float[np.ndarray, " Q"]]  # variant -> one value a group
 Say = Callable[[str], None]
@@ -78,13 +82,13 @@ def ablate(
     with hold(out):
         if seeds:
             facts["Evaluation"] = f"{protocol.data}, {protocol.num_steps} solver steps, seed {protocol.seed}"
-            rows = _evaluated(config, variants, seeds, protocol, out, devices, say, progress)
-            sections |= {"tables": make_tables(rows), "differences": differences(rows)}
+            rows, tables = _evaluated(config, variants, seeds, protocol, out, devices, say, progress)
+            sections |= {"tables": tables, "differences": differences(rows)}
         if batches:
             distinct = {}  # variants that differ in their rewards alone explore alike
             for variant in variants:
                 run = runs[variant.name]
-                distinct.setdefault((str(run.explore), str(run.rollout), str(run.model)), variant)
+                distinct.setdefault(tuple(str(run[x]) for x in EXPLORES), variant)
             found = {x.name: group_statistics(config, x, 0, out, batches, devices) for x in distinct.values()}
             sections["distributions"] = _explored(found, out, say)
         facts["Written by"] = f"rcgrpo_jax {__version__}"
@@ -97,17 +101,20 @@ def ablate(
 def _evaluated(
     config: ConfigDict, variants: Sequence[Variant], seeds: int, protocol: EvaluationSettings, out: Path,
     devices: Sequence[jax.Device], say: Say, progress: ProgressCallback,
-) -> dict[str, list[Evaluation]]:  # fmt: skip
-    """Trains and evaluates what is not there yet, and writes and tells the tables; row -> evaluations."""
+) -> tuple[dict[str, list[Evaluation]], list[Table]]:  # fmt: skip
+    """Trains and evaluates what is not there yet, writes and tells the tables; row -> evaluations, and the tables."""
     rows = {BASE: [run_base(config, protocol, out, devices, progress)], **{variant.name: [] for variant in variants}}
+    costs = {variant.name: [] for variant in variants}
     remarks = "\n".join(notes(rows[BASE][0]))
     for seed in range(seeds):  # seed by seed, so that what is there after any of them is balanced
         for variant in variants:
             rows[variant.name].append(run_variant(config, variant, seed, protocol, out, devices, progress))
-        write_text(out / "table.md", f"{markdown(make_tables(rows))}\n{remarks}\n")
-    say(f"{plain(make_tables(rows))}\n{remarks}\n")
+            costs[variant.name].append(cost_of(variant, seed, out))
+        tables = [*make_tables(rows), cost_table(costs)]
+        write_text(out / "table.md", f"{markdown(tables)}\n{remarks}\n")
+    say(f"{plain(tables)}\n{remarks}\n")
     say(f"table        {out / 'table.md'}")
-    return rows
+    return rows, tables
 
 
 def _explored(found: Mapping[str, GroupStatistics], out: Path, say: Say) -> dict[str, Groups]:

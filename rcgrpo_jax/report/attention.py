@@ -77,11 +77,10 @@ def attention_rows(
     noise = initial_noise(np.uint32(settings["seed"]), np.arange(len(examples)), shape)
     lora = jax.device_put(lora, replicated(mesh))
     instructions = [x.instruction for x in examples]
+    how = (settings["steps"], settings["guidance"])
     with jax.set_mesh(mesh):
         found = {
-            name: attention_maps(
-                editor, images, instructions, masks, noise, settings["steps"], settings["guidance"], adapter
-            )
+            name: attention_maps(editor, images, instructions, masks, noise, *how, adapter, settings["solver"])
             for name, adapter in (("base", None), ("lora", lora))
         }
     top = float(np.percentile([x.relative() for x in found.values()], 99))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from rcgrpo_jax.data.buckets import Buckets, Fitted, Size
 from rcgrpo_jax.data.example import EditExample, Source
@@ -84,8 +85,9 @@ def preview(source: Source, buckets: Buckets, shown: int, progress: Callable[[],
 
 def draw_crop(example: EditExample, fitted: Fitted) -> UInt8[np.ndarray, "_ _ 3"]:
     """A source with its region outlined and what its bucket keeps of it; the rest is pale."""
-    kept = np.zeros(example.mask.shape, np.float32)
-    kept[fitted.window] = 1
-    pale = np.rint(255 - _FADED * (255.0 - example.image)).astype(np.uint8)
-    picture = for_display(np.where(kept[..., None] > 0, example.image, pale))
-    return outline(outline(picture, kept, _BLUE), example.mask)
+    kept = np.zeros(example.mask.shape, bool)
+    kept[fitted.window] = True
+    picture = for_display(example.image)
+    inside = np.asarray(Image.fromarray(kept).resize(picture.shape[1::-1], Image.Resampling.NEAREST))
+    pale = np.rint(255 - _FADED * (255.0 - picture)).astype(np.uint8)
+    return outline(outline(np.where(inside[..., None], picture, pale), kept, _BLUE), example.mask)

@@ -20,6 +20,7 @@ from rcgrpo_jax.data.images import for_display, outline
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.editors.model import Editor
 from rcgrpo_jax.flow import rollout
+from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.method import concentration, region
 
 COLOURS = matplotlib.colormaps["viridis"]  # perceptually uniform, in order without colours too
@@ -47,6 +48,7 @@ def attention_maps(
     num_steps: int = 28,
     guidance: float = 2.5,
     lora: dict | None = None,
+    solver: str = "euler",
 ) -> AttentionMaps:
     """Edits as `Editor.edit` does, and keeps a(u) = sum_v A(v, u) of every step and selected layer (Eq. 16).
 
@@ -63,6 +65,7 @@ def attention_maps(
         num_steps: K.
         guidance: Guidance scale.
         lora: Adapter with its scale folded in; None is the base.
+        solver: A name of `flow.solvers.SOLVERS`.
 
     Returns:
         Maps, R_acd and edits.
@@ -72,16 +75,16 @@ def attention_maps(
     regions = jax.vmap(partial(region.token_region, grid=grid))(jnp.asarray(masks))
     tokens, maps = _latents_and_maps(
         editor.networks.with_maps(), editor.params, lora or {}, jnp.asarray(noise), condition, regions,
-        editor.sigmas(num_steps, grid[0] * grid[1]), grid,
+        grid, num_steps, solver,
     )  # fmt: skip
     acd = jax.vmap(concentration.density)(maps, regions)
     return AttentionMaps(np.asarray(maps), np.asarray(acd), editor.decode(tokens, grid))
 
 
-@partial(jax.jit, static_argnums=(0, 7))
+@partial(jax.jit, static_argnums=(0, 6, 7, 8))
 def _latents_and_maps(
-    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, regions: Array, sigmas: Array,
-    grid: tuple[int, int],
+    networks: Networks, params: dict, lora: dict, noise: Array, condition: Any, regions: Array,
+    grid: tuple[int, int], num_steps: int, solver: str,
 ) -> tuple[Float[Array, "P N C"], Float[Array, "P N_img"]]:  # fmt: skip
     """The last states of the rollouts, and their mean maps."""
 
@@ -89,7 +92,8 @@ def _latents_and_maps(
         v, masses = networks.velocity(params, lora, x, sigma, condition, grid, regions)
         return v, masses.map.mean(0)
 
-    states, maps = rollout.integrate_with_aux(velocity_and_maps, noise, sigmas)
+    sigmas = networks.sigmas(num_steps, grid[0] * grid[1])
+    states, maps = rollout.integrate_with_aux(velocity_and_maps, noise, sigmas, choose_solver(solver, num_steps))
     return states[-1], maps.mean(0)
 
 

@@ -106,8 +106,8 @@ def verdict(found: Diagnosis, doubles: int, causes: Sequence[str] = ()) -> list[
         )
     else:
         lines.append(
-            f"No choice of acd.layers orders the rollouts of a prompt better than chance. The most has "
-            f"{choice.layers} of {total}: {_cell(best.within)} of the pairs."
+            f"No choice of acd.layers orders the rollouts of a prompt better than chance. The highest area "
+            f"is that of acd.layers={choice.layers} of {total}: {_cell(best.within)} of the pairs."
         )
     lines.append(f"Not worse with certainty: acd.layers of {', '.join(map(str, choice.as_good))}.")
     if below := [str(len(x.blocks)) for x in found.last if x.within_direction < 0]:

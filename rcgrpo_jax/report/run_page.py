@@ -68,7 +68,7 @@ def describe_run(
         height, width = first.settings["size"]
         found["Evaluation"] = f"{len(first.names)} edits of {width} x {height} pixels"
         if settings:
-            found["Evaluation"] += ", {steps} solver steps, guidance {guidance}, seed {seed}".format(**settings)
+            found["Evaluation"] += ", {steps} steps of {solver}, guidance {guidance}, seed {seed}".format(**settings)
         if data:
             if not all(len(x.images) for x in evaluations.values()):
                 raise UserError(

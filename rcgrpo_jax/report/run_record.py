@@ -33,12 +33,30 @@ _SHARED = {
     "Optimizer": "AdamW, learning rate {optimizer[learning_rate]}",
 }
 _POST_TRAINING = {
-    "Method": "RC-GRPO post-training",
+    "Method": "post-training",
     **_SHARED,
-    "Rollouts": "{rollout[prompts]} prompts x {rollout[group_size]} candidates, {rollout[num_steps]} solver steps",
-    "Surrogate": "{surrogate[distance]} distance, {surrogate[anchors]} anchors, {surrogate[anchor_mode]} of {surrogate["
-    "steps]} steps, clip {objective[clip]}",
+    "Rollouts": "{rollout[prompts]} prompts x {rollout[group_size]} candidates, "
+    "{rollout[num_steps]} steps of {rollout[solver]}",
     "ACD": "weight {acd[weight]}, last {acd[layers]} blocks",
+}
+_POLICY = {
+    "neighbour": {
+        "Method": "RC-GRPO post-training",
+        "Surrogate": "{surrogate[distance]} distance, {surrogate[anchors]} anchors, {surrogate[anchor_mode]} of "
+        "{surrogate[steps]} steps, clip {objective[clip]}",
+    },
+    "gaussian": {
+        "Method": "post-training by a stochastic sampler",
+        "Random steps": "{sde[kind]}, level {sde[level]}, {sde[noise]} noise, window {sde[window]} (0: all but the "
+        "last), {sde[place]}, clip {objective[clip]}",
+    },
+    "nft": {
+        "Method": "DiffusionNFT post-training",
+        "Matching": "beta {nft[beta]}, {nft[time_fraction]} of the times, decay {nft[decay]}, weight of the base "
+        "{nft[base_weight]}",
+        "Penalty by region": "weight {nft[keep_weight]} outside the mask, kept to the {nft[keep_to]}; "
+        "{nft[change_weight]} inside",
+    },
 }
 _EXPLORATION = {
     "region": "region-decoupled, {explore[alpha_edit]} inside and {explore[alpha_base]} outside the mask",
@@ -93,7 +111,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     """The run in a few lines, name -> value."""
     config, found = record.config, {}
     if config:
-        lines = _SUPERVISED if "stage" in config else _POST_TRAINING
+        lines = _SUPERVISED if "stage" in config else _POST_TRAINING | _POLICY.get(config["policy"], {})
         if config.get("stage") in ("vae", "flow"):
             lines = {name: line for name, line in lines.items() if name != "LoRA"}
         found |= {name: line.format(**config) for name, line in lines.items()}
@@ -162,7 +180,7 @@ def commands(
         else:  # which trains networks
             result = {"model": f"{workdir}/model"}
         options = result | {
-            "data": data or "DATA", "steps": settings["steps"],
+            "data": data or "DATA", "steps": settings["steps"], "solver": settings["solver"],
             "guidance": settings["guidance"], "seed": settings["seed"], "size": f"{width}x{height}",
             "acd_layers": settings["acd_layers"],
             "text_tokens": settings["text_tokens"], "dtype": settings["dtype"], "out": f"{workdir}/evaluation",

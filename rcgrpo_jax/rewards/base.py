@@ -24,6 +24,7 @@ class RewardInputs(NamedTuple):
     instructions: tuple[str, ...]  # one a prompt
     targets: Float[Array, "P H W 3"] | None = None  # reference edits
     captions: tuple[str, ...] | None = None  # of the edited pictures, one a prompt; given where a reward needs them
+    tasks: tuple[str, ...] | None = None  # kinds of edit, one a prompt; given where a reward needs them
 
 
 class Pending(Protocol):
@@ -49,6 +50,7 @@ class Reward(ABC):
 
     needs_target: bool = False  # whether it is given only examples with a reference edit
     needs_caption: bool = False  # whether it is given only examples with a caption of the edited picture
+    needs_task: bool = False  # whether it is given only examples that name their kind of edit; a training has none
     incidental: ClassVar[tuple[str, ...]] = ()  # options that do not touch the scores: a run may resume with others
 
     def validate(self, instruction: str) -> None:  # noqa: B027 (a reward may accept every instruction)

@@ -46,20 +46,20 @@ def read_prompts() -> tuple[str, str]:
     return "\n".join((context, rule, edit)).replace("<instruction>", "{instruction}"), "\n".join((context, quality))
 
 
-def read_score(choice: Mapping[str, Any]) -> float:
+def read_score(choice: Mapping[str, Any], full: float = FULL) -> float:
     """The smaller of the two sub-scores of an answer, in [0, 10].
 
     The last whole list after `score` counts; quotes within the reasoning, or a fence around it, do no harm.
 
     Raises:
-        ValueError: There are not exactly two numbers in [0, 25].
+        ValueError: There are not exactly two numbers in [0, full].
     """
     text = written(choice)
     lists = _SCORE.findall(text)
     numbers = [float(number.strip(" \t\r\n\"'")) for number in lists[-1].split(",")] if lists else []
-    if len(numbers) != 2 or not all(0 <= number <= FULL for number in numbers):
-        raise ValueError(f"a score of two numbers from 0 to {FULL} is wanted: {shorten(text[-60:], 80)}")
-    return min(numbers) / FULL * 10
+    if len(numbers) != 2 or not all(0 <= number <= full for number in numbers):
+        raise ValueError(f"a score of two numbers from 0 to {full} is wanted: {shorten(text[-60:], 80)}")
+    return min(numbers) / full * 10
 
 
 @register("editscore")

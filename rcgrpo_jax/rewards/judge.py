@@ -76,6 +76,7 @@ class Judge(Reward):
         "urls", "token_variable", "in_flight", "timeout", "attempts", "patience",
     )  # fmt: skip
     num_pass: ClassVar[int] = 1
+    columns: ClassVar[tuple[str, ...]] = ()  # numbers of a candidate that people know, and a benchmark shows: `details`
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -94,6 +95,10 @@ class Judge(Reward):
     def questions(self) -> Sequence[Question]:
         """What is asked about each pair."""
 
+    def questions_of(self, task: str) -> Sequence[Question]:
+        """What is asked about a pair of a kind of edit, as many questions for each; by default the same for all."""
+        return self.questions()
+
     @abstractmethod
     def request(self) -> dict[str, Any]:
         """The fields of a request beside model, messages and seed."""
@@ -101,6 +106,10 @@ class Judge(Reward):
     def combine(self, scores: Float[np.ndarray, "passes questions"]) -> float:
         """The reward of a candidate, of the scores of all answers: their mean."""
         return float(scores.mean())
+
+    def details(self, scores: Float[np.ndarray, "passes questions"]) -> Sequence[float]:
+        """The numbers of a candidate that `columns` names, of the scores of all answers."""
+        return ()
 
     def describe(self) -> dict[str, Any]:
         prompts = "\0".join(question.template for question in self.questions())
@@ -116,8 +125,11 @@ class Judge(Reward):
         return self._chat.metrics(("retries", "asked_again", "unscored"))
 
     def start(self, inputs: RewardInputs) -> Future[Float[np.ndarray, "P G"]]:
-        source, edited, mask = (np.asarray(x) for x in (inputs.source, inputs.edited, inputs.mask))
-        return self._chat.run(self._score(source, edited, mask, inputs.instructions))
+        return self._chat.run(self._each(_on_host(inputs), self.combine))
+
+    def start_details(self, inputs: RewardInputs) -> Future[Float[np.ndarray, "P G columns"]]:
+        """As `start`, with the numbers of `columns` in the place of the score."""
+        return self._chat.run(self._each(_on_host(inputs), self.details, len(self.columns)))
 
     def _options(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}
@@ -139,24 +151,26 @@ class Judge(Reward):
                 where = f"{server.url}: " if cause.status == 200 else ""
                 raise UserError(f"{where}{str(cause).rstrip('.')}.", _REMEDIES.get(cause.status, _REFUSED)) from None
 
-    async def _score(
-        self, source: Float[np.ndarray, "P H W 3"], edited: Float[np.ndarray, "P G H W 3"],
-        mask: Float[np.ndarray, "P H W"], instructions: Sequence[str],
-    ) -> Float[np.ndarray, "P G"]:  # fmt: skip
-        """The scores of all candidates, each a task of its own.
+    async def _each(
+        self, inputs: RewardInputs, function: Callable[[np.ndarray], float | Sequence[float]], *shape: int
+    ) -> Float[np.ndarray, "P G ..."]:
+        """What a function makes of the answers about each candidate, of this shape. Each is a task of its own.
 
         Raises:
-            Unscored: None has one.
-            UserError: The servers are gone.
+            Unscored: None has all its answers.
+            UserError: The servers are gone, or nothing is asked about a kind of edit.
         """
-        scores, causes, questions = np.full(edited.shape[:2], np.nan, np.float32), [], self.questions()
+        source, edited, mask = inputs.source, inputs.edited, inputs.mask
+        scores, causes = np.full((*edited.shape[:2], *shape), np.nan, np.float32), []
+        asked = [self.questions_of(task) for task in inputs.tasks or ("",) * len(source)]
         boxes = [region_box(x, self.margin) if self.view == "region" else (slice(None),) * 2 for x in mask]
         room = asyncio.Semaphore(self.in_flight)  # candidates at work: the PNGs of all would take much memory
 
         async def score(p: int, g: int, before: asyncio.Task[str]) -> None:
             async with room:
                 after = await asyncio.to_thread(data_url, edited[p, g][boxes[p]])
-                contents = [content_parts(x.template, instructions[p], await before, after) for x in questions]
+                questions, instruction = asked[p], inputs.instructions[p]
+                contents = [content_parts(x.template, instruction, await before, after) for x in questions]
                 answers = [
                     self._ask(self._chat.complete, question, content, i)
                     for i in range(self.num_pass)
@@ -170,7 +184,7 @@ class Judge(Reward):
             if lost:
                 causes.append(str(lost[0]))
             else:
-                scores[p, g] = self.combine(np.array(found).reshape(self.num_pass, len(questions)))
+                scores[p, g] = function(np.array(found).reshape(self.num_pass, len(questions)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -184,7 +198,8 @@ class Judge(Reward):
             self._chat.counts["unscored"] += len(causes)
             if not np.isfinite(scores).any():
                 raise Unscored(causes[0])
-            logger.warning("%d of %d candidates have no score: %s", len(causes), scores.size, causes[0])
+            count = edited.shape[0] * edited.shape[1]
+            logger.warning("%d of %d candidates have no score: %s", len(causes), count, causes[0])
         return scores
 
     async def _ask(self, send: Send, question: Question, content: list[dict[str, Any]], index: int) -> float:
@@ -217,6 +232,11 @@ class SampledJudge(Judge):
     def request(self) -> dict[str, Any]:
         found = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
         return found | ({"top_k": self.top_k} if self.top_k else {})
+
+
+def _on_host(inputs: RewardInputs) -> RewardInputs:
+    """Waits for the pictures here, and not in the thread that sends requests."""
+    return inputs._replace(**{name: np.asarray(getattr(inputs, name)) for name in ("source", "edited", "mask")})
 
 
 class _Message(TypedDict):

@@ -10,6 +10,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rcgrpo_jax.data.sources import same_examples
+from rcgrpo_jax.flow.sde import KINDS
+from rcgrpo_jax.flow.solvers import SOLVERS, steps_problem
+from rcgrpo_jax.method import nft
+from rcgrpo_jax.method.gaussian import LOG_PROBS
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
@@ -26,6 +30,7 @@ from rcgrpo_jax.runs.fields import (
     check_fields,
     flatten,
     get_field,
+    is_within,
     mask_problems,
     quantization_problems,
     refusal,
@@ -53,10 +58,18 @@ _CHOICES = {
     **MODEL_CHOICES,
     "policy": POLICIES.keys(),  # a view: later entries count
     "explore.kind": ("region", "global", "mixed"),
+    "rollout.solver": tuple(SOLVERS),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),
     "surrogate.weighting": ("uniform", "policy"),
+    "sde.kind": tuple(KINDS),
+    "sde.place": ("progressive", "random"),
+    "sde.noise": ("independent", "region"),
+    "sde.log_prob": tuple(LOG_PROBS),
+    "objective.advantage_std": ("group", "batch"),
+    "nft.decay": tuple(nft.DECAYS),
+    "nft.keep_to": ("source", "sample"),
     "acd.text": ("all", "instruction"),
 }
 _RANGES = {
@@ -68,6 +81,11 @@ _RANGES = {
     "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
     "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
     "surrogate.micro_batch": (0, COUNT),
+    "sde.level": (0, LARGE), "sde.window": (0, STEPS), "sde.interval": (1, COUNT), "sde.stride": (0, STEPS),
+    "sde.range_start": (0, STEPS), "sde.range_end": (0, STEPS),
+    "nft.beta": (1e-3, 100), "nft.time_fraction": (0, 1), "nft.base_weight": (0, LARGE),
+    "nft.keep_weight": (0, LARGE), "nft.keep_tolerance": (0, LARGE), "nft.change_weight": (0, LARGE),
+    "nft.change_margin": (0, LARGE), "nft.erosion": (0, 128), "nft.ring_weight": (0, 1),
     "objective.clip": (1e-9, LARGE), "objective.advantage_clip": (1e-9, LARGE),
     "objective.quasi_norm": (0, 10), "objective.least_scored": (0, 1), "objective.kl_weight": (0, LARGE),
     "objective.source_advantage": (0, LARGE), "objective.updates": (1, STEPS),
@@ -124,13 +142,39 @@ def _sample_problems(options: Options) -> list[str]:
     return problems
 
 
+def unread_fields(options: Options) -> dict[str, Any]:
+    """The fields that have been set, and that others than the chosen policy read: dotted, with their defaults."""
+    values, default = flatten(asdict(options)), flatten(asdict(Options()))
+    others = [field for policy in POLICIES.values() for field in policy.OWN]
+    return {
+        field: default[field]
+        for field, value in values.items()
+        if field in default
+        and value != default[field]
+        and field not in MAY_DIFFER
+        and is_within(field, others)
+        and not is_within(field, POLICIES[options.policy].OWN)
+    }
+
+
+def _unread_problems(options: Options) -> list[str]:
+    values = flatten(asdict(options))
+    return [
+        f"{field}: {values[field]!r} with policy = {options.policy}, which does not read it; {default!r} was wanted, "
+        f"or policy = {' or '.join(name for name, policy in POLICIES.items() if is_within(field, policy.OWN))}"
+        for field, default in unread_fields(options).items()
+    ]
+
+
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
-    problems = policy.problems(options.step)
-    if options.objective.kl_weight and options.objective.updates == 1:
+    problems = _unread_problems(options) + policy.problems(options.step)
+    if few := steps_problem(options.rollout.solver, options.rollout.num_steps, "rollout.solver"):
+        problems.append(f"rollout.num_steps: {few}")
+    if options.objective.quasi_norm and options.objective.advantage_std == "batch":
         problems.append(
-            f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is at "
-            "the policy of the rollout, so that two or more were wanted"
+            f"objective.advantage_std: batch with objective.quasi_norm = {options.objective.quasi_norm}, which divides "
+            "by another norm of the group; one of them was wanted"
         )
     problems += cache_problems(options.data) + size_problems(options.data.size) + mask_problems(options.data)
     problems += quantization_problems(options.model) + _sample_problems(options)
@@ -153,6 +197,6 @@ def _spread_problems(options: Options, num_devices: int) -> list[str]:
         ("surrogate: units to differentiate", policy.num_units(options.step), options.surrogate.micro_batch),
     ):
         micro = micro or count
-        if count % micro or micro % spread:
+        if count and (count % micro or micro % spread):  # none where the policy has said why
             problems.append(f"{field} = {count} in micro-batches of {micro} does not divide over {where}")
     return list(dict.fromkeys(problems))

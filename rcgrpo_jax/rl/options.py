@@ -30,6 +30,7 @@ class RolloutOptions:
     prompts: int = 4  # P, groups in a global batch
     group_size: int = 12  # G, candidates of a group
     num_steps: int = 8  # K, solver steps in training
+    solver: str = "euler"  # euler (the paper's), heun (2K - 1 evaluations), dpmpp_2m (K)
     micro_batch: int = 0  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
     decode_micro_batch: int = 0  # of these, images decoded at a time; 0: all
 
@@ -51,13 +52,48 @@ class SurrogateOptions:
 
 
 @dataclass(frozen=True)
+class SDEOptions:
+    """The random steps of policy=gaussian; those outside of the window are deterministic and teach nothing."""
+
+    kind: str = "flow_grpo"  # how noise enters a step: flow_grpo, cps, dance
+    level: float = 0.7  # how much: a of flow_grpo and of cps (1 at most), eta of dance; above 0
+    window: int = 0  # w, random steps; 0: all but the last, which never is
+    place: str = "progressive"  # where a smaller window is: progressive (MixGRPO), random (Flow-GRPO-Fast)
+    interval: int = 25  # training steps after which a progressive window moves
+    stride: int = 1  # solver steps that it moves by; 0: it stays at the first ones
+    range_start: int = 0  # a random window lies in the steps [start, end), counted from 0
+    range_end: int = 0  # 0: K - 1
+    noise: str = "independent"  # of candidates: independent, or region: shared outside the mask, as Eq. 10-11 (ours)
+    log_prob: str = "density"  # density, or published: Flow-CPS' square error
+
+
+@dataclass(frozen=True)
+class NFTOptions:
+    """DiffusionNFT, and CoCoEdit's penalty by region (`method.nft`). Squared distances are of latents, per channel."""
+
+    beta: float = 1.0  # b, how far v+ and v- are from v_old (published: 1 or 0.1, which is faster and less stable)
+    time_fraction: float = 0.99  # of a rollout's K times, int(K fraction) of them, drawn for each candidate (published)
+    base_weight: float = 1e-4  # of mean (v - v_base)^2, the pull to the model without an adapter (published)
+    decay: str = "ramp"  # d of old <- d old + (1 - d) theta: none, ramp or delayed, of method.nft.DECAYS (published)
+    keep_weight: float = 0.0  # of the penalty for leaving the background (CoCoEdit: 0.02); 0: none
+    keep_to: str = "source"  # what the background is held to: source (CoCoEdit's paper), sample (its code)
+    keep_tolerance: float = 1e-3  # squared distance that costs nothing (CoCoEdit)
+    change_weight: float = 0.0  # of that on the region of bad samples, which pulls to the source (CoCoEdit: 0.02)
+    change_margin: float = 3e-2  # squared distance to the source from which on there is none (CoCoEdit)
+    erosion: int = 1  # tokens by which background and region shrink for both (CoCoEdit: 2 cells of 8 pixels, as much)
+    ring_weight: float = 0.2  # of the tokens that are in neither then, in [0, 1] (CoCoEdit)
+
+
+@dataclass(frozen=True)
 class ObjectiveOptions:
     """What an update maximises."""
 
     clip: float = 0.02  # c, half-width of the ratio's clip (ours; peers use 1e-4); the ratio of the first update is 1
     advantage_clip: float = 5.0  # largest |A|
+    advantage_std: str = "group"  # whose spread divides: group (Eq. 4), batch (Flow-GRPO)
     quasi_norm: float = 0.0  # p of Neighbor GRPO's advantage (0.8 there); 0: z-score, Eq. 4
-    kl_weight: float = 0.0  # beta, of the KL to the policy of the rollout; the first update's has no gradient
+    # beta, of the KL to the policy of the rollout, which has no gradient in the first update; gaussian: to the base's.
+    kl_weight: float = 0.0
     least_scored: float = 0.5  # share of its candidates that must have all rewards, or else their group teaches nothing
     source_advantage: float = 0.0  # A of candidate G + 1, which keeps the source outside the mask (ours); 0: none
     updates: int = 1  # optimizer updates on one rollout
@@ -94,6 +130,8 @@ class StepOptions:
     explore: ExploreOptions
     rollout: RolloutOptions
     surrogate: SurrogateOptions
+    sde: SDEOptions
+    nft: NFTOptions
     objective: ObjectiveOptions
     acd: ACDOptions
     optimizer: OptimizerOptions
@@ -116,6 +154,8 @@ class Options:
     explore: ExploreOptions = field(default_factory=ExploreOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
     surrogate: SurrogateOptions = field(default_factory=SurrogateOptions)
+    sde: SDEOptions = field(default_factory=SDEOptions)
+    nft: NFTOptions = field(default_factory=NFTOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     # Reward -> weight after its z-score; 0: not used.
     rewards: Mapping[str, float] = field(default_factory=lambda: {"preservation": 1.0, "colour": 1.0})
@@ -134,5 +174,14 @@ class Options:
     @property
     def step(self) -> StepOptions:
         """What the programs of a step are made of."""
-        shared = (self.explore, self.rollout, self.surrogate, self.objective, self.acd, self.optimizer)
+        shared = (
+            self.explore,
+            self.rollout,
+            self.surrogate,
+            self.sde,
+            self.nft,
+            self.objective,
+            self.acd,
+            self.optimizer,
+        )
         return StepOptions(self.policy, self.data.size, self.model.guidance, self.lora.scale, *shared)

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.flow.solver import Velocity
-from rcgrpo_jax.method import concentration, grpo, region, surrogate
+from rcgrpo_jax.flow.solvers.base import Velocity
+from rcgrpo_jax.method import concentration, region
 from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.parallel.distributed import rows_to_mesh
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
@@ -30,7 +30,7 @@ from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import POLICIES
-from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
+from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout, Velocities
 from rcgrpo_jax.runs.state import TrainState, apply_gradients
 
 
@@ -57,6 +57,7 @@ class Programs:
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
         self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
         self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
+        self.refresh = jax.jit(self.policy.refresh, out_shardings=whole, donate_argnums=0)
 
     def prompts(self, batch: EditBatch) -> Prompts:
         """The rows of all processes, on every device; does not wait for them."""
@@ -77,24 +78,25 @@ class Programs:
         """`v_theta(., ., c)` of one sample."""
         return lambda x, sigma: self.networks.velocity(params, lora, x, sigma, condition, self.grid)[0]
 
-    def _rollout(self, params: dict, lora: dict, prompts: Prompts, noise: Float[Array, "P g N C"]) -> Rollout:
-        """Rolls out candidates of every group under the old parameters and takes R_acd (Eq. 18)."""
+    def _rollout(self, params: dict, lora: dict, prompts: Prompts, candidates: Any) -> Rollout:
+        """Rolls out candidates of every group, `[P, g, ...]`, and takes R_acd (Eq. 18)."""
         lora = scale_adapter(lora, self.options.lora_scale)
-        num_prompts, group = noise.shape[:2]
+        num_prompts, group = jax.tree.leaves(candidates)[0].shape[:2]
 
-        def candidate(index: Array, noise: Array) -> tuple[Array, Array]:
+        def one(index: Array, candidate: Any) -> tuple[Array, Array]:
             prompt = _row(prompts, index)
             if not self.options.acd.weight:
                 velocity = self._velocity(params, lora, prompt.condition)
-                states, _ = self.policy.rollout(lambda x, sigma: (velocity(x, sigma), None), noise)
+                states, _ = self.policy.rollout(lambda x, sigma: (velocity(x, sigma), None), prompt, candidate)
                 return states, jnp.zeros(())
             text_weights = prompt.text_weights if self.options.acd.text == "instruction" else None
             where = (prompt.condition, self.grid, prompt.region, text_weights)
-            states, densities = self.policy.rollout(velocity_and_density(self.networks, params, lora, *where), noise)
+            velocity = velocity_and_density(self.networks, params, lora, *where)
+            states, densities = self.policy.rollout(velocity, prompt, candidate)
             return states, concentration.reward(densities)
 
-        samples = (jnp.repeat(jnp.arange(num_prompts), group), noise.reshape(-1, *noise.shape[2:]))
-        states, acd = map_samples(candidate, samples, 0, self.mesh)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), candidates)
+        states, acd = map_samples(one, (jnp.repeat(jnp.arange(num_prompts), group), flat), 0, self.mesh)
         return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
 
     def _decode(self, params: dict, tokens: Float[Array, "P g N C"]) -> Float[Array, "Pg H W 3"]:
@@ -110,16 +112,16 @@ class Programs:
     def _unit_loss(
         self,
         lora: dict,
+        old: dict | None,
         params: dict,
         prompts: Prompts,
         states: Float[Array, "P G K+1 N C"],
         advantages: Float[Array, "P G"],
         unit: tuple[Array, ...],
-        log_old: Float[Array, "T M"],
+        kept: Array,
         first: Array,
-    ) -> tuple[Array, tuple[Float[Array, "T M"], dict]]:
-        """`-J` of one unit (Eq. 5, 14, 15), 0 if its group teaches nothing, with its log-policy and metrics."""
-        objective, policy = self.options.objective, self.policy
+    ) -> tuple[Array, tuple[Array, dict]]:
+        """What the policy minimises in one unit, 0 if its group teaches nothing; what is kept of it, and metrics."""
         of_group = advantages[unit[0]]
         teaches = jnp.any(of_group != 0)  # dropped groups and those of equal rewards do not
 
@@ -127,24 +129,13 @@ class Programs:
             # Before the loss, not only around it: the gradient of what has diverged is zero times NaN, which is NaN.
             return jnp.where(teaches, x, 0)
 
-        prompt, stored = jax.tree.map(finite, (_row(prompts, unit[0]), policy.read(states, unit)))
-        velocity = self._velocity(params, scale_adapter(lora, self.options.lora_scale), prompt.condition)
-        log_pi, measured = policy.log_policy(velocity, prompt, stored, unit)
-        # The first update compares the policy with itself.
-        log_ratio = jnp.where(first, surrogate.log_ratio_to_itself(log_pi), log_pi - log_old)
-        log_old = jnp.where(first, jax.lax.stop_gradient(log_pi), log_old)
-        advantage = policy.advantages(of_group, unit)
-        gain = grpo.clipped_objective(log_ratio, advantage[None], objective.clip, policy.weights(log_old))
-        kl = grpo.categorical_kl(log_old, log_pi).mean()
-        metrics = {
-            "ratio_mean": jnp.exp(jnp.minimum(log_ratio, grpo.MAX_LOG_RATIO)).mean(),
-            "ratio_deviation": jnp.abs(jnp.expm1(jnp.minimum(log_ratio, grpo.MAX_LOG_RATIO))).max(),
-            "clip_fraction": grpo.clip_fraction(log_ratio, objective.clip),
-            "kl": kl,
-            "policy_entropy": -(jnp.exp(log_old) * log_old).sum(-1).mean(),
-            **measured,
-        }
-        return jnp.where(teaches, objective.kl_weight * kl - gain, 0.0), (log_pi, metrics)
+        def velocity(adapter: dict) -> Velocity:
+            return self._velocity(params, scale_adapter(adapter, self.options.lora_scale), prompt.condition)
+
+        prompt, stored = jax.tree.map(finite, (_row(prompts, unit[0]), self.policy.read(states, unit)))
+        velocities = Velocities(velocity(lora), None if old is None else velocity(old), velocity({}))
+        loss, kept, metrics = self.policy.loss(velocities, prompt, stored, unit, of_group, kept, first)
+        return jnp.where(teaches, loss, 0.0), (kept, metrics)
 
     def _update(
         self,
@@ -154,9 +145,9 @@ class Programs:
         exploration: Exploration,
         rollout: Rollout,
         advantages: Float[Array, "P G"],
-        log_old: Float[Array, "U T M"],
+        kept: Float[Array, "U ..."],
         first: Array,
-    ) -> tuple[TrainState, Float[Array, "U T M"], dict]:
+    ) -> tuple[TrainState, Float[Array, "U ..."], dict]:
         """One optimizer update on a rollout.
 
         Args:
@@ -164,17 +155,18 @@ class Programs:
             state: Donated.
             prompts, exploration, rollout: The step's data.
             advantages: `[P, G]`.
-            log_old: The first update's log-policy; ignored on the first.
+            kept: What the first update kept, such as its log-policy; ignored in the first.
             first: Whether this is the first update after the rollout.
 
         Returns:
-            The new state, this update's log-policy, and metrics.
+            The new state, what this update keeps, and metrics.
         """
 
         def chunk_loss(lora: dict, *chunk: Array) -> tuple[Array, tuple]:
             def one(*row: Array) -> tuple[Array, tuple]:
-                *unit, log_old = row
-                return self._unit_loss(lora, params, prompts, rollout.states, advantages, tuple(unit), log_old, first)
+                *unit, kept = row
+                groups = (params, prompts, rollout.states, advantages)
+                return self._unit_loss(lora, state.old, *groups, tuple(unit), kept, first)
 
             losses, aux = jax.vmap(one, spmd_axis_name=SAMPLE_AXES)(*chunk)
             return losses.mean(), (losses, *aux)
@@ -182,16 +174,16 @@ class Programs:
         def gradients(*chunk: Array) -> tuple[dict, tuple]:
             return jax.grad(chunk_loss, has_aux=True)(state.params, *chunk)
 
-        units = (*self.policy.units(exploration), log_old)
-        grads, (losses, log_pi, metrics) = accumulate(gradients, units, self.options.surrogate.micro_batch, self.mesh)
+        units = (*self.policy.units(exploration), kept)
+        grads, (losses, kept, metrics) = accumulate(gradients, units, self.options.surrogate.micro_batch, self.mesh)
         updated = apply_gradients(state, grads, self.options.optimizer)
         teaches = jnp.any(advantages != 0, axis=-1)[units[0]]  # [U]
         learned = teaches.any()  # else momentum and weight decay would move the adapter all the same
         state = jax.tree.map(partial(jnp.where, learned), updated, state)
         scalars = {name: jnp.mean(x, where=teaches) for name, x in metrics.items()}  # NaN if nothing teaches
-        scalars["ratio_deviation"] = jnp.max(metrics["ratio_deviation"], where=teaches, initial=0.0)
-        scalars |= {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
-        return state, log_pi, scalars
+        largest = {name: jnp.max(x, where=teaches, initial=0.0) for name, x in metrics.items() if _is_largest(name)}
+        scalars |= largest | {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
+        return state, kept, scalars
 
 
 @lru_cache(maxsize=32)  # more than the variants of an ablation, which takes them in turn
@@ -219,6 +211,11 @@ class ProgramsBySize:
         if size not in self._given:
             self._given[size] = shared_programs(replace(self._options, size=size), *self._where)
         return self._given[size]
+
+
+def _is_largest(metric: str) -> bool:
+    """Whether a metric of the units is the largest of them, and not their mean."""
+    return metric.endswith("_deviation")
 
 
 def _row(prompts: Prompts, index: Array) -> Prompts:

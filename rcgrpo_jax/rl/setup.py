@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from rcgrpo_jax import rewards as reward_registry
 from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.buckets import make_buckets
-from rcgrpo_jax.data.example import EditExample, Needs, check_needs
+from rcgrpo_jax.data.example import Needs, check_needs
 from rcgrpo_jax.editors.model import Editor, Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.encoding.batches import Batches
@@ -31,6 +31,7 @@ from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rewards import Reward
 from rcgrpo_jax.rl.config import validate
 from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.reward_fields import names_in
 from rcgrpo_jax.runs.model import load_editor
 from rcgrpo_jax.runs.sizes import candidate_bytes, check_lora, check_picture, check_tokens
@@ -152,6 +153,11 @@ def make_rewards(options: Options) -> dict[str, Reward]:
     known = reward_registry.known_rewards(options.plugins)
     names = [*(name for name, weight in options.rewards.items() if weight), *names_in(options.watch)]
     rewards = {name: reward_registry.make(name, known, **options.reward_options.get(name, {})) for name in names}
+    for name in (name for name, reward in rewards.items() if reward.needs_task):
+        raise UsageError(
+            f"rewards.{name}: it rates by the kind of edit, which a training does not know.",
+            "Leave it out; `rcgrpo evaluate --benchmark` and `rcgrpo judge` take it.",
+        )
     for name in options.plugins.keys() & rewards.keys():
         reward_registry.try_reward(name, rewards[name], make_buckets(options.data.buckets, options.data.size).largest)
     return rewards
@@ -162,7 +168,8 @@ def fresh_state(options: Options, model: Model, mesh: Mesh) -> TrainState:
     shapes = model.param_shapes
 
     def initial() -> TrainState:
-        return init_state(options.lora, options.optimizer, options.seed, shapes)
+        keep_old = POLICIES[options.policy].keeps_old
+        return init_state(options.lora, options.optimizer, options.seed, shapes, keep_old)
 
     return jax.jit(initial, out_shardings=replicated(mesh))()
 
@@ -203,10 +210,11 @@ def check_sizes(options: Options, model: Model) -> None:
         rollout.prompts * rollout.group_size * candidate_bytes(size, model, rollout.num_steps),
         "Lower rollout.prompts, rollout.group_size, rollout.num_steps or data.size.",
     )
-    check_lora(options.lora, bool(options.optimizer.ema_decay), model)
+    copies = bool(options.optimizer.ema_decay) + POLICIES[options.policy].keeps_old
+    check_lora(options.lora, copies, model)
 
 
-def check_scorable(rewards: Mapping[str, Reward], example: EditExample | KnownExample) -> None:
+def check_scorable(rewards: Mapping[str, Reward], example: KnownExample) -> None:
     """Refuses an example that a reward cannot score."""
     for name, reward in rewards.items():
         reward.validate(example.instruction)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows,
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.parts import join, split_groups
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import Programs, ProgramsBySize
 from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
@@ -38,7 +39,7 @@ from rcgrpo_jax.rl.step_metrics import (
     reward_metrics,
     watch_metrics,
 )
-from rcgrpo_jax.runs.checkpoint import check_same_config
+from rcgrpo_jax.runs.differences import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, PictureRow, comparison_grid, draw_rows, gallery_rows, grid_rows
 from rcgrpo_jax.runs.run import GALLERY, GRID, SAMPLES, is_finished, open_run, read_best, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config
@@ -244,7 +245,8 @@ class Trainer:
         with jax.set_mesh(self.local_mesh):  # all processes have all scores, and come to the same advantages
             total = grpo.combine_rewards(usable, weights, objective.least_scored)
             self._check_scored(scores, total)
-            advantages = grpo.group_advantages(total, objective.advantage_clip, objective.quasi_norm or None)
+            norm = objective.quasi_norm or None, objective.advantage_std
+            advantages = grpo.group_advantages(total, objective.advantage_clip, *norm)
             drawn = None
             if draw:
                 by_reward = {**sample.scores, "total": np.asarray(total)}
@@ -282,11 +284,11 @@ class Trainer:
         """Groups of candidates under the present adapter, and their rewards."""
         _, programs, prompts, reward_inputs = prepared_batch
         options = self.options.rollout
-        exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts)
+        exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts, state.step)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
         rollouts, pictures = [], []
-        for noise in jnp.split(exploration.noise, options.group_size // at_a_time, axis=1):
-            rollouts.append(programs.rollout(self.params, state.params, prompts, noise))
+        for candidates in split_groups(exploration.candidates, at_a_time):
+            rollouts.append(programs.rollout(self.params, state.rolling_out, prompts, candidates))
             pictures.append(self.local_pictures(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
         with raise_together():  # all is dispatched: the devices roll out the next part while one is scored
             started = []
@@ -311,14 +313,12 @@ class Trainer:
         """The updates on a sample; the state is donated. Does not wait for them."""
         programs = sample.programs
         advantages = to_mesh(advantages, self.mesh)
-        log_old = jnp.zeros(programs.policy.log_policy_shape(), jnp.float32)
+        kept = jnp.zeros(programs.policy.kept_shape(), jnp.float32)
         for update in range(self.options.objective.updates):
-            state, log_pi, metrics = programs.update(
-                self.params, state, sample.prompts, sample.exploration, sample.rollout, advantages, log_old,
-                jnp.asarray(update == 0),
-            )  # fmt: skip
-            log_old = log_pi if update == 0 else log_old
-        return state, metrics
+            data = sample.prompts, sample.exploration, sample.rollout, advantages, kept
+            state, of_this, metrics = programs.update(self.params, state, *data, jnp.asarray(update == 0))
+            kept = of_this if update == 0 else kept
+        return state if state.old is None else programs.refresh(state), metrics
 
     def local_pictures(self, images: Float[Array, "Pg H W 3"]) -> Float[Array, "p g H W 3"]:
         """This process' rows of pictures that are spread over the mesh."""
@@ -342,8 +342,3 @@ class Trainer:
 def _finite_groups(states: Float[Array, "P G K+1 N C"]) -> Bool[Array, " P"]:
     """Whether all candidates of a group have ended with finite latents."""
     return jnp.isfinite(states[:, :, -1]).all((1, 2, 3))
-
-
-def join(*parts: Any) -> Any:
-    """Trees of `[P, g, ...]`, side by side."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)

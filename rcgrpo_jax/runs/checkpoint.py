@@ -7,10 +7,9 @@ at any moment leaves the earlier checkpoints as they were and nothing that looks
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +21,10 @@ from jaxtyping import Array, PyTree, UInt32
 
 from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError, is_everywhere, mark_everywhere
-from rcgrpo_jax.orbax import is_of_files, ocp, saving
+from rcgrpo_jax.orbax import is_of_files, loading, ocp, saving
 from rcgrpo_jax.parallel.distributed import raise_together
 from rcgrpo_jax.runs.best import Held
 
-# Fields that came later, and what runs did before: a configuration that was saved without one has this value.
-ADDED = {
-    "data.buckets": "none", "data.mask_value": "", "lora.init": "", "objective.least_scored": 1.0,
-    "optimizer.eps": 1e-8, "policy": "neighbour",
-    "train.best": "", "train.patience": 0, "train.samples": "", "train.sample_every": 20,
-    "train.writers": "tensorboard", "watch": "",
-    "reward_options.change.scale": 12.0, "reward_options.clip_text.path": "",
-    "reward_options.clip_text.margin": 0.25, "reward_options.clip_text.text": "instruction",
-    "reward_options.clip_direction.path": "", "reward_options.clip_direction.margin": 0.25,
-    "reward_options.clip_direction.text": "instruction", "reward_options.clip_direction.source_text": "a photo",
-    "reward_options.oracle.num_pass": 1,
-}  # fmt: skip
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")  # strerror: ENOSPC, EDQUOT, EFBIG
 
 
@@ -143,7 +130,7 @@ class Checkpointer:
             if about.metadata is None:
                 raise ValueError("the description of its arrays is damaged")
         _check_same_arrays(path, _signatures(about.metadata), _signatures(wanted))
-        with self._read_errors(path):
+        with self._read_errors(path), loading():
             state, saved = ocp.load(path, wanted), about.custom_metadata["checksums"]
             if damaged := [name for name, found in _checksums(state).items() if found != saved[name]]:
                 raise ValueError(f"{', '.join(damaged)}: not the values that were saved")
@@ -300,51 +287,3 @@ def _check_same_arrays(path: Path, saved: Mapping[str, str], wanted: Mapping[str
             f"run{more}.",
             "Put the model, LoRA and optimizer settings back to the checkpoint's, or use another --workdir.",
         )
-
-
-def config_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = (), saved_as: str = "checkpoint"
-) -> list[str]:
-    """Names every field in which two configurations differ.
-
-    Args:
-        saved: Nested configuration of the checkpoint.
-        current: Nested configuration of this run; compared as JSON, so a tuple equals the list it was saved as.
-        ignore: Dotted fields that may differ, with all below them: `train` covers `train.num_steps`.
-        saved_as: What holds the first, for the lines.
-
-    Returns:
-        Sorted lines such as `explore.alpha_edit: checkpoint 0.3, config 0.5`.
-    """
-    new = _flatten(current)
-    added = {name: value for name in new for field, value in ADDED.items() if f".{name}".endswith(f".{field}")}
-    old = _flatten(added) | _flatten(saved)
-    return [
-        f"{name}: {saved_as} {old.get(name, 'absent')}, config {new.get(name, 'absent')}"
-        for name in sorted({**old, **new})
-        if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{prefix}.") for prefix in ignore)
-    ]
-
-
-def check_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], ignore: Collection[str] = ()) -> None:
-    """Refuses to resume a run under another configuration; arguments as for `config_differences`.
-
-    Raises:
-        UserError: Some field differs; the message lists all that do.
-    """
-    if differences := config_differences(saved, current, ignore):
-        raise UserError(
-            f"The configuration is not the checkpoint's: {'; '.join(differences)}.",
-            "Use another --workdir for a new run, or put the values back to resume this one.",
-        )
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted field -> JSON text of its value; text tells `null` from an absent field and `true` from 1."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.dumps(value)
-    return flat

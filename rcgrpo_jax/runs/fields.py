@@ -110,6 +110,11 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(config, sep=".")
 
 
+def is_within(field: str, fields: Collection[str]) -> bool:
+    """Whether a dotted field is one of these, or of one of these groups."""
+    return any(f"{field}.".startswith(f"{one}.") for one in fields)
+
+
 def _span(low: float, high: float, default: float) -> str:
     whole = isinstance(default, int)
     words = f"{low} or more" if high == math.inf else f"{low} to {high if whole else format(high, 'g')}"

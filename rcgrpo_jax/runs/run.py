@@ -28,7 +28,8 @@ from rcgrpo_jax.parallel.distributed import (
 )
 from rcgrpo_jax.progress import Progress
 from rcgrpo_jax.runs.best import Best, write_mark
-from rcgrpo_jax.runs.checkpoint import Checkpointer, check_same_config, config_differences
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.differences import check_same_config, config_differences
 from rcgrpo_jax.runs.metrics import METRICS, MetricsWriter, check_finite, read_metrics
 from rcgrpo_jax.runs.saved import Schema, saved_config
 from rcgrpo_jax.runs.workdir import FOLDERS, LOCK, hold, make_folder

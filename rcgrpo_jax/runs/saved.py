@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from rcgrpo_jax.borders import shorten
 from rcgrpo_jax.errors import UserError
-from rcgrpo_jax.runs.checkpoint import ADDED, Checkpointer
+from rcgrpo_jax.runs.checkpoint import Checkpointer
+from rcgrpo_jax.runs.differences import ADDED
 from rcgrpo_jax.runs.fields import flatten
 
 
@@ -25,7 +26,7 @@ class Schema(Protocol):
 def saved_config(checkpointer: Checkpointer, schema: Schema, step: int | None = None) -> dict[str, Any]:
     """The configuration that was saved with a step, with every field that there is now.
 
-    Fields newer than it have the value of `checkpoint.ADDED`, which is what runs did before, or else their default.
+    Fields newer than it have the value of `differences.ADDED`, which is what runs did before, or else their default.
     What was saved beside the configuration, such as a digest of the data, is kept. Fields of `lora` that no longer
     exist are left out.
 

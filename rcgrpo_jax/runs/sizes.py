@@ -41,12 +41,12 @@ def check_tokens(data: DataOptions, side: int) -> None:
     raise UsageError(f"config: {found}; this model's tokens are {side} pixels a side.", remedy)
 
 
-def check_lora(lora: LoRAConfig, averaged: bool, model: Model) -> None:
-    """Counts `A` and `B` of every target, their gradients and two moments, and the average if one is kept."""
+def check_lora(lora: LoRAConfig, copies: int, model: Model) -> None:
+    """Counts `A` and `B` of every target, their gradients, two moments, and copies: an average, an old adapter."""
     numbers = adapter_numbers(target_kernels(model.param_shapes, lora.targets).values(), lora.rank)
     check_memory(
         f"lora.rank: {lora.rank}, with gradients and moments,",
-        numbers * FLOAT32 * (5 if averaged else 4),
+        numbers * FLOAT32 * (4 + copies),
         "Choose a smaller rank, or fewer lora.targets.",
     )
 

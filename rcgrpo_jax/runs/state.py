@@ -26,6 +26,17 @@ class TrainState:
     opt_state: Any  # of optax
     ema: dict | None  # exponential moving average of `params`, if kept
     key: Array  # random key of the run; step t uses fold_in(key, t)
+    old: dict | None = None  # what rolls out in place of `params`, if it is kept
+
+    @property
+    def rolling_out(self) -> dict:
+        """The parameters that candidates are rolled out with."""
+        return self.params if self.old is None else self.old
+
+    @property
+    def num_updates(self) -> Array:
+        """Optimizer updates done; a step may have several, or none where no group teaches anything."""
+        return optax.tree.get(self.opt_state, "ScaleByAdamState").count
 
     @property
     def averaged(self) -> dict:
@@ -48,19 +59,22 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     )
 
 
-def new_state(optimizer: OptimizerOptions, params: dict, key: Array) -> TrainState:
-    """The state before the first step: zero moments, the average at the parameters.
+def new_state(optimizer: OptimizerOptions, params: dict, key: Array, keep_old: bool = False) -> TrainState:
+    """The state before the first step: zero moments, the average and the old parameters at the parameters.
 
     Args:
         optimizer: Its options.
         params: What is trained, float32, on its shardings.
         key: Random key of the run.
+        keep_old: Whether rollouts have parameters of their own.
     """
-    ema = jax.tree.map(jnp.copy, params) if optimizer.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params), ema, key)
+    ema, old = (jax.tree.map(jnp.copy, params) if kept else None for kept in (optimizer.ema_decay, keep_old))
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optimizer).init(params), ema, key, old)
 
 
-def init_state(lora: LoRAConfig, optimizer: OptimizerOptions, seed: int, params: dict) -> TrainState:
+def init_state(
+    lora: LoRAConfig, optimizer: OptimizerOptions, seed: int, params: dict, keep_old: bool = False
+) -> TrainState:
     """The state of a LoRA run before the first step: a fresh adapter (B = 0).
 
     Args:
@@ -68,9 +82,10 @@ def init_state(lora: LoRAConfig, optimizer: OptimizerOptions, seed: int, params:
         optimizer: Its options.
         seed: Of the run.
         params: Base parameters of the transformer, arrays or shapes.
+        keep_old: As for `new_state`.
     """
     key_lora, key = jax.random.split(jax.random.key(seed))
-    return new_state(optimizer, init_adapter(key_lora, params, lora), key)
+    return new_state(optimizer, init_adapter(key_lora, params, lora), key, keep_old)
 
 
 def start_lora(state: TrainState, lora: LoRAConfig, params: dict, mesh: Mesh) -> TrainState:
@@ -91,7 +106,8 @@ def start_lora(state: TrainState, lora: LoRAConfig, params: dict, mesh: Mesh) ->
         given = load_loras([lora.init], [1.0], params)
         started = start_from(to_host(state.params), given, lora)
     started = to_mesh(from_main(started), mesh)
-    return state.replace(params=started, ema=None if state.ema is None else jax.tree.map(jnp.copy, started))
+    copies = (None if kept is None else jax.tree.map(jnp.copy, started) for kept in (state.ema, state.old))
+    return state.replace(params=started, **dict(zip(("ema", "old"), copies, strict=True)))
 
 
 def apply_gradients(state: TrainState, grads: dict, optimizer: OptimizerOptions) -> TrainState:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.runs.writers import WRITERS
+from rcgrpo_jax.whole import write_whole
 
 logger = logging.getLogger(__name__)
 FOLDERS = ("checkpoints", "images", *WRITERS, "profile", "cache", "compiled")  # in the directory of a run
@@ -79,14 +81,16 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file of results, and makes its folder. What is no text, as in names of files, is written with escapes.
+    """Writes a file of results, whole or not at all, and makes its folder.
+
+    What is no text, as in names of files, is written with escapes.
 
     Raises:
         UserError: If it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_whole(path, printable(text))
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
 

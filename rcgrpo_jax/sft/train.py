@@ -29,7 +29,7 @@ from rcgrpo_jax.parallel.distributed import from_main, gather, is_main, raise_to
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, check_parts, make_mesh
 from rcgrpo_jax.parallel.microbatch import accumulate
 from rcgrpo_jax.parallel.sharding import replicated
-from rcgrpo_jax.runs.checkpoint import check_same_config
+from rcgrpo_jax.runs.differences import check_same_config
 from rcgrpo_jax.runs.grid import GridRow, candidate_pixels, comparison_grid
 from rcgrpo_jax.runs.run import GRID, StepFunction, is_finished, open_run, restore, run_steps
 from rcgrpo_jax.runs.saved import saved_config

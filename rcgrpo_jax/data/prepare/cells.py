@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import os
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_content(cell: Any, field: str, folder: Path, find: Finder) -> bytes | N
     """
     if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
         cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
-    if cell is None or (isinstance(cell, (str, bytes)) and not cell.strip()):
+    if _is_nothing(cell) or (isinstance(cell, (str, bytes)) and not cell.strip()):
         return None
     if isinstance(cell, bytes):
         return cell
@@ -92,11 +93,17 @@ def _file(name: str, field: str, folder: Path, find: Finder) -> bytes:
             raise Unusable(f"the {field} cannot be read", f"{shorten(name)} has {size:,} bytes")
         return path.read_bytes()
     except (OSError, UserError) as error:
-        raise Unusable(f"the {field} cannot be read", f"{shorten(name)}: {error}") from None
+        found = error.strerror if isinstance(error, OSError) else error.problem
+        raise Unusable(f"the {field} cannot be read", f"{shorten(name)}: {found}") from None
+
+
+def _is_nothing(cell: Any) -> bool:
+    """Whether a cell holds no value: None, or NaN, as pandas writes what is missing."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
 def read_text(cell: Any, field: str) -> str:
-    """A cell as text, without blanks at its ends; empty where there is nothing in it.
+    """A cell as text, without blanks at its ends; empty where there is nothing in it. An id may be `true` or `false`.
 
     Raises:
         Unusable: It is no text.
@@ -106,8 +113,10 @@ def read_text(cell: Any, field: str) -> str:
             cell = cell.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Unusable(f"the {field} is no text", f"not UTF-8 ({error.reason})") from None
-    if cell is None:
+    if _is_nothing(cell):
         return ""
-    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+    if isinstance(cell, bool) and field == "id":
+        return str(cell).lower()
+    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)) or cell in (math.inf, -math.inf):
         raise Unusable(f"the {field} is no text", f"{shorten(cell)} found")
     return str(cell).strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from rcgrpo_jax.borders import STRICT, conform, read_object
 from rcgrpo_jax.data.prepare.row import NOT_CHOSEN, Prepared, Skipped
 from rcgrpo_jax.data.records import RecordSet, count_records
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.whole import write_whole
 
 FOLDER = "parts"
 SETTINGS = "settings.json"
@@ -124,6 +124,4 @@ def _shown(value: Any) -> str:
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a JSON file that is whole or not there."""
-    partial = file.with_name(f"incomplete.{file.name}")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")

@@ -52,6 +52,17 @@ class Report:
                 found.append(f"{rows:,} rows{f' of {task}' if task else ''} read; {count:,} are published")
         return found + list(self.notes)
 
+    def emptiness(self) -> str:
+        """Why there is no example: how many rows there are, and the most frequent reason with its first row."""
+        whole = self.whole
+        if not whole.rows:
+            return "there are no rows"
+        if not whole.skipped:
+            return f"none of {whole.rows:,} rows is of a task that was chosen; found {', '.join(whole.not_chosen)}"
+        reason, rows = next(iter(self.reasons.items()))
+        first = ": ".join(filter(None, (rows[0][0], rows[0][2])))
+        return f"none of {whole.rows:,} rows is an example; {len(rows):,}: {reason} ({first})"
+
     def as_json(self) -> dict[str, Any]:
         """The report for programs."""
         whole = self.whole

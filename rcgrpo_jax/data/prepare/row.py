@@ -32,7 +32,7 @@ class RowForm:
     """How the rows of a data set become examples. Columns that are empty are not read."""
 
     image: str  # column of the source
-    mask: str
+    mask: str  # empty: there are no masks, and the whole picture is the region
     instruction: str
     target: str = ""
     caption: str = ""  # of the edited image
@@ -132,7 +132,7 @@ def _prepare(row: Row, identifier: str, task: str, form: RowForm, find: Finder) 
         check_example(example)
     except UserError as error:
         raise Unusable("it is no usable example", error.problem) from None
-    for field, text in (("caption", example.caption or ""), ("id", identifier), ("task", task)):
+    for field, text in (("id", identifier), ("task", task)):
         if printable(text) != text:
             raise Unusable(f"the {field} is no text", "not whole Unicode")
     return Prepared(row.where, example, identifier, pictures, change_inside(source, target, mask))
@@ -146,6 +146,8 @@ def _as_rgb(picture: Image.Image, field: str) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _mask(row: Row, source: UInt8[np.ndarray, "H W 3"], form: RowForm, find: Finder) -> Float[np.ndarray, "H W"]:
+    if not form.mask:
+        return np.ones(source.shape[:2], np.float32)
     cell, size = row.cells.get(form.mask), source.shape[1::-1]
     try:
         if form.mask_form == RUNS and cell:

@@ -8,6 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from rcgrpo_jax.data.prepare.sets import DataSet
 from rcgrpo_jax.data.records import RecordSet, ShardWriter
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.progress import ProgressCallback, no_progress
+from rcgrpo_jax.whole import sweep, write_whole
 
 REPORT, SKIPPED = "prepare.json", "skipped.jsonl"
 _AHEAD = 2  # rows a worker that are decoded before they are written
@@ -63,6 +65,7 @@ def prepare(
     start, count, find = sum(part.rows for part in parts), len(data.table), Finder()
     rows = enumerate(data.table.rows(start, form.columns.values()), start=start)
     part, shard = Part(), None
+    records.load()
     for found in _in_order(lambda row: read_row(row[1], row[0], form, find), rows, workers):
         found = _refuse_repeated(found, names)
         if isinstance(found, Skipped):
@@ -80,12 +83,12 @@ def prepare(
         parts.append(_finish(folder, len(parts), part, shard))
     whole = total(parts)
     report = Report(data.title, whole, data.published_of(form), data.notes)
-    if not whole.names:
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # nothing to go on from
-        raise UserError("\n".join(["no row of the data set is an example.", *report.lines()]), "See the reasons above.")
-    records.write_info([len(part.names) for part in parts if part.names], whole.bytes)
     write_json(folder / REPORT, {"settings": settings_of(data, form), **report.as_json()})
     _write_skipped(folder / SKIPPED, whole)
+    if not whole.names:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # nothing to go on from
+        raise UserError(f"{data.title}: {report.emptiness()}.", f"{folder / REPORT} and {SKIPPED} beside it say more.")
+    records.write_info([len(part.names) for part in parts if part.names], whole.bytes)
     return report
 
 
@@ -97,14 +100,21 @@ def settings_of(data: DataSet, form: RowForm) -> dict[str, Any]:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Gives a finished folder its name; what only helped to make it is removed."""
+    """Gives a finished folder its name."""
     os.replace(folder, out)
+    tidy(out)
+
+
+def tidy(out: Path) -> None:
+    """Removes from a finished folder what only helped to make it; one for reading alone is as good."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
-    (out / SETTINGS).unlink(missing_ok=True)
+    with suppress(OSError):
+        (out / SETTINGS).unlink()
 
 
 def _remove_unknown(folder: Path, known: set[Path]) -> None:
-    """Removes shards that belong to no finished part: what was under way when a call was stopped."""
+    """Removes what was under way when a call was stopped, such as shards that belong to no finished part."""
+    sweep(folder)
     for file in folder.glob("*array_record*"):
         if file not in known:
             file.unlink()
@@ -129,7 +139,7 @@ def _write_skipped(file: Path, whole: Part) -> None:
     """A line for each row that was skipped."""
     keys = ("row", "id", "reason", "found")
     lines = (json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=False) for row in whole.skipped)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
 def _in_order(function: Callable[[T], U], items: Iterable[T], workers: int) -> Iterator[U]:

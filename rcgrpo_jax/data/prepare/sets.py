@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from rcgrpo_jax.errors import UsageError, UserError, nearest
 OWN = "edits"  # what TFDS calls a user's own data set
 NEEDED = ("image", "mask", "instruction")
 _NAMED = 5  # columns, splits or files that a message names before it counts the rest
-_SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+_SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.(parquet|arrow)")
+_ANY = "data"  # how `datasets` begins the names of Arrow files of every split, which lie in a folder each
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,15 @@ def open_published(data: Published, path: Path, split: str = "") -> DataSet:
     notes: list[str] = []
     table = data.open_other(path) if split == default else None  # other layouts hold that one
     if table is None:
-        files = files_below(path, CONTAINERS["parquet"])
-        if not files:
+        kinds = {kind: found for kind in data.containers if (found := files_below(path, CONTAINERS[kind]))}
+        if not kinds:
             raise UserError(f"--from: {path}: {data.layout} wanted; found {_contents(path)}.", f"Download {data.hub}.")
-        files = _of_split(files, split, path)
+        kind, files = next(iter(kinds.items()))
+        files = _of_split(files, split, path, split == default)
         notes = _missing(files)
-        table = FileTable(CONTAINERS["parquet"], files)
+        table = FileTable(CONTAINERS[kind], files)
+    if not data.form.mask:
+        notes.append("there are no masks: the region of every example is the whole picture")
     title = f"{data.name} ({data.hub}, {data.licence}), split {split}"
     return DataSet(data.name, title, split, _root(path), table, data.splits[split], notes)
 
@@ -78,7 +83,7 @@ def open_own(kind: str, path: Path, split: str = "") -> DataSet:
         split: Takes the files alone that are named so: `SPLIT-00000-of-00009.parquet`, or in a folder SPLIT.
     """
     files = find_files(path, CONTAINERS[kind])
-    files = _of_split(files, split, path) if split else files
+    files = _of_split(files, split, path, False) if split else files
     title = f"{kind}: {printable(path.name)}" + (f", split {split}" if split else "")
     return DataSet(OWN, title, split, _root(path), FileTable(CONTAINERS[kind], files), {}, _missing(files))
 
@@ -98,6 +103,10 @@ def fit_form(form: RowForm, table: Table, given: Collection[str]) -> tuple[RowFo
         UserError: Another column is not there.
     """
     notes = []
+    if not table.columns:
+        first = next(table.rows(0, ()), None)
+        found = f"{first.where}: {first.fault or 'nothing in it'}" if first else "no rows found"
+        raise UserError(f"--from: {table.files[0]}: {found}; a table was wanted.", "Mend the file, or move it away.")
     for field, column in form.columns.items():
         flag = field.partition(" ")[0]
         if column in table.columns:
@@ -106,7 +115,7 @@ def fit_form(form: RowForm, table: Table, given: Collection[str]) -> tuple[RowFo
             near = likely(flag, table.columns) or nearest(column, table.columns)
             raise UserError(
                 f"--{flag}: no column {column!r}; found {_listed(table.columns)}.",
-                f"Did you mean --{flag} {near}?" if near else f"Name the column with --{flag}.",
+                f"Did you mean --{flag} {shlex.quote(near)}?" if near else f"Name the column with --{flag}.",
             )
         form = form.without(field)
         notes.append(f"there is no column {column!r}, so no {flag} is read (--{flag} names another)")
@@ -128,14 +137,15 @@ def _root(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _of_split(files: Sequence[Path], split: str, path: Path) -> list[Path]:
-    """The files of a split; all where no name tells a split."""
+def _of_split(files: Sequence[Path], split: str, path: Path, is_default: bool) -> list[Path]:
+    """The files of a split; of the default one all, where no name tells a split."""
     found = defaultdict(list)
     for file in files:
         named = _SHARD.fullmatch(file.name)
         folders = file.relative_to(_root(path)).parts[:-1]
-        found[named["split"] if named else split if split in folders else ""].append(file)
-    if split not in found and set(found) == {""}:
+        is_named = named and named["split"] != _ANY
+        found[named["split"] if is_named else split if split in folders else ""].append(file)
+    if split not in found and is_default and set(found) == {""}:
         return list(files)
     if split not in found:
         raise UserError(f"--from: {path}: no file of the split {split!r}; found {_listed(filter(None, found))}.",

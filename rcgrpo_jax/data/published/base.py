@@ -23,4 +23,5 @@ class Published:
     splits: Mapping[str, Mapping[str, int]]  # split -> task -> published rows; the first split is the default
     tasks: tuple[str, ...] = ()  # that its rows name; empty: it names none
     open_other: Callable[[Path], Table | None] = lambda path: None  # reads another layout than the hub's Parquet files
+    containers: tuple[str, ...] = ("parquet",)  # of its rows where no other layout is found; the first that is there
     layout: str = "the Parquet files of the hub"  # in words, for messages

@@ -14,6 +14,7 @@ from PIL import Image
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.scenes.source import KINDS, SPLITS
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.whole import write_whole
 
 NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5,}}-({'|'.join(KINDS)})\.png")  # of a picture of a scene
 TABLE, TASK_TABLE = "metadata.jsonl", "metadata.json"
@@ -46,7 +47,7 @@ def write_folder(source: Source, folder: Path, progress: Progress = lambda: None
             line |= {"flawed": True} if example.flawed else {}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             progress()
-        (folder / TABLE).write_text("".join(lines), encoding="utf-8", newline="\n")
+        write_whole(folder / TABLE, "".join(lines))
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -81,7 +82,7 @@ def write_tasks(source: Source, folder: Path, progress: Progress = lambda: None)
             progress()
         for task, table in tables.items():
             text = json.dumps(table, ensure_ascii=False, indent=1) + "\n"
-            (folder / "tasks" / task / TASK_TABLE).write_text(text, encoding="utf-8", newline="\n")
+            write_whole(folder / "tasks" / task / TASK_TABLE, text)
     except OSError as error:
         raise _unwritable(folder, error) from error
 

@@ -1,5 +1,6 @@
 """Tables of rows, in whatever files they lie; what a row means as an example is no matter here."""
 
+from rcgrpo_jax.data.tables.arrow import Arrow
 from rcgrpo_jax.data.tables.base import Container, FileTable, Row, Table, files_below, find_files
 from rcgrpo_jax.data.tables.documents import Documents
 from rcgrpo_jax.data.tables.parquet import Parquet
@@ -8,6 +9,7 @@ from rcgrpo_jax.data.tables.webdataset import WebDataset
 
 CONTAINERS: dict[str, Container] = {
     "parquet": Parquet(),
+    "arrow": Arrow(),
     "csv": Separated(),
     "json": Documents(),
     "webdataset": WebDataset(),

@@ -87,7 +87,8 @@ class FileTable:
 
     @cached_property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(self._container.columns(self.files[0])))
+        """Those of the first file that has any."""
+        return list(dict.fromkeys(next(filter(None, map(self._container.columns, self.files)), [])))
 
     @cached_property
     def counts(self) -> list[int]:

@@ -20,7 +20,7 @@ class Parquet(Container):
     form = "a Parquet file"
 
     def rows(self, file: Path, start: int = 0, columns: Collection[str] | None = None) -> Iterator[Row]:
-        pa, _ = _pyarrow()
+        pa, _ = load_pyarrow()
         parquet = _open(file)
         known = parquet.schema_arrow.names
         names = [name for name in known if columns is None or name in columns]
@@ -50,20 +50,20 @@ class Parquet(Container):
 
 
 @lru_cache(maxsize=1)
-def _pyarrow():
-    """The module, which only those need who read Parquet."""
+def load_pyarrow():
+    """pyarrow and its Parquet, which only those need who read such files."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(
-            "Parquet files are read by pyarrow, which is not installed.", "Run pip install -e '.[data]'."
+            "Parquet and Arrow files are read by pyarrow, which is not installed.", "Run pip install -e '.[data]'."
         ) from None
     return pa, pq
 
 
 def _open(file: Path):
-    pa, pq = _pyarrow()
+    pa, pq = load_pyarrow()
     try:
         return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER)
     except (pa.ArrowException, OSError) as error:

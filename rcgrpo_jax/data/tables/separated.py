@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,20 +24,23 @@ class Separated(Container):
         with _lines(file) as lines:
             header, number = _header(file, lines), 0
             while True:
-                where = f"{file.name}, row {number}"
+                first, fault = lines.line_num + 1, ""
                 try:
                     values = next(lines, None)
-                    row = Row(where, dict(zip(header, values or (), strict=False)), file.parent)
-                    if values is not None and len(values) != len(header):
-                        row = Row(where, fault=f"{len(values)} cells found; {len(header)} were wanted")
+                    if values and len(values) != len(header):
+                        fault = f"{len(values)} cells found; {len(header)} were wanted"
                 except csv.Error as error:
-                    values, row = [""], Row(where, fault=str(error))
+                    values, fault = [""], str(error)
                 if values is None:
                     return
                 if not values:  # an empty line
                     continue
                 if number >= start:
-                    yield row
+                    where = f"{file.name}, row {number}"
+                    if fault and lines.line_num > first:  # a quote that is not closed swallows what follows
+                        fault = f"lines {first} to {lines.line_num}: {fault}"
+                    cells = {} if fault else dict(zip(header, values, strict=True))
+                    yield Row(where, cells, file.parent, fault)
                 number += 1
 
     def columns(self, file: Path) -> list[str]:
@@ -53,7 +57,7 @@ def _lines(file: Path) -> Iterator[Iterator[list[str]]]:
     usual = csv.field_size_limit(_LARGEST)
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-            yield csv.reader(opened, delimiter=_delimiter(file))
+            yield csv.reader(opened, delimiter=_delimiter(file), strict=True)
     finally:
         csv.field_size_limit(usual)
 
@@ -63,6 +67,8 @@ def _header(file: Path, lines: Iterator[list[str]]) -> list[str]:
         header = next(lines, [])
     except csv.Error as error:
         raise UserError(f"{file}: the first line cannot be read ({error}).", "Write a header.") from None
+    if any(re.search(r"[\0\ud800-\udfff]", name) for name in header):
+        raise UserError(f"{file}: the first line is not UTF-8.", "Save the table again as UTF-8.")
     if not any(name.strip() for name in header) or len({*header}) < len(header):
         raise UserError(
             f"{file}: the first line is {header!r:.200}; names of columns, each once, were wanted.", "Write a header."

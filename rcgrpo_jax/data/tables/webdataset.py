@@ -38,6 +38,7 @@ class WebDataset(Container):
                 if isinstance(content, ValueError):
                     faults.append(str(content))
                 elif content is not None:
+                    faults += [f"{column} is there twice"] * (column in cells)
                     cells |= _cells(column, content)
             where = f"{file.name}, {key}"
             if number >= start:
@@ -81,7 +82,7 @@ def _members(
     try:
         with tarfile.open(file, "r|*") as archive:
             for member in archive:
-                if not member.isfile():
+                if member.isdir():
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, column = name.lower().partition(".")
@@ -91,6 +92,8 @@ def _members(
                 content: bytes | ValueError | None = None
                 if member.size > _LARGEST:
                     content = ValueError(f"{column} has {member.size:,} bytes; at most {_LARGEST:,} can be")
+                elif is_wanted(number, column) and not member.isfile():
+                    content = ValueError(f"{column} is a link or a device, and no file")
                 elif is_wanted(number, column):
                     content = archive.extractfile(member).read()  # of a file: never None
                 yield number, key, column, content

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -16,144 +17,26 @@ from jaxtyping import UInt8
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import read_image
 from rcgrpo_jax.data.paths import Finder, composed
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
-from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, check_right, right_batches
+from rcgrpo_jax.evaluation.benchmarks.entries import Entry, Locate
+from rcgrpo_jax.evaluation.benchmarks.rows import EVERY, MISSING, Row
+from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, right_batches
 from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure_edits
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions
-from rcgrpo_jax.evaluation.official import official_example, official_picture
+from rcgrpo_jax.evaluation.official import official_example, official_picture, resized
+from rcgrpo_jax.evaluation.result import PICTURED
 
-Locate = Callable[["Entry"], Path]  # where the edit of an example lies
+Score = Callable[[EditedBatch], Mapping[str, np.ndarray]]  # `[P]` of each further measure, such as a judge's score
+AT_ONCE = 32  # edits that a judge is asked about, where each has a size of its own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-class Entry(NamedTuple):
-    """An example of a benchmark, without its pictures."""
-
-    index: int  # in the source
-    id: str
-    task: str
-
-    @property
-    def name(self) -> str:
-        """Tells it from those of the other tasks: CompBench gives two tasks one id."""
-        return f"{self.task}/{self.id}"
-
-
-class Listed(NamedTuple):
-    """What a source has of a benchmark."""
-
-    entries: list[Entry]
-    others: Counter[str]  # tasks that are none of the benchmark -> examples
-    uncaptioned: int = 0  # how many entries have no caption
-    untargeted: tuple[str, ...] = ()  # the names of those that have no target
 
 
 class Measured(NamedTuple):
     """What was measured of an editor's results."""
 
     rows: list[Row]
-    pictures: dict[str, UInt8[np.ndarray, "H W 3"]]  # the first edits, by name
-
-
-class Qualified:
-    """A source whose examples are called TASK/ID, so that no two edits have one file."""
-
-    def __init__(self, source: Source, entries: Sequence[Entry]):
-        self._source, self._names = source, {entry.index: entry.name for entry in entries}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> EditExample:
-        return replace(self._source[index], name=self._names[index])
-
-
-def list_entries(
-    source: Source,
-    benchmark: Benchmark,
-    progress: Callable[[], None] = lambda: None,
-    check: Callable[[EditExample], None] = lambda example: None,
-) -> Listed:
-    """Lists the examples of a benchmark's tasks; each is read once for it.
-
-    Args:
-        source: Examples that name their task and have the benchmark's ids.
-        benchmark: Whose tasks.
-        progress: Called for each example.
-        check: Refuses an example of the benchmark that could not be measured, before hours of edits.
-
-    Raises:
-        UserError: An example cannot be read, its target is flawed, it is refused, or two of a task have one id.
-        UsageError: No example has one of the tasks.
-    """
-    entries, others, seen, uncaptioned, untargeted = [], Counter(), {}, 0, []
-    for index in range(len(source)):
-        example = source[index]
-        entry = Entry(index, benchmark.identify(example), example.task)
-        if example.task not in benchmark.tasks:
-            others[example.task] += 1
-        elif (other := seen.setdefault(str(PurePosixPath(entry.name)), index)) != index:  # a/./b is a/b
-            raise UserError(
-                f"{entry.name}: the examples {other} and {index} have this name; a name for each was wanted.",
-                "Rename one of them in the data.",
-            )
-        else:
-            check_right(example)
-            check(example)
-            entries.append(entry)
-            uncaptioned += not example.has_caption
-            if not example.has_target:
-                untargeted.append(entry.name)
-        progress()
-    if not entries:
-        found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
-        raise UsageError(
-            f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
-            f"`rcgrpo data prepare {benchmark.name}` makes such data.",
-        )
-    return Listed(entries, others, uncaptioned, tuple(untargeted))
-
-
-def check_listed(listed: Listed, measures: Sequence[Measure], results: Mapping[str, Locate]) -> None:
-    """Refuses what could not be measured, before hours of edits.
-
-    Args:
-        listed: The examples.
-        measures: What is to be measured.
-        results: Editor -> where its pictures lie, of those whose pictures others made.
-
-    Raises:
-        UserError: A measure needs targets, and some of the examples have none; or an editor has no picture at all.
-    """
-    needing = [one.label for one in measures if "target" in one.needs]
-    if needing and 0 < (count := len(listed.untargeted)) < len(listed.entries):
-        raise UserError(
-            f"{listed.untargeted[0]}: no target image; {count:,} of {len(listed.entries):,} examples have none, and "
-            f"{', '.join(needing)} takes one of each.",
-            "Add them, leave such examples out, or choose other --measures.",
-        )
-    for name, locate in results.items():
-        if not any(_is_there(locate, entry) for entry in listed.entries):
-            raise UserError(
-                f"{name}: no picture of any of {len(listed.entries):,} examples found; the first would be "
-                f"{_path_of(locate, listed.entries[0])}.",
-                "Name the folder of the pictures and the data that they are edits of.",
-            )
-
-
-def _path_of(locate: Locate, entry: Entry) -> Path | str:
-    """Where an edit lies; the error's text where there is no such place."""
-    try:
-        return locate(entry)
-    except UserError as error:
-        return error.problem
-
-
-def _is_there(locate: Locate, entry: Entry) -> bool:
-    """Whether there is anything in the place of an edit."""
-    return os.path.lexists(_path_of(locate, entry))
+    pictures: dict[str, UInt8[np.ndarray, "H W 3"]]  # the first edits, by key
 
 
 def open_results(folder: Path, benchmark: Benchmark) -> Locate:
@@ -177,7 +60,7 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
     def locate(entry: Entry) -> Path:
         parts = PurePosixPath(entry.id)
         if parts.is_absolute() or ".." in parts.parts:
-            raise UserError(f"{entry.name}: the id leads out of the folder; one within it was wanted.", "Correct it.")
+            raise UserError(f"{entry.key}: the id leads out of the folder; one within it was wanted.", "Correct it.")
         file = benchmark.picture(folder, entry.task, entry.id)
         return file if os.path.lexists(file) else find(file)
 
@@ -185,16 +68,23 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
 
 
 def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry]) -> dict[str, list[str]]:
-    """Task -> the pictures in an editor's results that no example has, relative to the folder."""
+    """Task -> the pictures in an editor's results that no example has, relative to the folder.
+
+    Where all tasks have one folder, they are those of `EVERY` task.
+    """
     wanted, extra = {composed(str(benchmark.picture(folder, x.task, x.id))) for x in entries}, {}
+    tasks = defaultdict(list)
     for task, root in zip(benchmark.tasks, _roots(folder, benchmark), strict=True):
+        tasks[root].append(task)
+    for root, (first, *others) in tasks.items():
         there = (
             Path(place, file)
             for place, _, files in os.walk(root)
             for file in files
             if not file.startswith(".") and file.lower().endswith(_PICTURES)
         )
-        extra[task] = sorted(str(file.relative_to(folder)) for file in there if composed(str(file)) not in wanted)
+        found = (file for file in there if composed(str(file)) not in wanted and not _is_source(file, benchmark))
+        extra[EVERY if others else first] = sorted(str(file.relative_to(folder)) for file in found)
     return extra
 
 
@@ -207,7 +97,7 @@ def measure_results(
     *,
     batch: int = 8,
     options: MeasureOptions = NO_OPTIONS,
-    score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {},
+    score: Score = lambda edited: {},
     progress: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Measures the edits of examples. An edit that is missing or cannot be read becomes a row that says so.
@@ -222,7 +112,7 @@ def measure_results(
         side: Pixels of the square that examples and edits are brought to (`evaluation.official`).
         batch: Examples at a time.
         options: Where the weights of measures are.
-        score: Edits -> `[P]` of each of further measures, such as a judge's score (`evaluation.judge.scores_of`).
+        score: Of further measures (`evaluation.judge.scores_of`).
         progress: Called for each example.
 
     Returns:
@@ -233,8 +123,8 @@ def measure_results(
     """
     failed: dict[int, Row] = {}
 
-    def fail(entry: Entry, failure: str, file: str) -> None:
-        failed[entry.index] = Row(*entry, {}, failure, file)
+    def fail(row: Row) -> None:
+        failed[row.index] = row
         progress()
 
     batches = _read_batches(source, entries, locate, side, min(batch, max(len(entries), 1)), fail)
@@ -252,11 +142,59 @@ def measure_results(
     found = measure_edits(scoring(), source, measures, progress, options)
     there = [entry for entry in entries if entry.index not in failed]
     rows = {
-        entry.index: Row(*entry, {name: float(x[i]) for name, x in found.measures.items()} | scored[i])
-        for i, entry in enumerate(there)
+        x.index: Row(x.index, x.id, x.task, {name: float(y[i]) for name, y in found.measures.items()} | scored[i])
+        for i, x in enumerate(there)
     }
-    pictures = {entry.name: x for entry, x in zip(there, found.images, strict=False)}
+    pictures = {entry.key: x for entry, x in zip(there, found.images, strict=False)}
     return Measured([(failed | rows)[entry.index] for entry in entries], pictures)
+
+
+def score_results(
+    source: Source,
+    entries: Sequence[Entry],
+    locate: Locate,
+    score: Score,
+    progress: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Scores the edits of examples, each by itself in the size of its source, some at the same time.
+
+    Arguments and result are as of `measure_results`. Memory holds `AT_ONCE` examples, and the first pictures.
+    """
+
+    shown = {entry.index for entry in entries[:PICTURED]}
+
+    def look(entry: Entry) -> tuple[Row, np.ndarray | None]:
+        picture = _read_edit(entry, locate)
+        if isinstance(picture, Row):
+            return picture, None
+        example = replace(source[entry.index], task=entry.task)
+        picture = resized(picture, example.image.shape[:2])
+        edited = EditedBatch(ExampleBatch((example,), np.array([entry.index]), 1), picture[None], None)
+        row = Row(*entry[:3], {name: float(x[0]) for name, x in score(edited).items()})
+        return row, picture if entry.index in shown else None
+
+    rows, pictures = [], {}
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for entry, (row, picture) in zip(entries, pool.map(look, entries), strict=True):
+            rows.append(row)
+            if picture is not None:
+                pictures[entry.key] = picture
+            progress()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return Measured(rows, pictures)
+
+
+def _read_edit(entry: Entry, locate: Locate) -> UInt8[np.ndarray, "H W 3"] | Row:
+    """The edit of an example, or the row that says why there is none."""
+    file = None
+    try:
+        file = locate(entry)
+        return read_image(file)
+    except UserError as error:
+        is_missing = file is not None and not os.path.lexists(file)
+        return Row(*entry[:3], {}, MISSING if is_missing else error.problem, str(file or ""))
 
 
 def _read_batches(
@@ -265,7 +203,7 @@ def _read_batches(
     locate: Locate,
     side: int,
     batch: int,
-    fail: Callable[[Entry, str, str], None],
+    fail: Callable[[Row], None],
 ) -> Iterator[EditedBatch]:
     """The examples whose edits can be read, in batches of one shape; `fail` is told of the others."""
 
@@ -276,15 +214,11 @@ def _read_batches(
 
     rows = []
     for entry in entries:
-        file = None
-        try:
-            file = locate(entry)
-            picture = official_picture(read_image(file), side)
-        except UserError as error:
-            is_missing = file is not None and not os.path.lexists(file)
-            fail(entry, MISSING if is_missing else error.problem, str(file or ""))
+        picture = _read_edit(entry, locate)
+        if isinstance(picture, Row):
+            fail(picture)
             continue
-        rows.append((entry.index, official_example(source[entry.index], side), picture))
+        rows.append((entry.index, official_example(source[entry.index], side), official_picture(picture, side)))
         if len(rows) == batch:
             yield gather(rows)
             rows = []
@@ -295,6 +229,10 @@ def _read_batches(
 def _roots(folder: Path, benchmark: Benchmark) -> list[Path]:
     """The folders of the tasks in an editor's results."""
     return [benchmark.picture(folder, task, "x").parent for task in benchmark.tasks]
+
+
+def _is_source(file: Path, benchmark: Benchmark) -> bool:
+    return bool(benchmark.source_mark) and file.stem.endswith(benchmark.source_mark)
 
 
 def _has_layout(folder: Path, benchmark: Benchmark) -> bool:

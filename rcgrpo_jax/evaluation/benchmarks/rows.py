@@ -26,6 +26,7 @@ class Row(NamedTuple):
 
 
 MISSING = "no such picture"
+EVERY = "all"  # tasks, in the place of one
 
 
 def measures_of(rows: Iterable[Row]) -> list[str]:

@@ -6,15 +6,15 @@ import csv
 import io
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row, measures_of
+from rcgrpo_jax.evaluation.benchmarks.base import Benchmark, PublishedTable
+from rcgrpo_jax.evaluation.benchmarks.rows import EVERY, MISSING, Row, measures_of
 from rcgrpo_jax.evaluation.measures import REGISTERED
 from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.statistics import Interval, stratified_intervals
@@ -53,9 +53,10 @@ def compute_values(benchmark: Benchmark, editors: Mapping[str, Edits], seed: int
     """
     unknown = np.nan
     values = [
-        Value(row.editor, THEIRS, MEAN, name, Interval(mean, unknown, unknown), None)
+        Value(row.editor, THEIRS, task, name, Interval(mean, unknown, unknown), None)
         for row in benchmark.published.rows
-        for name, mean in row.values.items()
+        for task, means in {MEAN: row.values, **row.by_task}.items()
+        for name, mean in means.items()
     ]
     found = measures_of(itertools.chain.from_iterable(edits.rows for edits in editors.values()))
     measures = [*(name for name in REGISTERED if name in found), *(name for name in found if name not in REGISTERED)]
@@ -93,7 +94,7 @@ def make_tables(benchmark: Benchmark, editors: Mapping[str, Edits], values: Sequ
         group, column = _column(name)
         groups.setdefault(group, []).append(column)
     means = [x for x in values if x.task == MEAN and x.kind != DIFFERENCE]
-    by_task = [x for x in values if x.task != MEAN and x.kind == OURS]
+    by_task = [_named_by_kind(x) for x in values if x.task != MEAN and x.kind != DIFFERENCE]
     differences = [x for x in values if x.kind == DIFFERENCE]
     for group, columns in groups.items():
         title = f"{benchmark.title}, {group} measures"
@@ -103,6 +104,27 @@ def make_tables(benchmark: Benchmark, editors: Mapping[str, Edits], values: Sequ
             title = f"{title}: difference from {next(iter(editors))}, in pairs (* excludes zero)"
             tables.append(_lay_out(title, "task", columns, differences))
     return [*tables, _counts(benchmark, editors)]
+
+
+def subset_of(
+    benchmark: Benchmark, editors: Mapping[str, Edits], indices: Collection[int], seed: int = 0
+) -> tuple[list[Value], list[Table]]:
+    """The numbers of the benchmark's subset by themselves, and their tables; none where the data have none of it.
+
+    Args:
+        benchmark: With a subset. Published rows are of all examples, and stand in none of these tables.
+        editors: As for `compute_values`.
+        indices: In the source, of the examples of the subset.
+        seed: Of the bootstrap.
+    """
+    if benchmark.subset is None or not indices:
+        return [], []
+    name = benchmark.subset.name
+    some = benchmark._replace(title=f"{benchmark.title}, {name}", published=PublishedTable())
+    part = {x: Edits([row for row in edits.rows if row.index in indices]) for x, edits in editors.items()}
+    values = compute_values(some, part, seed)
+    *tables, _ = make_tables(some, part, values)
+    return [value._replace(task=f"{value.task} ({name})") for value in values], tables
 
 
 def remarks(
@@ -122,7 +144,14 @@ def remarks(
     shown = {name for edits in editors.values() for name in measures_of(edits.rows)}
     is_beside = any(shown & row.values.keys() for row in benchmark.published.rows)
     lines = [f"Published rows: {benchmark.published.origin}.", *benchmark.remarks] if is_beside else []
+    if benchmark.side is None:
+        lines.append("There are no masks: what is measured within or outside a region is left out.")
     there = Counter(row.task for row in next(iter(editors.values())).rows)
+    if is_beside and any(there[task] < count for task, count in benchmark.tasks.items()):
+        total = sum(benchmark.tasks.values())
+        lines.append(
+            f"The data have {there.total():,} of {total:,} published examples: the published rows are of other edits."
+        )
     if lacking := [task for task in benchmark.tasks if not there[task]]:
         lines.append(f"The data have no example of {', '.join(lacking)}: the mean is of the other tasks.")
     if others:
@@ -209,7 +238,14 @@ def _counts(benchmark: Benchmark, editors: Mapping[str, Edits]) -> Table:
             extra = len(edits.extra.get(task, ()))
             counts = (published, len(rows), len(rows) - failed, missing, failed - missing, extra)
             lines.append([name, task, *(f"{count:,}" for count in counts)])
+        if stray := edits.extra.get(EVERY):
+            lines.append([name, EVERY, *[""] * 5, f"{len(stray):,}"])
     return Table(f"{benchmark.title}: examples and their edits", [header, *lines])
+
+
+def _named_by_kind(value: Value) -> Value:
+    """A published number says that it is one, where no column does."""
+    return value._replace(editor=f"{value.editor}, {THEIRS}") if value.kind == THEIRS else value
 
 
 def _cell(value: Value | None, column: Column) -> str:

@@ -1,14 +1,15 @@
-"""What a policy gives to the training step: what is random, what is compared, and how many units an update has."""
+"""What a policy gives to the training step: what is random, what a unit of the update is, and what it minimises."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
-from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
 from rcgrpo_jax.rl.options import StepOptions
+from rcgrpo_jax.runs.state import TrainState
 
 
 class Prompts(NamedTuple):
@@ -21,9 +22,11 @@ class Prompts(NamedTuple):
 
 
 class Exploration(Protocol):
-    """The random choices of one step; a NamedTuple of arrays with these and the policy's own."""
+    """The random choices of one step: a tree of arrays, of which those of the candidates are rolled out in parts."""
 
-    noise: Float[Array, "P G N C"]  # initial noises
+    @property
+    def candidates(self) -> Any:
+        """What a candidate's rollout starts from: a tree of arrays `[P, G, ...]`."""
 
 
 class Rollout(NamedTuple):
@@ -33,16 +36,32 @@ class Rollout(NamedTuple):
     acd: Float[Array, "P G"]  # R_acd; zeros if ACD is off
 
 
-class Policy(Protocol):
-    """How a group explores and how its candidates are compared.
+class Velocities(NamedTuple):
+    """`v(., ., c)` of one sample under three adapters; what is not called is not computed."""
 
-    A unit is what an update differentiates at once. It compares M members at T solver steps: `log pi_theta [T, M]`.
+    theta: Velocity  # the one that is trained, with gradient
+    old: Velocity | None  # `TrainState.old`, where it is kept
+    base: Velocity  # none
+
+
+class Policy(Protocol):
+    """How a group explores, and what an update learns from it.
+
+    A unit is what an update differentiates at once.
 
     Args:
         options: The run's.
         networks: The networks.
         sigmas: The times of a rollout, `[K+1]`.
+
+    Attributes:
+        OWN: Fields, or groups of fields, that not every policy reads: where another policy is chosen that has not the
+            same field among its own, they stay at their defaults.
+        keeps_old: Whether rollouts are those of `TrainState.old`, which follows the trained adapter by `refresh`.
     """
+
+    OWN: tuple[str, ...]
+    keeps_old: bool
 
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]): ...
 
@@ -58,35 +77,56 @@ class Policy(Protocol):
     def num_evaluations(options: StepOptions) -> int:
         """Velocities that an update differentiates, over the whole batch."""
 
-    def explore(self, key: PRNGKeyArray, prompts: Prompts) -> Exploration:
-        """Draws what is random in a step."""
+    @staticmethod
+    def num_forwards(options: StepOptions) -> int:
+        """Velocities that an update computes beside them without a gradient: of the old adapter, of the base."""
 
-    def rollout(self, velocity: VelocityWithAux, noise: Float[Array, "N C"]) -> tuple[Float[Array, "K+1 N C"], Any]:
-        """The states of one candidate under the old parameters, and the aux of every step."""
+    def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
+        """Draws what is random in a step; `step` counts those that are done."""
+
+    def rollout(
+        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Any
+    ) -> tuple[Float[Array, "K+1 N C"], Any]:
+        """The states of one candidate under the parameters that roll out, float32, and the aux of every step.
+
+        Args:
+            velocity: Of these parameters.
+            prompt: One row.
+            candidate: A row of `Exploration.candidates`.
+        """
 
     def units(self, exploration: Exploration) -> tuple[Array, ...]:
         """The units, arrays with a leading axis U; the first is each unit's prompt."""
 
-    def log_policy_shape(self) -> tuple[int, int, int]:
-        """(U, T, M)."""
+    def kept_shape(self) -> tuple[int, ...]:
+        """The shape, from U on, of what the later updates on a rollout know of the first, such as `log pi_old`."""
 
     def read(self, states: Float[Array, "P G K+1 N C"], unit: tuple[Array, ...]) -> Any:
         """What a unit needs of the rollout, a tree of arrays."""
 
-    def log_policy(
-        self, velocity: Velocity, prompt: Prompts, stored: Any, unit: tuple[Array, ...]
-    ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
-        """`log pi_theta` of one unit, with gradient, and metrics of it.
+    def loss(
+        self,
+        velocities: Velocities,
+        prompt: Prompts,
+        stored: Any,
+        unit: tuple[Array, ...],
+        advantages: Float[Array, " G"],
+        kept: Array,
+        first: Bool[Array, ""],
+    ) -> tuple[Float[Array, ""], Array, dict[str, Array]]:
+        """What one unit minimises, what later updates are to know of it, and metrics.
+
+        A metric is meaned over units; one whose name ends in `_deviation` is the largest of all.
 
         Args:
-            velocity: `v_theta(., ., c)`.
+            velocities: Of the unit's prompt.
             prompt: One row.
             stored: Of `read`.
             unit: A row of `units`.
+            advantages: Of the unit's group.
+            kept: What the first update on this rollout gave; anything in the first.
+            first: Whether this is the first update on the rollout.
         """
 
-    def advantages(self, advantages: Float[Array, " G"], unit: tuple[Array, ...]) -> Float[Array, " M"]:
-        """The members' advantages, of those of the unit's group."""
-
-    def weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
-        """The members' weights in the objective (Eq. 5); None: 1 / M each."""
+    def refresh(self, state: TrainState) -> TrainState:
+        """The state after the updates on a rollout, with `old` moved towards the trained adapter; if it is kept."""

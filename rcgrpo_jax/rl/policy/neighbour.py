@@ -7,14 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
-from rcgrpo_jax.flow.solver import Velocity, VelocityWithAux, euler_step
-from rcgrpo_jax.method import explore, surrogate
+from rcgrpo_jax.flow.solvers import SOLVERS
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.euler import euler_step
+from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
-from rcgrpo_jax.rl.policy.base import Prompts
+from rcgrpo_jax.rl.policy import likelihood
+from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.rl.policy.noise import initial_noise
+from rcgrpo_jax.runs.state import TrainState
 
 
 class Exploration(NamedTuple):
@@ -23,6 +28,11 @@ class Exploration(NamedTuple):
     noise: Float[Array, "P G N C"]  # initial noises; candidate 0 is the reference itself, not if kind=global
     anchors: Int[Array, "P B"]  # candidates that serve as anchors
     steps: Int[Array, " T"]  # solver steps that carry the loss, in 1..K
+
+    @property
+    def candidates(self) -> Float[Array, "P G N C"]:
+        """The noises: a rollout is deterministic."""
+        return self.noise
 
 
 class StoredStates(NamedTuple):
@@ -39,8 +49,12 @@ class Neighbour:
     `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
     """
 
+    OWN = ("surrogate", "objective.source_advantage", "objective.clip")
+    keeps_old = False
+
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
         self.options, self.networks, self.sigmas = options, networks, sigmas
+        self.solver = SOLVERS[options.rollout.solver]
 
     @staticmethod
     def problems(options: StepOptions) -> list[str]:
@@ -60,6 +74,11 @@ class Neighbour:
                 f"surrogate.target_entropy: {compared.target_entropy} nats; {members} candidates allow 0 to "
                 f"{math.log(members):.3f}"
             )
+        if options.objective.kl_weight and options.objective.updates == 1:
+            problems.append(
+                f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is "
+                "at the policy of the rollout, so that two or more were wanted"
+            )
         return problems
 
     @staticmethod
@@ -70,30 +89,23 @@ class Neighbour:
 
     @staticmethod
     def num_evaluations(options: StepOptions) -> int:
-        """With `replay` one a unit, with `integrate` one for each step of the path that is needed."""
-        integrate, early = options.surrogate.anchor_mode == "integrate", options.surrogate.steps == "early"
-        path = num_compared_steps(options) if early else options.rollout.num_steps
-        return Neighbour.num_units(options) * (path if integrate else 1)
+        """With `replay` one a unit, with `integrate` the solver's, on the part of the path that is needed."""
+        if options.surrogate.anchor_mode == "replay":
+            return Neighbour.num_units(options)
+        path = SOLVERS[options.rollout.solver].evaluations(options.rollout.num_steps)
+        needed = num_compared_steps(options) if options.surrogate.steps == "early" else len(path)
+        return Neighbour.num_units(options) * sum(path[:needed])
 
-    def explore(self, key: PRNGKeyArray, prompts: Prompts) -> Exploration:
+    @staticmethod
+    def num_forwards(options: StepOptions) -> int:
+        """None: the old policy comes from the states of the rollout."""
+        return 0
+
+    def explore(self, key: PRNGKeyArray, prompts: Prompts, step: Int[Array, ""]) -> Exploration:
         """Initial noises of all groups (Eq. 6 or 10-11), anchors (Section 4.1) and compared steps."""
-        settings, group = self.options.explore, self.options.rollout.group_size
-        num_prompts = prompts.region.shape[0]
-        key_reference, key_noise, key_anchors, key_steps = jax.random.split(key, 4)
-        shape = self.networks.source(prompts.condition).shape
-        references = jax.random.normal(key_reference, shape, jnp.float32)
-        keys = jax.random.split(key_noise, num_prompts)
-        alphas = (settings.alpha_edit, settings.alpha_base)
-
-        def perturb(key: Array, reference: Array, region: Array) -> Array:
-            match settings.kind:
-                case "global":
-                    return explore.neighbour_noise(key, reference, group, settings.sigma)
-                case "mixed":
-                    return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
-            return explore.region_decoupled_noise(key, reference, region, group, *alphas)
-
-        noise = jax.vmap(perturb)(keys, references, prompts.explored)
+        group, num_prompts = self.options.rollout.group_size, prompts.region.shape[0]
+        *key_noise, key_anchors, key_steps = jax.random.split(key, 4)
+        noise = initial_noise(key_noise, prompts, self.networks, self.options)
         first = _first_perturbed(self.options)
         anchors = jax.vmap(lambda key: explore.sample_anchors(key, group, self.options.surrogate.anchors, first))(
             jax.random.split(key_anchors, num_prompts)
@@ -109,9 +121,11 @@ class Neighbour:
                 return jnp.sort(jax.random.choice(key, steps, (count,), replace=False))
         return steps
 
-    def rollout(self, velocity: VelocityWithAux, noise: Float[Array, "N C"]) -> tuple[Float[Array, "K+1 N C"], Any]:
+    def rollout(
+        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
+    ) -> tuple[Float[Array, "K+1 N C"], Any]:
         """Integrates from the candidate's noise (Eq. 12)."""
-        return rollout.integrate_with_aux(velocity, noise, self.sigmas)
+        return rollout.integrate_with_aux(velocity, candidate, self.sigmas, self.solver)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
         """Prompt, anchor and compared steps of each unit."""
@@ -121,8 +135,8 @@ class Neighbour:
         anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
         return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
 
-    def log_policy_shape(self) -> tuple[int, int, int]:
-        """(units, steps of a unit, G or with the source G + 1)."""
+    def kept_shape(self) -> tuple[int, int, int]:
+        """Of `log pi_old`: (units, steps of a unit, G or with the source G + 1)."""
         steps = num_compared_steps(self.options) if self._integrates else 1
         return self.num_units(self.options), steps, _num_members(self.options)
 
@@ -131,10 +145,31 @@ class Neighbour:
         prompt, anchor, steps = unit
         return StoredStates(states[prompt, anchor], states[prompt, :, steps])
 
+    def loss(
+        self,
+        velocities: Velocities,
+        prompt: Prompts,
+        stored: StoredStates,
+        unit: tuple[Array, Array, Array],
+        advantages: Float[Array, " G"],
+        log_old: Float[Array, "T M"],
+        first: Bool[Array, ""],
+    ) -> tuple[Float[Array, ""], Float[Array, "T M"], dict[str, Array]]:
+        """`-J` of one unit (Eq. 5, 14, 15), its log-policy and metrics."""
+        objective = self.options.objective
+        log_pi, measured = self.log_policy(velocities.theta, prompt, stored, unit)
+        log_ratio, log_old = likelihood.log_ratio(log_pi, log_old, first)
+        advantages = self._advantages(advantages)[None]
+        gain = grpo.clipped_objective(log_ratio, advantages, objective.clip, self._weights(log_old))
+        kl = grpo.categorical_kl(log_old, log_pi).mean()
+        entropy = -(jnp.exp(log_old) * log_old).sum(-1).mean()
+        measured |= likelihood.ratio_metrics(log_ratio, objective.clip) | {"kl": kl, "policy_entropy": entropy}
+        return objective.kl_weight * kl - gain, log_pi, measured
+
     def log_policy(
         self, velocity: Velocity, prompt: Prompts, stored: StoredStates, unit: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
-        """The softmax over members by their distance to the anchor under theta (Eq. 14)."""
+        """`log pi_theta`: the softmax over members by their distance to the anchor under theta (Eq. 14); metrics."""
         settings, steps = self.options.surrogate, unit[2]
         before, anchor = self._anchor_states(velocity, stored.path, steps)
         members = self._members(prompt, stored.group, before, anchor, steps)
@@ -152,14 +187,17 @@ class Neighbour:
     def _anchor_states(
         self, velocity: Velocity, path: Float[Array, "K+1 N C"], steps: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N C"], Float[Array, "T N C"]]:
-        """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps."""
-        sigmas = jnp.asarray(self.sigmas)
+        """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps.
+
+        `integrate` is the rollout's own solver, with its memory. `replay` is a step of Euler's from the stored state,
+        whichever solver came there: beside a solver of higher order it does not end at the stored state after it.
+        """
         if self._integrates:
-            if self.options.surrogate.steps == "early":
-                sigmas = sigmas[: len(steps) + 1]  # the later half would be thrown away
-            states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas)
+            early = self.options.surrogate.steps == "early"
+            sigmas = self.sigmas[: len(steps) + 1] if early else self.sigmas  # the later half would be thrown away
+            states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas, self.solver)
             return states[steps - 1], states[steps]
-        k = steps[0]
+        sigmas, k = jnp.asarray(self.sigmas), steps[0]
         before = path[k - 1]
         return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
 
@@ -182,12 +220,12 @@ class Neighbour:
         source = surrogate.source_candidate(before, after, shrink, latents, prompt.region)
         return jnp.concatenate([group, source[:, None]], axis=1)
 
-    def advantages(self, advantages: Float[Array, " G"], unit: tuple[Array, Array, Array]) -> Float[Array, " M"]:
+    def _advantages(self, advantages: Float[Array, " G"]) -> Float[Array, " M"]:
         """Those of the group, and the source's."""
         own = self.options.objective.source_advantage
         return jnp.append(advantages, own) if own else advantages
 
-    def weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
+    def _weights(self, log_old: Float[Array, "T M"]) -> Float[Array, "T M"] | None:
         """Under pi_old, or 1 / G each: the source takes nothing from the others."""
         if self.options.surrogate.weighting == "policy":
             return jnp.exp(log_old)
@@ -198,6 +236,10 @@ class Neighbour:
     @property
     def _integrates(self) -> bool:
         return self.options.surrogate.anchor_mode == "integrate"
+
+    def refresh(self, state: TrainState) -> TrainState:
+        """As it is: the trained adapter rolls out."""
+        return state
 
 
 def num_compared_steps(options: StepOptions) -> int:
