@@ -99,6 +99,7 @@ def test_every_variant_and_seed_is_trained_and_evaluated_on_the_same_edits(run):
     assert all(name in text for name in ("base", "oracle", "RDP") for text in (table, page))
     assert 'section id="distributions"' in page
     assert "rewards.oracle = 1.0" in page
+    assert "| oracle | 2 | 56 |" in table  # its steps, and their P (G K + 3 B T) = 2 (4 x 2 + 3 x 2) evaluations
 
 
 @pytest.mark.slow
@@ -196,6 +197,7 @@ def test_rows_are_measured_as_the_common_configuration_says(tmp_path, monkeypatc
     monkeypatch.setattr(ablation, "evaluate", measure)
     monkeypatch.setattr(ablation, "open_source", lambda *named, **options: heard.append((*named, options)) or [])
     monkeypatch.setattr(ablation, "train_to_end", lambda *_, **__: SimpleNamespace(averaged={}))
+    monkeypatch.setattr(ablation.Cost, "of_run", lambda *_: ablation.Cost(1, 1, 1.0))
     config = small_run.make_config(acd__layers=2, data__polarity="black", data__mask_value="15")
     ablation.run_variant(config, Variant("x", {"acd.layers": 1}), 0, EvaluationSettings("here"), tmp_path)
     assert heard == [("here", "black", {"mask_value": "15"}), 2]
@@ -215,6 +217,7 @@ def test_runs_and_evaluations_are_on_the_mesh_of_the_configuration(tmp_path, mon
     monkeypatch.setattr(ablation, "evaluate", measure)
     monkeypatch.setattr(ablation, "open_source", lambda *_, **__: [])
     monkeypatch.setattr(ablation, "train_to_end", train)
+    monkeypatch.setattr(ablation.Cost, "of_run", lambda *_: ablation.Cost(1, 1, 1.0))
     config, devices = small_run.make_config(mesh__fsdp=2), jax.local_devices()[:4]
     ablation.run_variant(config, Variant("x", {}), 0, EvaluationSettings("here"), tmp_path, devices)
     assert heard == {"mesh": {"data": 2, "fsdp": 2, "tensor": 1}, "devices": devices}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import small_run
-from test_distributed import ROUNDING, WHOLE, assert_same_losses, finish, start
+from test_distributed import ROUNDING, WHOLE, finish, start
 from test_resume import assert_bit_equal
 
 from rcgrpo_jax.method import grpo
@@ -48,23 +48,26 @@ def test_a_killed_run_goes_on_within_a_window_and_across_its_move(tmp_path, monk
 
 @pytest.mark.slow
 def test_one_device_and_micro_batches_are_the_run_on_eight(tmp_path):
+    settings = SETTINGS | {"optimizer__learning_rate": 1e-2}
     parts = {"rollout__micro_batch": 4, "surrogate__micro_batch": 4}
-    train(small_run.make_config(**SETTINGS), tmp_path / "eight")
-    train(small_run.make_config(**SETTINGS, **parts), tmp_path / "one", jax.devices()[:1])
+    train(small_run.make_config(**settings), tmp_path / "eight")
+    train(small_run.make_config(**settings, **parts), tmp_path / "one", jax.devices()[:1])
     assert_same_metrics(tmp_path / "one", tmp_path / "eight")
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
-    settings = SETTINGS | WHOLE
+    settings = SETTINGS | WHOLE | {"optimizer__learning_rate": 1e-2}
     train(small_run.make_config(**settings), tmp_path / "alone")
     workdir = tmp_path / "run"
     file = small_run.config_file(tmp_path / "config.py", **settings, rollout__micro_batch=8)
     ended = finish(start(file, workdir, 2), tmp_path, 900)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert_same_losses(workdir, tmp_path / "alone")
+    assert_same_metrics(workdir, tmp_path / "alone")
 
 
 def assert_same_metrics(found, wanted):
+    """The losses are differences of nearly equal numbers; gradients and KL are not."""
     for line, expected in zip(*map(small_run.metrics_without_times, (found, wanted)), strict=True):
-        assert line == pytest.approx(expected, rel=5e-3, abs=10 * ROUNDING)
+        assert min(expected["grad_norm"], expected["kl"]) > 10 * ROUNDING
+        assert line == pytest.approx(expected, rel=5e-3, abs=ROUNDING)

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
-from rcgrpo_jax.borders import conform, parse_json
+from rcgrpo_jax.borders import STRICT, conform, parse_json
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.flow.solvers import num_evaluations
@@ -36,6 +36,8 @@ def evaluations_of_step(options: Options) -> int:
 
 
 class _Stored(TypedDict):
+    __pydantic_config__ = STRICT
+
     steps: Annotated[int, Ge(0)]
     evaluations: Annotated[int, Ge(0)]
     seconds_a_step: Annotated[float, Ge(0)]
