@@ -210,6 +210,8 @@ def test_an_output_replaces_what_the_command_wrote_before(home):
         ("elsewhere", "data", True),
         ("data", "scenes:heldout:3", True),
         ("data", None, True),
+        ("loop", "data", True),  # which nothing can be written to
+        ("loop/results", "data", True),
     ],
 )
 def test_results_do_not_go_among_what_is_read(home, out, data, allowed):
@@ -217,6 +219,7 @@ def test_results_do_not_go_among_what_is_read(home, out, data, allowed):
         (home / file).parent.mkdir(parents=True, exist_ok=True)
         (home / file).touch()
     (home / "link").symlink_to("data/images")
+    (home / "loop").symlink_to("loop")
     if allowed:
         return check_apart("--out", Path(out), {"--data": data}, ("*.npz", "grid.png"))
     with pytest.raises(UsageError, match=r"--out: .* is .*--data .*, which is read"):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import unicodedata
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from rcgrpo_jax.data.example import EditExample
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
 from rcgrpo_jax.evaluation.benchmarks import results as reader
-from rcgrpo_jax.evaluation.benchmarks.results import list_entries, measure_results, open_results
+from rcgrpo_jax.evaluation.benchmarks.entries import list_entries
+from rcgrpo_jax.evaluation.benchmarks.results import extra_pictures, measure_results, open_results
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING, Row
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, remarks
 from rcgrpo_jax.evaluation.judge import scores_of
@@ -146,6 +149,29 @@ def test_a_picture_of_another_size_is_measured_in_that_of_the_benchmark(tmp_path
     assert rows_of(out / "small.jsonl") == rows_of(out / "same.jsonl")
 
 
+LAST = 8  # example, after which there is nothing to wait for
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "problem"),
+    [
+        ({"instruction": "Go."}, ["--judge=colour"], "instruction 'Go.': no colour is named"),
+        ({"flawed": True}, [], "its target is flawed on purpose"),
+        ({"target": None}, ["--measures=psnr,success"], "no target image; 1 of 9 examples have none, and edit success"),
+        ({}, ["--results={empty}"], "empty: no picture of any of 9 examples found; the first would be .*00000.png"),
+    ],
+    ids=["judge", "flawed", "target", "no picture"],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, source, monkeypatch, change, argv, problem):
+    examples = [replace(x, instruction="Make it red.") for x in source]
+    examples[LAST] = replace(examples[LAST], **change)
+    monkeypatch.setattr(benchmark_command, "open_source", lambda *_, **__: examples)
+    monkeypatch.setattr(benchmark_command, "measure_editor", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "empty" / "empty_local" / "add").mkdir(parents=True)
+    with pytest.raises(UserError, match=problem):
+        run(tmp_path, f"--results={write_results(tmp_path / 'a')}", *(x.format(empty=tmp_path / "empty") for x in argv))
+
+
 def test_a_run_that_can_measure_nothing_is_an_error(tmp_path):
     folder = write_results(tmp_path / "a")
     for file in folder.rglob("*.png"):
@@ -170,6 +196,31 @@ def test_an_id_that_leads_out_of_the_folder_is_a_failure(tmp_path, name):
     entries = list_entries([*Examples(name=name)][:1], COMPBENCH).entries
     found = measure_results(Examples(), entries, open_results(folder, COMPBENCH), choose(MEASURES), SMALL)
     assert "leads out of the folder" in found.rows[0].failure
+
+
+def test_a_picture_whose_name_is_in_another_normal_form_is_that_of_its_example(tmp_path, source):
+    written, wanted = (unicodedata.normalize(form, "é.png") for form in ("NFD", "NFC"))
+    folder = write_results(tmp_path / "a", 9)
+    file = compbench_data.result_file(folder, source[0])
+    file = file.rename(file.parents[2] / written)
+    listed = list_entries([replace(source[0], name=wanted)], COMPBENCH)
+    locate = open_results(folder, COMPBENCH)
+    found = measure_results(source, listed.entries, locate, choose(MEASURES), SMALL)
+    assert found.rows[0].values["psnr"] > 20
+    assert str(file.relative_to(folder)) not in extra_pictures(folder, COMPBENCH, listed.entries)["add"]
+    file.write_text("text")
+    assert "not an image" in measure_results(source, listed.entries, locate, choose(MEASURES), SMALL).rows[0].failure
+
+
+@pytest.mark.parametrize("name", ["b\udcff", "new\nline", "<b>a|b", "\x1b[31mred"], ids=ascii)
+def test_an_editor_of_any_name_is_a_line_of_the_tables(tmp_path, name):
+    out = run(tmp_path, f"--results={write_results(tmp_path / name, 9)}")
+    assert len(rows_of(out / f"{name}.jsonl")) == 9
+    text = (out / "table.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.replace(r"\|", "").count("|") for line in lines} == {6, 9}  # of five cells and of eight
+    assert "<b>" not in text
+    assert "\x1b" not in text + (out / "table.tex").read_text()
 
 
 @pytest.mark.parametrize("count", [3, 9])
@@ -199,19 +250,21 @@ def test_examples_of_other_tasks_are_left_out_and_counted(tmp_path):
     examples = [*Examples(), *Examples(task="view")]
     listed = list_entries(examples, COMPBENCH)
     assert [entry.index for entry in listed.entries] == [*range(9)]
-    edits = {"a": Edits([Row(*entry[:3], {"psnr": 20.0}) for entry in listed.entries[:6]])}
+    edits = {"a": Edits([Row(*entry[:3], {"official_psnr": 20.0}) for entry in listed.entries[:6]])}
     said = remarks(COMPBENCH, edits, listed.others)
     assert "Left out, as of tasks that are none of the benchmark: 9 of view." in said
     assert "The data have no example of replace: the mean is of the other tasks." in said
     partial = "The data have {} of 2,465 published examples: the published rows are of other edits."
     assert partial.format(6) in said
-    whole = [Row(0, "", task, {}) for task, count in COMPBENCH.tasks.items() for _ in range(count)]
+    whole = [Row(0, "", task, {"official_psnr": 20.0}) for task, count in COMPBENCH.tasks.items() for _ in range(count)]
     assert partial.format("2,464") in remarks(COMPBENCH, {"a": Edits(whole[1:])})
     assert not any("published examples" in line for line in remarks(COMPBENCH, {"a": Edits(whole)}))
     with pytest.raises(UsageError, match="examples of 9 of no task found; some of the tasks add, remove, replace"):
         list_entries(Examples(task=""), COMPBENCH)
     with pytest.raises(UserError, match=f"add/{IDS[0]}: the examples 0 and 9 have this name"):
         list_entries([*Examples(), *Examples()], COMPBENCH)
+    with pytest.raises(UserError, match=f"add/./{IDS[0]}: the examples 0 and 1 have this name"):  # one picture of two
+        list_entries([Examples()[0], replace(Examples()[0], name=f"./{IDS[0]}")], COMPBENCH)
 
 
 @pytest.mark.parametrize("fields", [{"name": "%s"}, {"name": "add/%s"}, {"name": "safe", "id": "add-%s"}], ids=str)
@@ -250,6 +303,20 @@ def test_a_value_that_could_not_be_measured_is_null_and_counted():
     assert line == "a: psnr could not be measured of 1 edits that are there; they are left out."
     found = {value.task: value for value in compute_values(COMPBENCH, {"a": Edits(rows)}) if value.editor == "a"}
     assert (found["add"].interval.mean, found["add"].count) == (25, 2)
+
+
+def test_a_task_of_few_edits_or_none_and_rows_that_are_not_beside_are_said():
+    rows = [Row(i, f"{i}", "add", {"psnr": 20.0}) for i in range(30)]
+    rows += [Row(30 + i, f"{i}", "remove", {"psnr": 20.0}) for i in range(29)]
+    rows += [Row(59, "59", "replace", {}, MISSING)]
+    said = remarks(COMPBENCH, {"a": Edits(rows)})
+    assert said[0] == "a: no edit of replace was measured, so that there is no mean of the tasks."
+    assert said[1].startswith("Fewer than 30 edits: a remove 29. ")
+    (mean,) = [x for x in compute_values(COMPBENCH, {"a": Edits(rows)}) if (x.editor, x.task) == ("a", "mean")]
+    assert np.isnan(mean.interval.mean)
+    assert not any("Published" in line for line in said)
+    official = [row._replace(values={"official_psnr": 20.0}) for row in rows[:-1]]
+    assert remarks(COMPBENCH, {"a": Edits(official)})[0] == "Published rows: arXiv 2604.09386, Table 1."
 
 
 def test_what_the_official_script_would_do_otherwise_is_said():
@@ -331,6 +398,9 @@ def test_processes_measure_their_shares_and_all_get_all_rows(tmp_path, source, m
         (["--results={a}", "--judge_option=seed=1"], "--judge_option: found without --judge"),
         (["--results={a}", "--judge=editscor"], "editscor"),
         (["--results={a}", "--measures=psnrr"], "'psnrr' found"),
+        (["--results={a}", "--judge=oracle", "--judge_option=noise=much"], "--judge_option oracle.noise"),
+        (["--results={a}", "--size=64x64"], "--size: found with --results alone"),
+        (["--results={a}", "--clip=x"], "--clip: found, and none of the measures psnr, ssim reads it"),
         (["--results={a}", "--out={a}/out"], "which is read"),
         (["--benchmark=compbenchh", "--results={a}"], "compbenchh"),
     ],

@@ -19,7 +19,7 @@ from rcgrpo_jax.editors.flux_kontext import FluxKontext, FluxKontextEditor
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS
-from rcgrpo_jax.evaluation.benchmarks.results import list_entries
+from rcgrpo_jax.evaluation.benchmarks.entries import list_entries
 from rcgrpo_jax.evaluation.benchmarks.rows import MISSING
 from rcgrpo_jax.experiments.benchmark import in_turn
 from rcgrpo_jax.models.lora import LoRAConfig, init_adapter
@@ -81,7 +81,8 @@ def test_several_loras_edit_beside_the_base_and_another_published_table(tmp_path
     run(tmp_path, f"--edits={tmp_path / 'edits'}", adapters=loras[:1])
     assert made == [*range(9)] * 2
     made.clear()
-    run(tmp_path, f"--edits={tmp_path / 'edits'}", "--published=table-2", adapters=loras)
+    table_2 = ("--published=table-2", "--measures=official_psnr")
+    run(tmp_path, f"--edits={tmp_path / 'edits'}", *table_2, adapters=loras)
     assert made == [*range(9)]  # of the second alone
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Table 2" in table

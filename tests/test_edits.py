@@ -19,6 +19,7 @@ from rcgrpo_jax.evaluation import edit
 from rcgrpo_jax.evaluation.edit import edit_all
 from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.evaluation.measures import Measure, base, register
+from rcgrpo_jax.evaluation.pictures import PictureLog
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import make_tables, notes
 
@@ -111,6 +112,14 @@ def test_calls_that_share_the_work_make_each_edit_once(tmp_path, made):
     assert len(measure(tmp_path, SCENES, measures=["acd"]).names) == COUNT
     with pytest.raises(UsageError, match="share: 3 of 3 found"):
         edit_into(tmp_path, share=(3, 3))
+
+
+def test_two_calls_do_not_make_one_share_at_once(tmp_path, made):
+    edit_into(tmp_path)
+    with PictureLog(tmp_path, 0, 1), pytest.raises(UserError, match=r"edits-0-of-1\.jsonl: another process is making"):
+        edit_into(tmp_path)
+    with PictureLog(tmp_path, 0, 2):  # another share
+        edit_into(tmp_path)
 
 
 def test_processes_share_the_work(tmp_path, made, monkeypatch):
@@ -247,6 +256,13 @@ def test_what_takes_a_target_is_left_out_without_one_and_refused_where_some_have
         measure(pictures, [SCENES[0], SCENES[1], *without[2:]], measures=["success", "psnr"], batch=2)
     with pytest.raises(UserError, match=f"{NAMES[0]}: its target is flawed on purpose"):
         measure(pictures[:1], [replace(SCENES[0], flawed=True)], measures=["psnr"])
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_a_picture_is_made_so_large(tmp_path):
+    with pytest.raises(
+        UserError, match=r"size: 900000 x 900000 pixels, 5 pictures at a time, takes [\d,.]+ GiB at least"
+    ):
+        measure(tmp_path, SCENES, size=(900_000, 900_000))
 
 
 def test_pictures_in_memory_have_their_shape():

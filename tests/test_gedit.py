@@ -158,7 +158,8 @@ def test_imgedit_asks_by_the_kind_of_edit_and_stands_beside_published_kinds(plac
     ("name", "argv", "problem"),
     [
         ("gedit-en", [], "--judge: none found.* no masks"),
-        ("imgedit", ["--measures=psnr"], "--measures: found; they need masks"),
+        ("imgedit", ["--measures=psnr"], "--measures: found; measures need masks"),
+        ("imgedit", ["--clip=x"], "--clip: found; measures need masks"),
         ("gedit-cn", ["--published=edit-r1"], "--published: edit-r1 found; gedit-cn has bagel"),
         ("gedit-en", ["--buckets=kontext"], "--buckets: found with --results alone"),
         ("gedit-en", ["--judge_option=prompts=none.py"], "prompts: 'none.py' cannot be read"),

@@ -25,10 +25,10 @@ from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch
 from rcgrpo_jax.evaluation.measure import measure
 from rcgrpo_jax.evaluation.measures import REGISTERED, Measure, MeasureInputs, MeasureOptions, base, choose, region
-from rcgrpo_jax.evaluation.measures.clip import official_box, processed
+from rcgrpo_jax.evaluation.measures.clip import official_box, processed, region_vectors
 from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.measures.psnr import CAP
-from rcgrpo_jax.evaluation.measures.region import WIDENED, outside
+from rcgrpo_jax.evaluation.measures.region import WIDENED, binarise, outside
 from rcgrpo_jax.evaluation.official import official_batch
 from rcgrpo_jax.evaluation.result import Evaluation
 from rcgrpo_jax.evaluation.tables import make_tables, notes
@@ -237,6 +237,17 @@ def test_a_change_in_the_region_and_its_border_is_none_of_the_background(squeeze
     np.testing.assert_allclose(region_lpips(inputs, weights), 0, atol=1e-7)
     assert region_change(inputs) > 0.9
     assert region_change(batch()) == 0
+
+
+def test_a_region_that_is_lost_when_it_is_measured_has_no_value_and_is_not_the_whole_picture(options):
+    inputs = batch(drift=0.1)._replace(mask=np.zeros((1, 64, 80), np.float32))
+    for measured in (region_psnr, region_ssim, region_change):
+        assert np.isnan(measured(inputs))
+    picture = np.uint8(255 * inputs.source[0])
+    example = EditExample("a", picture, inputs.mask[0], "Change it.", caption="a cup", target=picture)
+    edited = EditedBatch(ExampleBatch((example,), np.array([0]), 1), picture[None], None)
+    vectors = region_vectors(binarise, load_clip(options.clip), edited)
+    assert np.isnan(vectors.edited).all()
 
 
 def test_the_background_is_what_lies_beyond_the_border():

@@ -114,6 +114,15 @@ def test_pairs_that_are_all_won_leave_room_for_doubt(area):
     assert few.mean == many.mean == area
 
 
+def test_prompts_that_are_alike_by_luck_leave_room_for_doubt():
+    """Two prompts add the same to the error of this area, which is none."""
+    values = np.array([[3.0, 1], [2, 4]])
+    found = between_rollouts(values, np.array([[True, False], [True, False]]))
+    assert found.area == 0.5
+    assert interval(found).high - interval(found).low > 0.8
+    assert interval(within_prompts(np.full(4, 0.25))).low < 0.1
+
+
 def test_what_cannot_be_known_is_nan():
     assert np.isnan(interval(between_rollouts(np.ones((3, 2)), np.ones((3, 2), bool)))).all()
     assert np.isnan(interval(within_prompts(np.full(3, NAN)))).all()

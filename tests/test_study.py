@@ -14,7 +14,7 @@ import study_site
 from PIL import Image
 
 from rcgrpo_jax.data.images import save_image
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.study import build as module
 from rcgrpo_jax.study.build import balanced_orders, build, data_url, key_file
 from rcgrpo_jax.study.records import read_key
@@ -147,6 +147,31 @@ def test_a_key_is_never_replaced(tmp_path):
     assert (page.read_bytes(), read_key(key_file(page))) == (before, key)
 
 
+def test_a_page_is_never_replaced_whosever_it_is(tmp_path):
+    page, _ = study_site.write_study(tmp_path)
+    before = page.read_bytes()
+    key_file(page).unlink()  # to be kept elsewhere
+    with pytest.raises(UserError, match=r"study\.html: a page found, which voters may have"):
+        study_site.write_study(tmp_path)
+    assert page.read_bytes() == before
+
+
+def test_of_two_builds_at_once_the_first_key_stays(tmp_path, monkeypatch):
+    page, key = study_site.write_study(tmp_path)
+    before = page.read_bytes()
+    monkeypatch.setattr(module, "_check_new", lambda page: None)  # the other one was not done then
+    with pytest.raises(UserError, match=r"study\.key\.json: the key of a study found"):
+        study_site.write_study(tmp_path)
+    assert (page.read_bytes(), read_key(key_file(page))) == (before, key)
+    assert {file.name for file in tmp_path.glob("*study*")} == {"study.html", "study.key.json"}
+
+
+def test_names_that_are_no_text_are_told_apart(tmp_path):
+    makers = ("b\udcfe", "b\udcff")
+    build(study_site.examples(), study_site.write_folders(tmp_path, makers=makers), tmp_path / "a.html")
+    assert read_key(tmp_path / "a.key.json")["makers"] == [r"b\udcfe", r"b\udcff"]
+
+
 def test_a_page_that_no_browser_opens_is_refused_with_the_number_that_fits(tmp_path):
     with pytest.raises(UserError, match=r"MB found after 2 of 3 examples") as error:
         study_site.write_study(tmp_path, most_bytes=50_000)
@@ -161,11 +186,13 @@ def test_a_page_that_no_browser_opens_is_refused_with_the_number_that_fits(tmp_p
         (("a",), {}, "--pictures: 1 folders found; 2 to 9 were wanted"),
         (tuple("abcdefghij"), {}, "--pictures: 10 folders found"),
         (("a", "b"), {"count": 4}, "--data: 3 examples found; 4 at least were wanted"),
-        (("a", "b"), {"questions": ["Best?", "Best?"]}, "--question: 'Best?', 'Best?' found"),
+        (("a", "b"), {"questions": ["Best?", "Best? "]}, "--question: 'Best?', 'Best? ' found"),
+        (("a", "Not sure"), {}, "--pictures: a folder called Not sure found"),
+        (("a", "b"), {"size": (10**6, 10**6)}, "size: 1000000 x 1000000 pixels, 3 pictures at a time, takes"),
     ],
 )
 def test_studies_that_cannot_be_are_refused(tmp_path, makers, options, problem):
-    with pytest.raises(UsageError, match=re.escape(problem)):
+    with pytest.raises(UserError, match=re.escape(problem)):
         build(study_site.examples(), dict.fromkeys(makers, tmp_path), tmp_path / "a.html", **options)
 
 

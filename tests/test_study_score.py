@@ -166,6 +166,8 @@ def test_what_is_missing_is_said():
 def test_names_do_not_break_a_table(scores):
     named = replace(scores, voters={"a|b_c & 50%": scores.voters["ann"]})
     assert r"| a\|b_c & 50% |" in markdown(tables(named))
+    hostile = markdown(tables(replace(scores, voters={"<script>\n": scores.voters["ann"]})))
+    assert r"| &lt;script>\n |" in hostile
     assert r"a|b\_c \& 50\% & " in latex(tables(named))
 
 
@@ -210,6 +212,11 @@ EDITS = [*KEY["examples"]["example0"]["edits"]]
         ([spoil(GOOD, chosen=3)], "answers.0.chosen: 3 found"),
         ([{**GOOD, "answers": GOOD["answers"] * 2}], "answers.8: a second answer to q1 of the example example0"),
         ([{**GOOD, "voter": ""}], "votes0.json: voter: '' found"),
+        ([{**GOOD, "voter": " "}], "votes0.json: voter: ' ' found; a name of 1 to 60 characters in one line"),
+        ([{**GOOD, "voter": "a\nb"}], "votes0.json: voter: 'a.*' found"),
+        ([{**GOOD, "voter": "x" * 61}], "votes0.json: voter: 'xxx.* found"),
+        ([GOOD, {**GOOD, "voter": " ann "}], "votes1.json: votes of ann found, and .*votes0.json has votes"),
+        ([{**GOOD, "more": "x" * 120_000}], r"votes0.json: 12\d,\d{3} bytes found; votes of this study take 116,000"),
         ([{"study": "a1b2"}], "votes0.json:"),
         ([{**GOOD, "answers": []}], "--votes: no vote found in 1 files"),
     ],
@@ -236,8 +243,20 @@ def test_a_key_is_read_as_it_was_written_and_one_that_lacks_an_edit_is_refused(t
     assert read_key(tmp_path / "a.json") == KEY
     damaged = json.loads((tmp_path / "a.json").read_text())
     del damaged["examples"]["example3"]["edits"]["edit3-1"]
-    write_key(tmp_path / "a.json", damaged)
+    write_key(tmp_path / "b.json", damaged)
     with pytest.raises(UserError, match=r"examples\.example3: edits of"):
+        read_key(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [("makers", [BASE, BASE, OTHER]), ("makers", [BASE, UNSURE, OTHER]), ("questions", {"q1": "A?", "q2": "A?"})],
+    ids=["twins", "not sure", "question"],
+)
+def test_a_key_whose_names_cannot_be_told_apart_is_refused(tmp_path, field, names):
+    key = make_key(2, tuple(names)) if field == "makers" else {**make_key(2), field: names}
+    write_key(tmp_path / "a.json", key)
+    with pytest.raises(UserError, match=f"{field}: .* found; different ones were wanted"):
         read_key(tmp_path / "a.json")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rcgrpo_jax.data import tfds
 from rcgrpo_jax.data.example import EditExample, Needs
 from rcgrpo_jax.data.folder import EditFolder
 from rcgrpo_jax.data.sources import open_source, same_examples
@@ -135,6 +136,11 @@ def test_tfds_itself_reads_what_was_written(folder, written):
     np.testing.assert_array_equal(records[2]["image"], folder[2].image)
     np.testing.assert_array_equal(records[2]["mask"][..., 0], np.rint(folder[2].mask * 255))
     assert records[0]["instruction"].decode() == UNICODE
+
+
+def test_text_that_is_not_utf_8_is_named():
+    with pytest.raises(UserError, match=r"here: .*byte 0xff.*; text in UTF-8 was wanted"):
+        tfds._decode(b"a\xff", "text", "here")
 
 
 def test_grain_shuffles_and_workers_get_their_own_copy(folder, written):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,12 @@ from rcgrpo_jax.editors.model import Model
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import list_entries, open_results
-from rcgrpo_jax.evaluation.judge import scores_of
-from rcgrpo_jax.evaluation.measures import MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.benchmarks.entries import check_listed, list_entries
+from rcgrpo_jax.evaluation.benchmarks.results import open_results
+from rcgrpo_jax.evaluation.judge import check_scorable, scores_of
+from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, choose, load_weights
+from rcgrpo_jax.evaluation.measures.clip import load_model
+from rcgrpo_jax.evaluation.measures.official import load_squeeze_weights
 from rcgrpo_jax.experiments.benchmark import (
     FILES,
     Measuring,
@@ -45,6 +48,7 @@ _MAKE = (  # flags that say how a model edits
     "adapter", "lora", "lora_scale", "edits", "seed", "steps", "solver", "guidance", "acd_layers", "text_tokens",
     "dtype", "quantization", "buckets",
 )  # fmt: skip
+_WEIGHTS = {"clip": load_model, "lpips_squeeze": load_squeeze_weights}  # flag -> what reads it
 _OWN = ("results", "published", "adapter", "judge", "judge_option", "buckets")  # of a benchmark
 
 
@@ -84,17 +88,32 @@ def check_no_benchmark(values: flags.FlagValues) -> None:
         )
 
 
-def check_nothing_edits(values: flags.FlagValues, beside: str) -> None:
+def check_nothing_edits(values: flags.FlagValues, beside: str, names: Sequence[str] = _MAKE) -> None:
     """Refuses flags that say how a model edits, where none does.
 
     Raises:
         UsageError: Naming the first, and the flag that it is found with.
     """
-    if given := [name for name in _MAKE if values[name].present]:
+    if given := [name for name in names if values[name].present]:
         raise UsageError(
             f"--{given[0]}: found with {beside}; it says how a model edits, and these edits are made.",
             f"Leave --{given[0]} out.",
         )
+
+
+def measure_options(values: flags.FlagValues, measures: Sequence[Measure]) -> MeasureOptions:
+    """Where the weights of measures are.
+
+    Raises:
+        UsageError: Weights are named that no measure reads.
+    """
+    for flag, load in _WEIGHTS.items():
+        if values[flag].present and all(one.load is not load for one in measures):
+            raise UsageError(
+                f"--{flag}: found, and none of the measures {', '.join(one.name for one in measures)} reads it.",
+                f"Name measures that do, as in --measures official,region, or leave --{flag} out.",
+            )
+    return MeasureOptions(**{flag: values[flag].value or "" for flag in _WEIGHTS})
 
 
 def run_benchmark(values: flags.FlagValues) -> None:
@@ -110,7 +129,7 @@ def run_benchmark(values: flags.FlagValues) -> None:
         for flag, written in (("--out", out), ("--edits", edits)):
             check_apart(flag, written, {"--results": folder})
     check_apart("--out", out, read, FILES)
-    check_apart("--edits", edits, read)
+    check_apart("--edits", edits, read if values.model else {})
     check_file("out", out / "grid.png", ".png")
     choose_solver(values.solver, values.steps)
     distributed.initialize({name: values[name].value for name in distributed.VARIABLES})
@@ -124,7 +143,9 @@ def run_benchmark(values: flags.FlagValues) -> None:
     with Jobs(lines=10) as jobs, distributed.report_lost_process():
         progress = jobs if distributed.is_main() else no_progress
         with distributed.raise_together():
-            listed = list_entries(source, benchmark, count_steps(progress, "read the examples", len(source)))
+            done = count_steps(progress, "read the examples", len(source))
+            listed = list_entries(source, benchmark, done, how.check)
+            check_listed(listed, how.measures, located)
         if model:
             edited = edit_adapters(
                 model, source, listed.entries, adapters, edits, size, buckets=values.buckets or benchmark.buckets,
@@ -147,7 +168,7 @@ def _chosen(values: flags.FlagValues) -> Benchmark:
     """The benchmark, with the published table to stand beside.
 
     Raises:
-        UsageError: It has no such table; or has no masks, and measures are named, or no judge is.
+        UsageError: It has no such table; or has no masks, and measures or their weights are named, or no judge is.
     """
     benchmark = BENCHMARKS[values.benchmark]
     if values.published and values.published not in benchmark.tables:
@@ -155,8 +176,9 @@ def _chosen(values: flags.FlagValues) -> Benchmark:
             f"--published: {values.published} found; {benchmark.name} has {', '.join(benchmark.tables)}.",
             "Name one of these, or leave it out.",
         )
-    if benchmark.side is None and (values.measures or not values.judge):
-        found = "--measures: found; they need masks" if values.measures else "--judge: none found"
+    given = [flag for flag in ("measures", *_WEIGHTS) if values[flag].present]
+    if benchmark.side is None and (given or not values.judge):
+        found = f"--{given[0]}: found; measures need masks" if given else "--judge: none found"
         raise UsageError(
             f"{found}. The examples of {benchmark.name} have no masks; a judge scores them alone.",
             f"Name a judge by --judge; the benchmark's own is {benchmark.judge} (docs/benchmarks.md).",
@@ -204,7 +226,7 @@ def _result_folders(values: flags.FlagValues, adapters: Collection[str]) -> dict
             "Name the model that shall edit, or the folder of an editor's results.",
         )
     if not values.model:
-        check_nothing_edits(values, "--results alone")
+        check_nothing_edits(values, "--results alone", (*_MAKE, "size"))
     names = [folder.name for folder in folders]
     names += ["base", "lora", *adapters] if values.model else []
     if len(set(names)) < len(names):
@@ -220,7 +242,7 @@ def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
     measures = [] if benchmark.side is None else choose(values.measures or benchmark.measures)
     if not values.measures:  # what was not asked for by name is left out where its weights are not given
         measures = [one._replace(required=False) for one in measures]
-    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    options = measure_options(values, measures)
     weights = load_weights(measures, options)
     without = [one for one in measures if one.load is not None and weights[one.load] is None]
     measures = [one for one in measures if one not in without]
@@ -229,6 +251,8 @@ def _measuring(values: flags.FlagValues, benchmark: Benchmark) -> Measuring:
             raise UsageError("--judge_option: found without --judge.", "Name the judge, or leave it out.")
         return Measuring(measures, options, values.batch, without=without)
     known = known_rewards({})
-    (reward,) = make_repeats(values.judge, read_options(values.judge, values.judge_option, known), 1, known)
+    chosen = read_options(values.judge, values.judge_option, known, "--judge_option")
+    (reward,) = make_repeats(values.judge, chosen, 1, known)
     check_all({values.judge: reward})
-    return Measuring(measures, options, values.batch, partial(scores_of, values.judge, reward), without)
+    score, check = partial(scores_of, values.judge, reward), lambda example: check_scorable([example], reward)
+    return Measuring(measures, options, values.batch, score, check, without)

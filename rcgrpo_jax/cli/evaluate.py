@@ -7,7 +7,13 @@ from pathlib import Path
 from absl import flags
 
 from rcgrpo_jax.cli.arguments import parse, parse_size
-from rcgrpo_jax.cli.benchmark import check_no_benchmark, check_nothing_edits, define_benchmark, run_benchmark
+from rcgrpo_jax.cli.benchmark import (
+    check_no_benchmark,
+    check_nothing_edits,
+    define_benchmark,
+    measure_options,
+    run_benchmark,
+)
 from rcgrpo_jax.cli.devices import open_devices
 from rcgrpo_jax.cli.edit import define_solver, editor_options
 from rcgrpo_jax.cli.lora_flags import define_lora, read_lora
@@ -16,7 +22,7 @@ from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.editors.open import open_model
 from rcgrpo_jax.errors import UsageError
-from rcgrpo_jax.evaluation.measures import MeasureOptions
+from rcgrpo_jax.evaluation.measures import choose
 from rcgrpo_jax.experiments.compare import FILES, compare, evaluate_adapters, measure_folders, summary
 from rcgrpo_jax.flow.solvers import choose_solver
 from rcgrpo_jax.models.quantization import NONE, QUANTIZATIONS
@@ -84,7 +90,7 @@ def run(argv: list[str]) -> None:
     check_apart("--edits", Path(values.edits or ""), inputs if values.edits else {})
     for folder in folders.values():
         check_apart("--out", out, {"--pictures": folder})
-    options = MeasureOptions(clip=values.clip or "", lpips_squeeze=values.lpips_squeeze or "")
+    options = measure_options(values, choose(values.measures))
     common = {"batch": values.batch, "size": size, "measures": values.measures, "measure_options": options}
     with Jobs(lines=10) as progress:
         if folders:

@@ -100,8 +100,10 @@ def _pictures(values: flags.FlagValues) -> tuple[dict[str, judge.Pictures], list
     return dict(named), folders
 
 
-def read_options(name: str, texts: Sequence[str], known: Mapping[str, Factory]) -> dict[str, Any]:
-    """The options of a reward, of `NAME=VALUE` each.
+def read_options(
+    name: str, texts: Sequence[str], known: Mapping[str, Factory], flag: str = "--option"
+) -> dict[str, Any]:
+    """The options of a reward, of `NAME=VALUE` each; `flag` has them.
 
     A value is text where the option's default is, and otherwise JSON if it can be read so.
 
@@ -113,7 +115,7 @@ def read_options(name: str, texts: Sequence[str], known: Mapping[str, Factory]) 
         option, equals, value = text.partition("=")
         if not equals or not option or option in options:
             problem = "a second value" if option in options else f"{text!r}"
-            raise UsageError(f"--option {option}: {problem} found; NAME=VALUE was wanted, once a name.", "Correct it.")
+            raise UsageError(f"{flag} {option}: {problem} found; NAME=VALUE was wanted, once a name.", "Correct it.")
         options[option] = value
         if not isinstance(defaults.get(option), str):
             try:
@@ -121,7 +123,7 @@ def read_options(name: str, texts: Sequence[str], known: Mapping[str, Factory]) 
             except ValueError:  # text
                 continue
     if problems := option_problems(name, options, known) if name in known else ():
-        raise UsageError(f"--option {problems[0]}.", "Correct it; docs/rewards.md and docs/judges.md list the options.")
+        raise UsageError(f"{flag} {problems[0]}.", "Correct it; docs/rewards.md and docs/judges.md list the options.")
     return options
 
 

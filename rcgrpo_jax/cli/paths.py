@@ -171,7 +171,7 @@ def check_apart(flag: str, output: Path, inputs: Inputs, own: Collection[str] = 
         if read is None or not read.exists():
             continue
         if not _same(output, read):
-            inside = any(_same(parent, read) for parent in output.resolve().parents)
+            inside = any(_same(parent, read) for parent in Path(os.path.realpath(output)).parents)  # of a loop, too
             if not inside or (own and _has_only(output, own)):
                 continue
         raise _overwrites(flag, output, f"{'' if _same(output, read) else 'in '}{field} {path}")

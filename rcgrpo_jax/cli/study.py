@@ -15,7 +15,7 @@ from rcgrpo_jax.data.example import NOTHING
 from rcgrpo_jax.data.kinds import forms
 from rcgrpo_jax.data.sources import open_source
 from rcgrpo_jax.errors import UsageError, nearest
-from rcgrpo_jax.evaluation.tables import latex, markdown, plain
+from rcgrpo_jax.evaluation.tables import latex, markdown, markdown_line, plain
 from rcgrpo_jax.progress import Jobs, count_steps
 from rcgrpo_jax.runs.workdir import write_text
 from rcgrpo_jax.study.build import MOST_MAKERS, QUESTION, build
@@ -105,7 +105,7 @@ def _score(argv: list[str]) -> None:
     found, remarks = tables(scores), notes(scores)
     texts = {
         ".json": json.dumps(as_json(scores), indent=2, ensure_ascii=False) + "\n",
-        ".md": f"{markdown(found)}\n" + "\n\n".join(remarks) + "\n",
+        ".md": f"{markdown(found)}\n" + "\n\n".join(map(markdown_line, remarks)) + "\n",
         ".tex": latex(found),
     }
     for suffix, path in outputs.items():

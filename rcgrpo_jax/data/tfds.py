@@ -260,7 +260,10 @@ def _decode(
     if kind == "bool":
         return bool(value)
     if kind == "text":
-        return (value or b"").decode()
+        try:
+            return (value or b"").decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: {error}; text in UTF-8 was wanted.", "Write the dataset again.") from None
     if isinstance(value, bytes):
         picture = open_image(io.BytesIO(value), where)
         return picture if kind == "L" else as_rgb(picture, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -86,7 +87,7 @@ def edit_all(
 
     Raises:
         UserError: An example cannot be read or lacks what is needed, two have one name, the folder holds other edits,
-            or it cannot be written.
+            another process is at work on this share, or the folder cannot be written.
         UsageError: There are no examples or no such share, or the size is not a whole number of tokens.
     """
     size, options = check_request(editor, source, indices, size), EditOptions(num_steps, guidance, seed, solver)
@@ -98,30 +99,31 @@ def edit_all(
     if not 0 <= rank < count:
         raise UsageError(f"share: {rank} of {count} found; one from 0 to {count - 1} was wanted.", "Count from 0.")
     own = indices[rank::count]
-    with distributed.raise_together():
-        names, sizes, digest = [], {}, Digest()
-        for index in indices:
-            example = read_example(source, index, shapes)
-            check_needs(example, needs)
-            names.append(example.name)
-            sizes[index] = example.image.shape[:2]
-            digest.add(example)
-        check_names(names)
-        settings = edit_settings(editor, options, size) | {"data": str(digest)}
-        settings |= {"buckets": buckets} if buckets != NONE else {}
-        claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
-        made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
-        missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
-    for _ in range(len(own) - len(missing)):
-        progress()
-    if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
-        editor.load_encoders()
-        _ = editor.params
-    parts = []
-    for shape in shapes.sizes:
-        rows = batch_rows(batch, sum(sizes[index] == shape for index in own), mesh)  # the same when a call goes on
-        parts.append(read_batches(source, [index for index in missing if sizes[index] == shape], rows, shape))
-    with PictureLog(Path(folder), rank, count) as log:
+    with ExitStack() as stack:
+        with distributed.raise_together():
+            names, sizes, digest = [], {}, Digest()
+            for index in indices:
+                example = read_example(source, index, shapes)
+                check_needs(example, needs)
+                names.append(example.name)
+                sizes[index] = example.image.shape[:2]
+                digest.add(example)
+            check_names(names)
+            settings = edit_settings(editor, options, size) | {"data": str(digest)}
+            settings |= {"buckets": buckets} if buckets != NONE else {}
+            claim(Path(folder), settings, {"lora": adapter_fingerprint(lora)} if lora else {})
+            log = stack.enter_context(PictureLog(Path(folder), rank, count))  # before weights are read
+            made = edited_names(Path(folder), dict(zip(names, indices, strict=True)))
+            missing = [index for index, name in zip(own, names[rank::count], strict=True) if name not in made]
+        for _ in range(len(own) - len(missing)):
+            progress()
+        if distributed.any_process(bool(missing)):  # all processes read a converted folder at once, or none
+            editor.load_encoders()
+            _ = editor.params
+        parts = []
+        for shape in shapes.sizes:
+            rows = batch_rows(batch, sum(sizes[index] == shape for index in own), mesh)  # the same when a call goes on
+            parts.append(read_batches(source, [index for index in missing if sizes[index] == shape], rows, shape))
         for edited in edit_batches(editor, chain(*parts), options, lora, mesh):
             for row, example in enumerate(edited.batch.own):
                 index = int(edited.batch.indices[row])

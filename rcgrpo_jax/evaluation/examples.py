@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from rcgrpo_jax.borders import check_memory
 from rcgrpo_jax.data.buckets import Buckets, Size
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import resize_image, resize_mask
@@ -79,12 +80,28 @@ def read_batches(source: Source, indices: Sequence[int], batch: int, size: tuple
 
     Yields:
         Batches of P rows each.
+
+    Raises:
+        UserError: An example cannot be read, or memory cannot hold a batch.
     """
+    check_room(batch, size)
     for start in range(0, len(indices), batch):
         chosen = list(indices[start : start + batch])
         examples = [read_example(source, index, size) for index in chosen]
         missing = batch - len(chosen)
         yield ExampleBatch((*examples, *examples[-1:] * missing), np.array(chosen + chosen[-1:] * missing), len(chosen))
+
+
+def check_room(batch: int, size: tuple[int, int]) -> None:
+    """Refuses pictures that no memory holds.
+
+    Raises:
+        UserError: They are such.
+    """
+    height, width = size
+    needed = batch * height * width * (2 * 3 + 4)  # source and edit in 8 bits, and the mask
+    what = f"size: {width} x {height} pixels, {batch} pictures at a time,"
+    check_memory(what, needed, "Choose a smaller size, or fewer at a time.")
 
 
 def right_batches(batches: Iterable[ExampleBatch], need_targets: bool = False) -> Iterator[ExampleBatch]:
@@ -100,12 +117,20 @@ def right_batches(batches: Iterable[ExampleBatch], need_targets: bool = False) -
                     f"{example.name}: no target image; the success of an edit is measured against one.",
                     "Add targets, or evaluate on scenes:heldout:500.",
                 )
-            if example.flawed:
-                raise UserError(
-                    f"{example.name}: its target is flawed on purpose; a right one was wanted.",
-                    "Leave such examples out.",
-                )
+            check_right(example)
         yield batch
+
+
+def check_right(example: EditExample) -> None:
+    """Refuses an example that nothing can be measured against.
+
+    Raises:
+        UserError: Its target is flawed on purpose.
+    """
+    if example.flawed:
+        raise UserError(
+            f"{example.name}: its target is flawed on purpose; a right one was wanted.", "Leave such examples out."
+        )
 
 
 def check_targets(source: Source) -> None:

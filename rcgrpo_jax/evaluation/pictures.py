@@ -9,14 +9,16 @@ Edits of other programs are the PNG files alone.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from jaxtyping import UInt8
@@ -27,6 +29,7 @@ from rcgrpo_jax.data.images import read_image, save_image
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.result import LATER, Count, Origin, Settings
 
+logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 LONGEST_NAME = 255  # bytes of a file's name on common file systems
 _LINES = "edits-*-of-*.jsonl"
@@ -229,8 +232,27 @@ def edited_names(folder: Path, indices: Mapping[str, int]) -> set[str]:
     return made
 
 
+def _keep(file: BinaryIO, path: Path) -> None:
+    """Keeps an open file to this process, until it is closed; where the file system has no locks, that is all.
+
+    Raises:
+        UserError: Another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{path}: another process is making these edits; one at a time was wanted.",
+            "Wait for that one or stop it, or choose another folder.",
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): see to it that one process at a time writes it", path, error)
+
+
 class PictureLog:
     """Writes edits into a folder, each with its line: a picture counts once its line is whole.
+
+    A share has one process at a time: two would write one file under two names.
 
     Args:
         folder: The folder of edits, which `claim` has made.
@@ -244,6 +266,7 @@ class PictureLog:
     def __enter__(self) -> Self:
         try:
             self._file = self._path.open("a+b")
+            _keep(self._file, self._path)
             self._file.seek(0)
             self._file.truncate(self._file.read().rfind(b"\n") + 1)  # without what a kill tore off
         except OSError as error:

@@ -81,8 +81,8 @@ def interval(found: Separation, level: float = LEVEL) -> Interval:
     """Estimates how far an area can be trusted, from how the N prompts differ.
 
     The error's variance is `N / (N - 1) sum_n part_n^2`. The interval is Student's with N - 1 degrees of freedom for
-    `log(A / (1 - A))`, so that it stays in [0, 1]. Where all pairs are won, or all lost, the prompts show no variance,
-    and it is Wilson's for N won or lost.
+    `log(A / (1 - A))`, so that it stays in [0, 1]. Where the prompts show no variance, as where all pairs are won, or
+    all lost, it is Wilson's for N of this share.
 
     Of 1,000 draws it held the truth in 92 to 100 %, for 5 to 50 prompts of 2 and 8 rollouts, areas from 0.5 to 0.94,
     and prompts that differ in their values by none to three times what the rollouts of one do. It is 92 % over all
@@ -98,7 +98,7 @@ def interval(found: Separation, level: float = LEVEL) -> Interval:
     area, count = found.area, len(found.parts)
     if not np.isfinite(area) or count < 2:
         return Interval(area, np.nan, np.nan)
-    if area in (0, 1):
+    if area in (0, 1) or np.allclose(found.parts, 0, atol=1e-12):
         return share_interval(np.full(count, area), level)
     error = np.sqrt(count / (count - 1) * np.sum(found.parts**2))
     half = stats.t.ppf((1 + level) / 2, count - 1) * error / (area * (1 - area))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -205,9 +206,19 @@ def markdown(tables: Sequence[Table]) -> str:
     parts = []
     for title, (header, *lines) in tables:
         rule = ["---"] * len(header)
-        rows = ([cell.replace("|", r"\|") for cell in line] for line in (header, rule, *lines))
-        parts += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        rows = ([markdown_line(cell).replace("|", r"\|") for cell in line] for line in (header, rule, *lines))
+        parts += [f"**{markdown_line(title)}**", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join(parts)
+
+
+def markdown_line(text: str) -> str:
+    """A text as a line of Markdown shows it: what names bring along is no line of its own, and no HTML."""
+    return one_line(text).replace("<", "&lt;")
+
+
+def one_line(text: str) -> str:
+    """A text without characters that would end a line or steer a terminal: escapes stand for them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def latex(tables: Sequence[Table]) -> str:
@@ -227,16 +238,17 @@ def _latex_text(text: str) -> str:
     """A text as LaTeX prints it."""
     special = {**{x: f"\\{x}" for x in "&%$#_{}"}, "\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
     special |= {"^": "\\textasciicircum{}", "↑": "$\\uparrow$", "↓": "$\\downarrow$", "[": "{[}", "]": "{]}"}
-    return "".join(special.get(x, x) for x in text)
+    return "".join(special.get(x, x) for x in one_line(text))
 
 
 def plain(tables: Sequence[Table]) -> str:
     """The tables with their columns aligned."""
     parts = []
-    for title, lines in tables:
+    for title, found in tables:
+        lines = [[one_line(cell) for cell in line] for line in found]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-        parts += [title, *rows, ""]
+        parts += [one_line(title), *rows, ""]
     return "\n".join(parts)
 
 

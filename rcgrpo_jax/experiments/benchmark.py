@@ -14,20 +14,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rcgrpo_jax.data.buckets import NONE, make_buckets
-from rcgrpo_jax.data.example import Source
+from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import save_image
 from rcgrpo_jax.editors.model import EditorOptions, Model
 from rcgrpo_jax.editors.open import check_fits
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks import Benchmark
-from rcgrpo_jax.evaluation.benchmarks.results import (
-    Entry,
-    Listed,
-    Locate,
-    extra_pictures,
-    measure_results,
-    score_results,
-)
+from rcgrpo_jax.evaluation.benchmarks.entries import Entry, Listed, Locate
+from rcgrpo_jax.evaluation.benchmarks.results import extra_pictures, measure_results, score_results
 from rcgrpo_jax.evaluation.benchmarks.rows import Row, has_parquet, measures_of, write_jsonl, write_parquet
 from rcgrpo_jax.evaluation.benchmarks.tables import Edits, compute_values, make_tables, remarks, subset_of, to_csv
 from rcgrpo_jax.evaluation.edit import edit_all
@@ -35,7 +29,7 @@ from rcgrpo_jax.evaluation.examples import EditedBatch
 from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions, note
 from rcgrpo_jax.evaluation.official import official_example
 from rcgrpo_jax.evaluation.pictures import picture_file
-from rcgrpo_jax.evaluation.tables import Table, latex, markdown, plain
+from rcgrpo_jax.evaluation.tables import Table, latex, markdown, markdown_line, one_line, plain
 from rcgrpo_jax.parallel import distributed
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.progress import ProgressCallback, count_steps, no_progress
@@ -56,6 +50,7 @@ class Measuring:
     options: MeasureOptions
     batch: int = 8
     score: Callable[[EditedBatch], Mapping[str, np.ndarray]] = lambda edited: {}  # a judge's (`judge.scores_of`)
+    check: Callable[[EditExample], None] = lambda example: None  # refuses what the judge cannot score
     without: Sequence[Measure] = ()  # what is not measured for lack of weights
 
 
@@ -215,7 +210,7 @@ def write_benchmark(
     said += [f"Not measured, since their weights are not given: {', '.join(x)}. {y}" for y, x in without.items()]
     if not has_parquet():
         said.append("NAME.parquet was not written: it takes pyarrow (`pip install -e '.[data]'`).")
-    write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(said) + "\n")
+    write_text(out / "table.md", f"{markdown(tables)}\n" + "\n\n".join(map(markdown_line, said)) + "\n")
     write_text(out / "table.tex", latex(tables))
     write_text(out / "table.csv", to_csv(values))
     write_text(
@@ -228,14 +223,14 @@ def write_benchmark(
 
 def summary(found: Found, out: Path) -> str:
     """What people read of it: the tables as text, what failed, and where the files are."""
-    lines = [plain(found.tables), *found.remarks, ""]
+    lines = [plain(found.tables), *map(one_line, found.remarks), ""]
     for name, edits in found.editors.items():
         failed = [row for row in edits.rows if row.failure]
-        lines += [f"{name}: {row.task}/{row.id}: {row.failure}" for row in failed[:_SHOWN]]
+        lines += [one_line(f"{name}: {row.task}/{row.id}: {row.failure}") for row in failed[:_SHOWN]]
         if failed[_SHOWN:]:
             lines.append(f"{name}: {len(failed) - _SHOWN:,} more failed, listed in {out / 'failures.json'}")
         if extra := [file for files in edits.extra.values() for file in files]:
-            lines.append(f"{name}: {len(extra):,} pictures of no example, the first {extra[0]}")
+            lines.append(one_line(f"{name}: {len(extra):,} pictures of no example, the first {extra[0]}"))
     files = ", ".join(str(out / f"{name}.jsonl") for name in found.editors)
     return "\n".join([*lines, f"examples  {files}", f"table     {out / 'table.md'}, .tex and .csv"])
 

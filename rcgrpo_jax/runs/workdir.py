@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.runs.writers import WRITERS
 from rcgrpo_jax.whole import write_whole
@@ -82,12 +83,14 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file of results, whole or not at all, and makes its folder.
 
+    What is no text, as in names of files, is written with escapes.
+
     Raises:
         UserError: If it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_whole(path, printable(text))
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error}).", "Choose a folder you can write to.") from None
 

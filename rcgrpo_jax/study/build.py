@@ -19,10 +19,11 @@ from PIL import Image
 
 from rcgrpo_jax.data.example import Source
 from rcgrpo_jax.data.images import resize_image
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.errors import UsageError, UserError
-from rcgrpo_jax.evaluation.examples import read_example
+from rcgrpo_jax.evaluation.examples import check_room, read_example
 from rcgrpo_jax.evaluation.pictures import check_names, read_common, read_picture, size_of_edits
-from rcgrpo_jax.study.records import Key, write_key
+from rcgrpo_jax.study.records import UNSURE, Key, write_key
 
 QUESTION = "Which edit is the best?"
 MOST_MAKERS = 9  # a key of the keyboard each
@@ -77,21 +78,19 @@ def build(
         progress: Called for each example.
 
     Raises:
-        UserError: A picture is missing or of another size, the page would be too large, there is a key of another
-            study, or a file cannot be written.
+        UserError: A picture is missing or of another size, the page would be too large, there is a page or a key of
+            another study, memory holds no such pictures, or a file cannot be written.
         UsageError: There are too few examples, too few or too many makers, or a question comes twice.
     """
+    makers, questions = {printable(x): folder for x, folder in makers.items()}, [*map(printable, questions)]
     _check(len(source), makers, questions, count)
-    if key_file(page).exists():
-        raise UserError(
-            f"{key_file(page)}: the key of a study found; without it, votes on its page cannot be counted.",
-            "Choose another --out, or remove that file and its page.",
-        )
+    _check_new(page)
     seed = secrets.randbits(48) if seed is None else seed
     rng = np.random.default_rng(seed)
     indices = sorted(rng.permutation(len(source))[:count].tolist())
     orders = balanced_orders(len(indices), len(makers), rng)
     size = size or size_of_edits(makers.values()) or source[indices[0]].image.shape[:2]
+    check_room(1 + len(makers), size)
     asked = {f"q{i + 1}": text for i, text in enumerate(questions)}
     key = Key(study="", seed=seed, makers=[*makers], questions=asked, examples={})
     alike: list[str] = []
@@ -166,13 +165,35 @@ def _check(examples: int, makers: Mapping[str, Path], questions: Sequence[str], 
         raise UsageError(
             f"--pictures: {len(makers)} folders found; 2 to {MOST_MAKERS} were wanted.", "Name a folder for each maker."
         )
-    if len(set(questions)) < len(questions) or not questions:
+    if UNSURE in makers:
+        raise UsageError(
+            f"--pictures: a folder called {UNSURE} found; so is the answer of a voter who is not sure.", "Rename it."
+        )
+    if len({question.strip() for question in questions}) < len(questions) or not questions:
         raise UsageError(
             f"--question: {', '.join(map(repr, questions)) or 'none'} found; different ones were wanted.",
             "Leave out what comes twice.",
         )
     for folder in makers.values():
         read_common(folder)  # refuses what is no folder
+
+
+def _check_new(page: Path) -> None:
+    """Refuses to replace a page or a key: voters may have the one, and the other may be kept elsewhere."""
+    if key_file(page).exists():
+        raise _has_key(page)
+    if page.exists():
+        raise UserError(
+            f"{page}: a page found, which voters may have; a new name was wanted.",
+            "Choose another --out, or remove that file.",
+        )
+
+
+def _has_key(page: Path) -> UserError:
+    return UserError(
+        f"{key_file(page)}: the key of a study found; without it, votes on its page cannot be counted.",
+        "Choose another --out, or remove that file and its page.",
+    )
 
 
 def _write(page: Path, key: Key, trials: Iterator[dict[str, Any]], count: int, most_bytes: int) -> None:
@@ -187,19 +208,24 @@ def _write(page: Path, key: Key, trials: Iterator[dict[str, Any]], count: int, m
         return {"study": key["study"], "questions": key["questions"], "shown": shown}
 
     parts = environment.get_template("study.html.j2").generate(trials=trials, study=study)
-    partial = page.with_name(f"{page.name}.partial")
+    partial = page.with_name(f".{page.name}.{os.getpid()}.partial")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             for part in parts:
-                file.write(part.encode("utf-8", "replace"))  # lone surrogates of a command line
+                file.write(part.encode())
                 if file.tell() > most_bytes:
                     raise _too_large(page, file.tell(), most_bytes, len(key["examples"]), count)
-        write_key(key_file(page), key)
-        os.replace(partial, page)
+        try:
+            write_key(key_file(page), key)
+            os.replace(partial, page)
+        except FileExistsError:  # another process was first
+            raise _has_key(page) from None
+        except OSError:
+            with suppress(OSError):
+                key_file(page).unlink()
+            raise
     except OSError as error:
-        with suppress(OSError):
-            key_file(page).unlink()
         raise UserError(f"{page}: cannot be written ({error}).", "Choose a file you can write to.") from None
     finally:
         with suppress(OSError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,11 @@ from typing_extensions import TypedDict
 
 from rcgrpo_jax.borders import STRICT, conform, read_object, shorten
 from rcgrpo_jax.errors import UserError
+from rcgrpo_jax.evaluation.tables import one_line
 
+UNSURE = "Not sure"  # among the makers: an answer that chooses none
+LONGEST_NAME = 60  # characters of a voter's name, as the page has it
+_VOTE_BYTES, _MORE_BYTES = 2_000, 100_000  # of a file of votes at most, for each choice and besides: nine ids take 500
 _KEY_REMEDY = "Name the .key.json that `rcgrpo study build` wrote beside the page."
 _VOTES_REMEDY = "Name a file as the page saved it, or ask the voter to save it again."
 
@@ -57,7 +62,7 @@ class Votes(TypedDict):
 
     __pydantic_config__ = STRICT
     study: str
-    voter: Annotated[str, MinLen(1)]
+    voter: str
     answers: list[Answer]
 
 
@@ -65,9 +70,10 @@ def write_key(path: Path, key: Key) -> None:
     """Writes the key of a study.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or there is such a file.
     """
-    path.write_text(json.dumps(key, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(key, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_key(path: Path) -> Key:
@@ -84,6 +90,12 @@ def read_key(path: Path) -> Key:
                 f"{', '.join(key['makers'])} was wanted.",
                 _KEY_REMEDY,
             )
+    for field, names in (("makers", [*key["makers"], UNSURE]), ("questions", [*key["questions"].values()])):
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"{path}: {field}: {shorten(names)} found; different ones were wanted, and none called {UNSURE}.",
+                _KEY_REMEDY,
+            )
     return key
 
 
@@ -95,13 +107,16 @@ def read_votes(key: Key, paths: Sequence[Path]) -> list[Votes]:
     """
     files: dict[str, Path] = {}
     votes = []
+    most = _MORE_BYTES + _VOTE_BYTES * len(key["questions"]) * len(key["examples"])
     for path in paths:
+        _check_size(path, most)
         found = conform(read_object(path, _VOTES_REMEDY), Votes, str(path), _VOTES_REMEDY)
         if found["study"] != key["study"]:
             raise UserError(
                 f"{path}: votes of the study {shorten(found['study'])} found; {key['study']} of --key was wanted.",
                 "Name the key that was written beside the page of these votes, or leave the file out.",
             )
+        found["voter"] = _name_of(found, path)
         other = files.setdefault(found["voter"], path)
         if other is not path:
             raise UserError(
@@ -114,6 +129,29 @@ def read_votes(key: Key, paths: Sequence[Path]) -> list[Votes]:
     if not any(found["answers"] for found in votes):
         raise UserError(f"--votes: no vote found in {len(votes)} files; at least one was wanted.", _VOTES_REMEDY)
     return votes
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Refuses a file that is too large to hold votes of the study, before it is read."""
+    with suppress(OSError):  # whoever reads it says so
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{path}: {size:,} bytes found; votes of this study take {most:,} at most.", _VOTES_REMEDY)
+
+
+def _name_of(votes: Votes, path: Path) -> str:
+    """The voter's name, as the page trims it: it stands in tables.
+
+    Raises:
+        UserError: It is none that fits into a line.
+    """
+    name = votes["voter"].strip()
+    if one_line(name) != name or not 0 < len(name) <= LONGEST_NAME:
+        raise UserError(
+            f"{path}: voter: {shorten(votes['voter'])} found; a name of 1 to {LONGEST_NAME} characters in one line was "
+            "wanted.",
+            'Change "voter" in the file.',
+        )
+    return name
 
 
 def _check_answers(key: Key, votes: Votes, path: Path) -> None:

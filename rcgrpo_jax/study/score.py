@@ -13,9 +13,7 @@ from jaxtyping import Int
 from rcgrpo_jax.evaluation.statistics import Interval, share_interval
 from rcgrpo_jax.evaluation.tables import Table
 from rcgrpo_jax.study.rates import pooled_rate
-from rcgrpo_jax.study.records import Key, Votes
-
-UNSURE = "Not sure"
+from rcgrpo_jax.study.records import UNSURE, Key, Votes
 
 
 class Rate(NamedTuple):

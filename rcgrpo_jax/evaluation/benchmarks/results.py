@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,8 +16,10 @@ from jaxtyping import UInt8
 
 from rcgrpo_jax.data.example import EditExample, Source
 from rcgrpo_jax.data.images import read_image
-from rcgrpo_jax.errors import UsageError, UserError
+from rcgrpo_jax.data.paths import Finder, composed
+from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.evaluation.benchmarks.base import Benchmark
+from rcgrpo_jax.evaluation.benchmarks.entries import Entry, Locate
 from rcgrpo_jax.evaluation.benchmarks.rows import EVERY, MISSING, Row
 from rcgrpo_jax.evaluation.examples import EditedBatch, ExampleBatch, right_batches
 from rcgrpo_jax.evaluation.measure import NO_OPTIONS, measure_edits
@@ -25,33 +27,9 @@ from rcgrpo_jax.evaluation.measures import Measure, MeasureOptions
 from rcgrpo_jax.evaluation.official import official_example, official_picture, resized
 from rcgrpo_jax.evaluation.result import PICTURED
 
-Locate = Callable[["Entry"], Path]  # where the edit of an example lies
 Score = Callable[[EditedBatch], Mapping[str, np.ndarray]]  # `[P]` of each further measure, such as a judge's score
 AT_ONCE = 32  # edits that a judge is asked about, where each has a size of its own
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-class Entry(NamedTuple):
-    """An example of a benchmark, without its pictures."""
-
-    index: int  # in the source
-    id: str
-    task: str
-    name: str  # in the source: that of a picture which a model of ours makes
-
-    @property
-    def key(self) -> str:
-        """Tells it from those of the other tasks: CompBench gives two tasks one id."""
-        return f"{self.task}/{self.id}"
-
-
-class Listed(NamedTuple):
-    """What a source has of a benchmark."""
-
-    entries: list[Entry]
-    others: Counter[str]  # tasks that are none of the benchmark -> examples
-    uncaptioned: int = 0  # how many entries have no caption
-    subset: frozenset[int] = frozenset()  # indices of the entries in the benchmark's subset
 
 
 class Measured(NamedTuple):
@@ -59,44 +37,6 @@ class Measured(NamedTuple):
 
     rows: list[Row]
     pictures: dict[str, UInt8[np.ndarray, "H W 3"]]  # the first edits, by key
-
-
-def list_entries(source: Source, benchmark: Benchmark, progress: Callable[[], None] = lambda: None) -> Listed:
-    """Lists the examples of a benchmark's tasks; each is read once for it.
-
-    Args:
-        source: Examples that name their task and have the benchmark's ids.
-        benchmark: Whose tasks.
-        progress: Called for each example.
-
-    Raises:
-        UserError: An example cannot be read, or two of a task have one id.
-        UsageError: No example has one of the tasks.
-    """
-    entries, others, seen, uncaptioned, subset = [], Counter(), {}, 0, set()
-    for index in range(len(source)):
-        example = source[index]
-        entry = Entry(index, benchmark.identify(example), benchmark.task_of(example), example.name)
-        if entry.task not in benchmark.tasks:
-            others[entry.task] += 1
-        elif (other := seen.setdefault(entry.key, index)) != index:
-            raise UserError(
-                f"{entry.key}: the examples {other} and {index} have this name; a name for each was wanted.",
-                "Rename one of them in the data.",
-            )
-        else:
-            entries.append(entry)
-            uncaptioned += not example.has_caption
-            if benchmark.subset and benchmark.subset.has(example):
-                subset.add(index)
-        progress()
-    if not entries:
-        found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items()) or "none"
-        raise UsageError(
-            f"--data: examples of {found} found; some of the tasks {', '.join(benchmark.tasks)} were wanted.",
-            f"`rcgrpo data prepare {benchmark.name.partition('-')[0]}` makes such data.",
-        )
-    return Listed(entries, others, uncaptioned, frozenset(subset))
 
 
 def open_results(folder: Path, benchmark: Benchmark) -> Locate:
@@ -115,11 +55,14 @@ def open_results(folder: Path, benchmark: Benchmark) -> Locate:
             f"Name one editor's folder, such as {inside[0]}." if inside else "Name the folder MODEL.",
         )
 
+    find = Finder()
+
     def locate(entry: Entry) -> Path:
         parts = PurePosixPath(entry.id)
         if parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{entry.key}: the id leads out of the folder; one within it was wanted.", "Correct it.")
-        return benchmark.picture(folder, entry.task, entry.id)
+        file = benchmark.picture(folder, entry.task, entry.id)
+        return file if os.path.lexists(file) else find(file)
 
     return locate
 
@@ -129,7 +72,8 @@ def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry])
 
     Where all tasks have one folder, they are those of `EVERY` task.
     """
-    wanted, extra, tasks = {benchmark.picture(folder, x.task, x.id) for x in entries}, {}, defaultdict(list)
+    wanted, extra = {composed(str(benchmark.picture(folder, x.task, x.id))) for x in entries}, {}
+    tasks = defaultdict(list)
     for task, root in zip(benchmark.tasks, _roots(folder, benchmark), strict=True):
         tasks[root].append(task)
     for root, (first, *others) in tasks.items():
@@ -139,7 +83,7 @@ def extra_pictures(folder: Path, benchmark: Benchmark, entries: Sequence[Entry])
             for file in files
             if not file.startswith(".") and file.lower().endswith(_PICTURES)
         )
-        found = (file for file in there if file not in wanted and not _is_source(file, benchmark))
+        found = (file for file in there if composed(str(file)) not in wanted and not _is_source(file, benchmark))
         extra[EVERY if others else first] = sorted(str(file.relative_to(folder)) for file in found)
     return extra
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rcgrpo_jax.data.paths import printable
 from rcgrpo_jax.errors import UserError
 
 
@@ -60,7 +61,12 @@ def write_parquet(path: Path, rows: Sequence[Row]) -> None:
     names, text = measures_of(rows), pyarrow.string()
     schema = pyarrow.schema([(name, text) for name in ("id", "task", "failure")] + [(x, "float32") for x in names])
     table = pyarrow.Table.from_pylist([_record(row, names) for row in rows], schema)
-    _write(path, lambda partial: pyarrow.parquet.write_table(table, partial))
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # pyarrow takes no path that is not UTF-8
+            pyarrow.parquet.write_table(table, file)
+
+    _write(path, write)
 
 
 def _record(row: Row, names: Sequence[str]) -> dict[str, str | float | None]:
@@ -68,7 +74,7 @@ def _record(row: Row, names: Sequence[str]) -> dict[str, str | float | None]:
         return value if math.isfinite(value) else None
 
     values = {name: finite(row.values.get(name, math.nan)) for name in names}
-    return {"id": row.id, "task": row.task, "failure": row.failure or None, **values}
+    return {"id": printable(row.id), "task": row.task, "failure": row.failure or None, **values}
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -20,6 +20,7 @@ from rcgrpo_jax.evaluation.measures.official import CAP as OFFICIAL_CAP
 from rcgrpo_jax.evaluation.statistics import Interval, stratified_intervals
 from rcgrpo_jax.evaluation.tables import Column, Table, format_interval
 
+FEW = 30  # edits of a task: fewer make a bootstrap too narrow by 6 % or more
 MEAN = "mean"  # of the tasks, in the place of a task
 OURS, THEIRS, DIFFERENCE = "measured", "published", "difference"
 
@@ -140,11 +141,13 @@ def remarks(
         others: Tasks that are none of the benchmark -> examples.
         uncaptioned: How many examples have no caption.
     """
-    lines = [f"Published rows: {benchmark.published.origin}.", *benchmark.remarks] if benchmark.published.rows else []
+    shown = {name for edits in editors.values() for name in measures_of(edits.rows)}
+    is_beside = any(shown & row.values.keys() for row in benchmark.published.rows)
+    lines = [f"Published rows: {benchmark.published.origin}.", *benchmark.remarks] if is_beside else []
     if benchmark.side is None:
         lines.append("There are no masks: what is measured within or outside a region is left out.")
     there = Counter(row.task for row in next(iter(editors.values())).rows)
-    if benchmark.published.rows and any(there[task] < count for task, count in benchmark.tasks.items()):
+    if is_beside and any(there[task] < count for task, count in benchmark.tasks.items()):
         total = sum(benchmark.tasks.values())
         lines.append(
             f"The data have {there.total():,} of {total:,} published examples: the published rows are of other edits."
@@ -154,24 +157,38 @@ def remarks(
     if others:
         found = ", ".join(f"{count} of {task or 'no task'}" for task, count in others.items())
         lines.append(f"Left out, as of tasks that are none of the benchmark: {found}.")
-    if uncaptioned and any("official_lc_t" in row.values for edits in editors.values() for row in edits.rows):
+    if uncaptioned and "official_lc_t" in shown:
         lines.append(
             f"{uncaptioned} examples have no caption: official LC-T compares them with a blank, as CompBench's script "
             "does."
         )
+    few = []
     for name, edits in editors.items():
-        if equal := sum(row.values.get("official_psnr", 0) >= OFFICIAL_CAP for row in edits.rows):
-            lines.append(
-                f"{name}: {equal} edits have a background that is equal to the source's. Official PSNR counts each as "
-                f"{OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so would its mean."
-            )
-        for measure in measures_of(edits.rows):
-            lost = sum(np.isnan(row.values.get(measure, np.nan)) for row in edits.rows if not row.failure)
-            if lost:
-                lines.append(
-                    f"{name}: {measure} could not be measured of {lost} edits that are there; they are left out."
-                )
+        lines += _remarks_of(name, edits.rows)
+        measured = Counter(row.task for row in edits.rows if not row.failure)
+        if gone := [task for task in benchmark.tasks if there[task] and not measured[task]]:
+            lines.append(f"{name}: no edit of {', '.join(gone)} was measured, so that there is no mean of the tasks.")
+        few += [f"{name} {task} {measured[task]}" for task in benchmark.tasks if 0 < measured[task] < FEW]
+    if few:
+        lines.append(
+            f"Fewer than {FEW} edits: {', '.join(few)}. Bootstraps of so few give intervals that are too narrow, and a "
+            "star says little."
+        )
     return [*lines, "Intervals are bootstraps over examples, stratified by task. Edits that failed are in no mean."]
+
+
+def _remarks_of(name: str, rows: Sequence[Row]) -> list[str]:
+    """What a reader must know of the values of one editor."""
+    lines = []
+    if equal := sum(row.values.get("official_psnr", 0) >= OFFICIAL_CAP for row in rows):
+        lines.append(
+            f"{name}: {equal} edits have a background that is equal to the source's. Official PSNR counts each as "
+            f"{OFFICIAL_CAP:.0f} dB, where CompBench's script has infinity, and so would its mean."
+        )
+    for measure in measures_of(rows):
+        if lost := sum(np.isnan(row.values.get(measure, np.nan)) for row in rows if not row.failure):
+            lines.append(f"{name}: {measure} could not be measured of {lost} edits that are there; they are left out.")
+    return lines
 
 
 def to_csv(values: Sequence[Value]) -> str:

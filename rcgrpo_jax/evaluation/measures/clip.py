@@ -99,9 +99,9 @@ def region_vectors(
     end.
 
     Args:
-        binarise: Masks -> regions.
+        binarise: Masks -> regions, NaN where there is none.
         folder: The model.
-        edited: The edits; an example without caption or target has NaN.
+        edited: The edits; an example without caption, target or region has NaN.
     """
     batch, model, params = edited.batch, CLIP(folder.config), _params(folder)
     region = binarise(jnp.asarray(batch.masks))
@@ -109,7 +109,8 @@ def region_vectors(
     def embed(pictures: Sequence[UInt8[np.ndarray, "H W 3"] | None]) -> Float[Array, "P D"]:
         nothing = np.full((*region.shape[1:], 3), np.nan, np.float32)
         stacked = np.stack([nothing if x is None else np.float32(x) / 255 for x in pictures])
-        return embed_regions(model, params, jnp.asarray(stacked)[:, None], region, MARGIN)[:, 0]
+        found = embed_regions(model, params, jnp.asarray(stacked)[:, None], region, MARGIN)[:, 0]
+        return jnp.where(jnp.isfinite(region[:, :1, 0]), found, jnp.nan)
 
     with jax.default_matmul_precision("highest"):
         of_captions = embed_texts(model, params, folder.tokenize([x.caption or BLANK for x in batch.examples]))

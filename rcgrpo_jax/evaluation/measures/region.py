@@ -24,12 +24,13 @@ from rcgrpo_jax.rewards.change import change_score
 WIDENED = 4  # pixels on every side, for what an editor blends at the border of a region
 _WINDOW = 11  # pixels a side of SSIM's windows
 CHANGE_SCALE = 12.0  # CIELAB units, as the reward `change` has it
-NO_BACKGROUND = "the mask leaves no background"
+NO_BACKGROUND = "the mask leaves no background, or no region in the size that is measured"
 
 
 def binarise(mask: Float[Array, "P H W"]) -> Float[Array, "P H W"]:
-    """The region of a soft mask: 1 where it has half of its largest value or more, else 0."""
-    return jnp.asarray(mask >= jnp.max(mask, axis=(1, 2), keepdims=True) / 2, jnp.float32)
+    """The region of a soft mask: 1 where it has half of its largest value or more, else 0; NaN where it is empty."""
+    largest = jnp.max(mask, axis=(1, 2), keepdims=True)
+    return jnp.where(largest > 0, jnp.asarray(mask >= largest / 2, jnp.float32), jnp.nan)
 
 
 def outside(mask: Float[Array, "P H W"]) -> Float[Array, "P H W"]:
