@@ -199,7 +199,7 @@ def neighbour(sigmas: np.ndarray, **changes) -> Neighbour:
 def test_integrated_anchors_differentiate_the_solvers_own_path(float64, solver, steps):
     sigmas, start = exact_sigmas(6, 0.6), np.float64(random(5, 3))
     policy = neighbour(sigmas, rollout__solver=solver, surrogate__anchor_mode="integrate", surrogate__steps=steps)
-    path, _ = policy.rollout(lambda x, sigma: (curved(x, sigma), None), jnp.asarray(start))
+    path, _ = policy.rollout(lambda x, sigma: (curved(x, sigma), None), None, jnp.asarray(start))
     compared = jnp.arange(1, 4 if steps == "early" else 7)
     rng = np.random.default_rng(1)
     pull, direction = rng.standard_normal((len(compared), 5, 3)), rng.standard_normal((3, 3))
@@ -231,7 +231,9 @@ def test_a_replayed_anchor_is_one_step_of_eulers_from_the_stored_state(float64, 
     sigmas, i, step = exact_sigmas(8, 0.8), np.arange(4), 6
     starts = START + 0.3 * np.stack([np.sin(i), np.cos(i), np.sin(2 * i)], -1)[:, None]  # [G, N, C]
     policy = neighbour(sigmas, rollout__solver=solver)
-    paths = jnp.stack([policy.rollout(lambda x, sigma: (velocity(x, sigma), None), x)[0] for x in jnp.asarray(starts)])
+    paths = jnp.stack(
+        [policy.rollout(lambda x, sigma: (velocity(x, sigma), None), None, x)[0] for x in jnp.asarray(starts)]
+    )
     before, after = policy._anchor_states(velocity, paths[2], jnp.array([step]))
     np.testing.assert_array_equal(before[0], paths[2, step - 1])
     np.testing.assert_array_equal(after[0], euler_step(velocity, before[0], *jnp.asarray(sigmas[step - 1 : step + 1])))
