@@ -7,8 +7,11 @@ b 1, nine of ten times, and the ramp of the old adapter are DiffusionNFT's. 24 g
 attention are CoCoEdit's.
 
 Schedule, rewards and data are this project's, as in `configs/kontext_512.py`: docs/baselines.md says what else differs.
-A step is 15,840 evaluations (579.3 PFLOP by the formula of `rcgrpo plan`; `configs/kontext_512.py`
-has 576 and 21.5).
+A step is 15,840 evaluations, 579.3 PFLOP (`configs/kontext_512.py`: 576, 21.5).
+
+    rcgrpo plan --config configs/baselines/diffusion_nft.py --topology h100:8
+
+plans 8.6 of 72.78 GiB on each of 8 H100, and 148 s a step at half of the roofline. No machine has confirmed it.
 """
 
 from ml_collections import ConfigDict
