@@ -19,6 +19,7 @@ from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
 from rcgrpo_jax.rl.options import Options
 from rcgrpo_jax.rl.policy import POLICIES
+from rcgrpo_jax.rl.policy.noise import EXPLORERS
 from rcgrpo_jax.rl.reward_fields import ACD, FREE, names_in, reward_problems, weight_problems
 from rcgrpo_jax.runs.fields import (
     COUNT,
@@ -57,7 +58,7 @@ def default_config() -> ConfigDict:
 _CHOICES = {
     **MODEL_CHOICES,
     "policy": POLICIES.keys(),  # a view: later entries count
-    "explore.kind": ("region", "global", "mixed"),
+    "explore.kind": tuple(EXPLORERS),
     "rollout.solver": tuple(SOLVERS),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),

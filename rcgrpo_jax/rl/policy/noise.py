@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,27 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.method import explore
-from rcgrpo_jax.rl.options import StepOptions
+from rcgrpo_jax.rl.options import ExploreOptions, StepOptions
 from rcgrpo_jax.rl.policy.base import Prompts
+
+Explorer = Callable[[PRNGKeyArray, Array, Array, int, ExploreOptions], Array]
+"""`(key, reference [N, C], region [N], G, options) -> noises [G, N, C]`, each of them N(0, I)."""
+
+
+def _region(key: PRNGKeyArray, reference: Array, region: Array, group: int, options: ExploreOptions) -> Array:
+    return explore.region_decoupled_noise(key, reference, region, group, options.alpha_edit, options.alpha_base)
+
+
+def _global(key: PRNGKeyArray, reference: Array, region: Array, group: int, options: ExploreOptions) -> Array:
+    return explore.neighbour_noise(key, reference, group, options.sigma)
+
+
+def _mixed(key: PRNGKeyArray, reference: Array, region: Array, group: int, options: ExploreOptions) -> Array:
+    alphas = options.alpha_edit, options.alpha_base, options.sigma
+    return explore.mixed_noise(key, reference, region, group, *alphas)
+
+
+EXPLORERS: dict[str, Explorer] = {"region": _region, "global": _global, "mixed": _mixed}
 
 
 def initial_noise(
@@ -30,14 +49,6 @@ def initial_noise(
     key_reference, key_deltas = keys
     settings, group = options.explore, options.rollout.group_size
     references = jax.random.normal(key_reference, networks.source(prompts.condition).shape, jnp.float32)
-    alphas = (settings.alpha_edit, settings.alpha_base)
-
-    def perturb(key: Array, reference: Array, region: Array) -> Array:
-        match settings.kind:
-            case "global":
-                return explore.neighbour_noise(key, reference, group, settings.sigma)
-            case "mixed":
-                return explore.mixed_noise(key, reference, region, group, *alphas, settings.sigma)
-        return explore.region_decoupled_noise(key, reference, region, group, *alphas)
-
-    return jax.vmap(perturb)(jax.random.split(key_deltas, len(references)), references, prompts.explored)
+    explorer = EXPLORERS[settings.kind]
+    perturb = jax.vmap(lambda key, reference, region: explorer(key, reference, region, group, settings))
+    return perturb(jax.random.split(key_deltas, len(references)), references, prompts.explored)
