@@ -110,7 +110,7 @@ def _evaluated(
         for variant in variants:
             rows[variant.name].append(run_variant(config, variant, seed, protocol, out, devices, progress))
             costs[variant.name].append(cost_of(variant, seed, out))
-        tables = [*make_tables(rows), cost_table(costs)]
+        tables = [*make_tables(rows), *([cost_table(costs)] if any(map(any, costs.values())) else [])]
         write_text(out / "table.md", f"{markdown(tables)}\n{remarks}\n")
     say(f"{plain(tables)}\n{remarks}\n")
     say(f"table        {out / 'table.md'}")
