@@ -55,14 +55,15 @@ if not hasattr(cache.EncodedSource, "told"):  # the configuration file is run mo
 """
 # The process ends within the writing of its third entry, whose file is there under another name.
 KILLED = """
-    replace, replaced = cache.Path.replace, []
-    def kill(self, target):
-        replaced.append(target)
+    import os, signal, sys
+    replace, replaced = os.replace, []
+    def kill(source, target):
+        if str(target).endswith(".safetensors"):
+            replaced.append(target)
         if "--process_id={victim}" in sys.argv and len(replaced) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return replace(self, target)
-    import signal, sys
-    cache.Path.replace = kill
+        return replace(source, target)
+    os.replace = kill
 """
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,11 @@ def test_a_signal_goes_to_the_command_and_ends_the_experiment(tmp_path, name):
     (site.path / "data" / "compbench").mkdir(parents=True)
     flags = ["--model=M", f"--data={site.path}/data", "--judge=J", f"--out={site.path}/out"]
     command = ["bash", str(site.checkout / "launch" / "paper.sh"), *flags]
-    script = subprocess.Popen(
-        command, env=site.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # also where the tests run without a terminal
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = subprocess.Popen(command, env=site.environment(), preexec_fn=heed, **pipes)
     while not (site.homes[0] / "ready").exists():
         assert script.poll() is None
         time.sleep(0.01)
