@@ -16,23 +16,12 @@ plans 13.2 of 72.78 GiB on each of 8 H100, and 60 s a step at half of the roofli
 
 from ml_collections import ConfigDict
 
-from rcgrpo_jax.rl.recipes import kontext_512
+from configs.baselines.flow_grpo import get_config as flow_grpo
 
 
 def get_config() -> ConfigDict:
-    config = kontext_512()
-    config.policy = "gaussian"
-    config.explore.kind, config.explore.sigma = "global", 1.0  # every candidate has a noise of its own
-    config.rollout.prompts, config.rollout.group_size, config.rollout.num_steps = 24, 21, 6
+    config = flow_grpo()
     config.sde.kind, config.sde.level, config.sde.log_prob = "cps", 0.8, "published"
     config.sde.window, config.sde.place, config.sde.range_end = 3, "random", 3
     config.objective.clip = 1e-5
-    config.objective.advantage_std = "batch"
-    config.model.max_text_tokens = 128
-    config.lora.rank, config.lora.alpha, config.lora.targets = 64, 128.0, "attention+mlp"
-    config.optimizer.learning_rate, config.optimizer.weight_decay = 3e-4, 1e-4
-    config.optimizer.ema_decay = 0.9
-    config.acd.weight = 0.0
-    config.rollout.micro_batch, config.rollout.decode_micro_batch = 24, 24  # of 504 candidates: one of each group
-    config.surrogate.micro_batch = 24  # of 1,512 candidate-steps
     return config
