@@ -8,6 +8,7 @@ import pytest
 
 from rcgrpo_jax.cli.ablate import read_rates
 from rcgrpo_jax.cli.config_file import load_config
+from rcgrpo_jax.cli.main import main
 from rcgrpo_jax.errors import UsageError, UserError
 from rcgrpo_jax.experiments.ablation import EvaluationSettings as Protocol
 from rcgrpo_jax.experiments.ablation import Variant, check_variants, configure
@@ -103,3 +104,11 @@ def test_published_settings_are_valid_runs_on_the_machines_they_were_planned_for
     assert config.acd.weight == 0
     stated = f"{evaluations_of_step(read_options(Options, config)):,} evaluations"
     assert stated in " ".join(file.read_text().split())
+
+
+def test_a_budget_of_no_variant_is_refused(tmp_path, capsys):
+    config = Path(__file__).parents[1] / "configs" / "small_editor.py"
+    flags = ["--table=baselines", "--equal_evaluations", f"--config={config}", f"--out={tmp_path / 'out'}"]
+    assert main(["ablate", *flags]) == 2
+    assert "--equal_evaluations: found without --variant" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

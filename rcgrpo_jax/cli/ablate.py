@@ -64,6 +64,8 @@ def run(argv: list[str]) -> None:
     expand_fields(config)
     check_apart("--out", out, {"--data": values.data, **path_fields(config), "data.cache": None}, WRITTEN)
     devices = open_devices()
+    if values.equal_evaluations and not values.variant:
+        raise UsageError("--equal_evaluations: found without --variant, whose budget it is.", "Leave it out.")
     named = map(read_variant, values.variant)
     variants = [
         *(TABLES[values.table](config) if values.table else ()),
