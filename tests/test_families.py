@@ -135,6 +135,7 @@ def test_a_lora_has_the_names_of_diffusers(trained, model_path, tmp_path):
     ("changes", "problem"),
     [
         ({"acd__layers": 2}, "acd.layers: 2; the model has 1 blocks"),
+        ({"rollout__share": "region", "explore__alpha_base": 0.0}, "rollout.share: region; candidates of this model"),
         ({"mesh__tensor": 2}, "mesh.tensor: 2; the model has 1 heads"),
         ({"lora__targets": "attention"}, "matches no linear layer"),
     ],

@@ -39,7 +39,7 @@ REGION = {"sde__noise": "region", "explore__alpha_edit": 0.8, "explore__alpha_ba
 class Plain(Matrix):
     """Its velocity ends in a matrix product, as a transformer's does: no compiler merges it with the step after it."""
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
         return (jnp.tanh(x) * (1 + sigma) - condition) @ (params["W"] + lora.get("B", 0.0)), None
 
 

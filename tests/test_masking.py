@@ -173,7 +173,7 @@ class LinearNetworks:
     def source(self, condition):
         return condition["source"]
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
         return params["w"] * condition["text"] * x - 2 * sigma, None
 
 

@@ -92,7 +92,7 @@ class Matrix:
     def text_weights(self, encoded):
         return jnp.ones((len(encoded["latents"]), 1))
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
         return jnp.tanh(x @ (params["W"] + lora.get("B", 0.0))) * (1 + sigma) - condition, None
 
     def decode(self, params, tokens, grid):

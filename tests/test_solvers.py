@@ -249,7 +249,7 @@ class Curve:
     def sigmas(self, num_steps, num_image_tokens):
         return schedule.sigmas(num_steps, num_image_tokens)
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
         total = jnp.ones((1, 2))
         return curved(x, sigma), None if region is None else Masses(sigma * total, total)
 

@@ -80,7 +80,7 @@ class ToyNetworks:
     def text_weights(self, encoded):
         return encoded["is_byte"]
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
         def predict(text):
             return Network().apply({"params": params, "lora": lora}, x, sigma, text, condition.reference)
 

@@ -11,6 +11,7 @@ from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solvers.base import Solver, VelocityWithAux
 from rcgrpo_jax.flow.solvers.euler import EULER
 from rcgrpo_jax.method import concentration
+from rcgrpo_jax.method.sharing import Own
 
 
 class Masses(NamedTuple):
@@ -55,8 +56,13 @@ class Networks(Hashable, Protocol):
         condition: Any,
         grid: tuple[int, int],
         region: Float[Array, "*b N"] | None = None,
+        own: Own | None = None,
     ) -> tuple[Float[Array, "*b N C"], Masses | None]:
-        """`v_theta(x, sigma, c)`, float32, and the attention masses of the selected blocks where a region is given."""
+        """`v_theta(x, sigma, c)`, float32, and the attention masses of the selected blocks where a region is given.
+
+        Where `own` is given, which is only to models whose `Sizes.shares_tokens`, `x` is a group `[G, N, C]` that
+        shares all other tokens, condition and region. `G` is then the only leading axis, also of the masses.
+        """
 
     def encode_image(self, params: dict, pictures: Float[Array, "*b H W 3"]) -> Float[Array, "*b N C"]:
         """Latents of pictures in [-1, 1], float32; `params` are those of the editor's `image_params`."""
@@ -109,8 +115,9 @@ def velocity_and_density(
     grid: tuple[int, int],
     region: Float[Array, " N"],
     text_weights: Float[Array, " N_txt"] | None = None,
+    own: Own | None = None,
 ) -> VelocityWithAux:
-    """The velocity of one sample beside the ACD of each selected block (Eq. 17), `[L_sel]`.
+    """The velocity of one sample beside the ACD of each selected block (Eq. 17), `[L_sel]`; of a group `[L_sel, G]`.
 
     Args:
         networks: The networks.
@@ -120,10 +127,11 @@ def velocity_and_density(
         grid: The token grid.
         region: M.
         text_weights: Text tokens that count, as `concentration.density_from_masses` has them; None: all.
+        own: Of a group that shares tokens.
     """
 
     def velocity(x: Array, sigma: Array) -> tuple[Array, Array]:
-        v, masses = networks.velocity(params, lora, x, sigma, condition, grid, region)
+        v, masses = networks.velocity(params, lora, x, sigma, condition, grid, region, own)
         return v, concentration.density_from_masses(masses.inside, masses.total, region, text_weights)
 
     return velocity

@@ -57,11 +57,12 @@ class FluxKontextNetworks:
     def text_weights(self, encoded):
         return encoded["text_weights"]
 
-    def velocity(self, params, lora, x, sigma, condition, grid, region=None):
-        variables, sigma = {"params": params, "lora": lora}, jnp.broadcast_to(sigma, x.shape[:-2])
+    def velocity(self, params, lora, x, sigma, condition, grid, region=None, own=None):
+        variables = {"params": params, "lora": lora}
+        inputs = x, jnp.broadcast_to(sigma, () if own else x.shape[:-2]), condition, grid, region, own
         if region is None:
-            return self.transformer.apply(variables, x, sigma, condition, grid), None
-        v, sown = self.transformer.apply(variables, x, sigma, condition, grid, region, mutable=["intermediates"])
+            return self.transformer.apply(variables, *inputs), None
+        v, sown = self.transformer.apply(variables, *inputs, mutable=["intermediates"])
         options = self.transformer.attention
         names = ("acd_inside", "acd_total", *(["acd_map"] if options.acd_map else []))
         return v, Masses(*(sown_masses(sown["intermediates"], name, options.acd_layers) for name in names))
@@ -101,6 +102,7 @@ class FluxKontext(ModelFolder):
             num_heads=transformer.num_attention_heads,
             decoder_channels=vae.block_out_channels[0],
             num_double_blocks=transformer.num_layers,
+            shares_tokens=True,
         )
 
     @property

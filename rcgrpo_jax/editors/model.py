@@ -31,6 +31,7 @@ class Sizes(NamedTuple):
     num_heads: int  # the mesh's `tensor` axis divides them
     decoder_channels: int  # of the decoder's largest features `[H, W, channels]`
     num_double_blocks: int = 0  # the first blocks, where text and image have weights of their own
+    shares_tokens: bool = False  # whether `Networks.velocity` takes a group whose candidates share tokens
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from rcgrpo_jax.method import concentration
-from rcgrpo_jax.models import rope
+from rcgrpo_jax.method.sharing import Own
+from rcgrpo_jax.models import rope, sharing
 from rcgrpo_jax.models.attention import attend
 from rcgrpo_jax.models.config import MMDiTConfig
 from rcgrpo_jax.models.lora import Linear
@@ -61,6 +62,15 @@ def keep_whole(*streams: Float[Array, "*b N D"]) -> tuple[Float[Array, "*b N D"]
     )
 
 
+class Surroundings(NamedTuple):
+    """What all blocks of a pass have in common."""
+
+    vec: Float[Array, "*b D"]  # of time, guidance and pooled text
+    angles: Float[Array, "N D_head/2"]  # of the rotary embedding
+    region: Float[Array, "*b N_img"] | None  # M, if attention masses are to be sown
+    layout: sharing.Layout | None = None  # of candidates that share tokens
+
+
 class AttentionOptions(NamedTuple):
     """How blocks attend, and what they report."""
 
@@ -102,7 +112,7 @@ class Attention(Part):
         return x if norm is None else self.part(RMSNorm, norm)(x)
 
     @nn.compact
-    def __call__(self, *streams: Array, angles: Array, region: Array | None, layer: Array) -> tuple[Array, ...]:
+    def __call__(self, *streams: Array, around: Surroundings, layer: Array) -> tuple[Array, ...]:
         x = streams[-1]
         q, k, v = self.heads(x, "to_q", "norm_q"), self.heads(x, "to_k", "norm_k"), self.heads(x, "to_v")
         if self.joint:
@@ -113,10 +123,15 @@ class Attention(Part):
                 self.heads(text, "add_v_proj"),
             )
             q, k, v = (jnp.concatenate(pair, axis=-3) for pair in zip(added, (q, k, v), strict=True))
-        q, k = rope.rotate(q, angles), rope.rotate(k, angles)
-        if region is not None:
-            self.sow_concentration(q, k, region, layer)
-        out = attend(q, k, v, self.options.implementation)
+        q, k = rope.rotate(q, around.angles), rope.rotate(k, around.angles)
+        if around.layout is not None:
+            k, v = sharing.unpack(k, around.layout), sharing.unpack(v, around.layout)
+        if around.region is not None:
+            self.sow_concentration(q, k, around.region, layer)
+        if around.layout is None:
+            out = attend(q, k, v, self.options.implementation)
+        else:
+            out = sharing.attend_packed(q, k, v, around.layout, self.options.implementation)
         out = out.reshape(*out.shape[:-2], self.config.width)
         if not self.joint:
             return (out,)
@@ -130,7 +145,7 @@ class Attention(Part):
         if first >= (self.config.num_layers if self.joint else self.config.num_blocks):
             return  # no block of this stack is selected
         key_region = jnp.concatenate([region, region], axis=-1) if self.options.acd_reference_keys else region
-        num_text = q.shape[-3] - 2 * region.shape[-1]
+        num_text = k.shape[-3] - 2 * region.shape[-1]
         scale = self.config.attention_head_dim**-0.5
 
         @partial(jnp.vectorize, signature="(t,h,d),(i,h,d),(i)->(t),(t)")
@@ -143,7 +158,9 @@ class Attention(Part):
 
         def report() -> dict[str, Array]:
             q_txt, k_img = q[..., :num_text, :, :], k[..., num_text : num_text + key_region.shape[-1], :, :]
-            inside, total = masses(q_txt, k_img, key_region)
+            batch = k_img.shape[:-3]  # a group shares its text
+            q_txt = jnp.broadcast_to(q_txt, (*batch, *q_txt.shape[-3:]))
+            inside, total = masses(q_txt, k_img, jnp.broadcast_to(key_region, (*batch, key_region.shape[-1])))
             extra = {"acd_map": attention_map(q_txt, k_img)} if self.options.acd_map else {}
             return {"acd_inside": inside, "acd_total": total, **extra}
 
@@ -172,12 +189,14 @@ class DoubleBlock(Part):
     options: AttentionOptions
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, Array], layer: Array, vec: Array, angles: Array, region: Array | None):
+    def __call__(self, streams: tuple[Array, Array], layer: Array, around: Surroundings):
         text, image = keep_whole(*streams)
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.part(Modulation, "norm1", 6)(vec)
-        shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = self.part(Modulation, "norm1_context", 6)(vec)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.part(Modulation, "norm1", 6)(around.vec)
+        shift_t, scale_t, gate_t, shift_mlp_t, scale_mlp_t, gate_mlp_t = self.part(Modulation, "norm1_context", 6)(
+            around.vec
+        )
         attended_text, attended_image = self.part(Attention, "attn", self.options, True)(
-            modulate(text, shift_t, scale_t), modulate(image, shift, scale), angles=angles, region=region, layer=layer
+            modulate(text, shift_t, scale_t), modulate(image, shift, scale), around=around, layer=layer
         )
         image = image + gate[..., None, :] * attended_image
         text = text + gate_t[..., None, :] * attended_text
@@ -192,13 +211,11 @@ class SingleBlock(Part):
     options: AttentionOptions
 
     @nn.compact
-    def __call__(self, x: Array, layer: Array, vec: Array, angles: Array, region: Array | None):
+    def __call__(self, x: Array, layer: Array, around: Surroundings):
         (x,) = keep_whole(x)
-        shift, scale, gate = self.part(Modulation, "norm", 3)(vec)
+        shift, scale, gate = self.part(Modulation, "norm", 3)(around.vec)
         modulated = modulate(x, shift, scale)
-        (attended,) = self.part(Attention, "attn", self.options, False)(
-            modulated, angles=angles, region=region, layer=layer
-        )
+        (attended,) = self.part(Attention, "attn", self.options, False)(modulated, around=around, layer=layer)
         mlp = nn.gelu(self.linear(4 * self.config.width, "proj_mlp")(modulated), approximate=True)
         (x,) = keep_whole(x + gate[..., None, :] * self.linear(self.config.width, "proj_out")(attended, mlp))
         return x, None
@@ -228,7 +245,7 @@ class MMDiT(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=length,
         )
         return scanned(self.config, self.dtype, self.param_dtype, self.attention, name=name)
@@ -241,6 +258,7 @@ class MMDiT(nn.Module):
         condition: Condition,
         grid: tuple[int, int],
         region: Float[Array, "*b N_img"] | None = None,
+        own: Own | None = None,
     ) -> Float[Array, "*b N_img C"]:
         """The velocity `noise - data` at the target tokens.
 
@@ -250,11 +268,13 @@ class MMDiT(nn.Module):
             condition: Text, pooled vector, reference latents and guidance.
             grid: Static (rows, columns) of tokens, of target and reference alike.
             region: Edit mask on the token grid, in [0, 1]. If given, the last `acd_layers` blocks sow ACD masses.
+            own: If given, `x` is a group `[G, N_img, C]` that shares all other tokens, one time and one condition; the
+                others have no leading axes, and masses are sown as `[G, N_txt]`.
 
         Returns:
             float32 velocity.
         """
-        width, num_img = self.config.width, x.shape[-2]
+        width, num_img, num_text = self.config.width, x.shape[-2], condition.text.shape[-2]
         if condition.reference.shape[-2] != num_img or grid[0] * grid[1] != num_img:
             raise ValueError(
                 f"a grid of {grid[0]} x {grid[1]} tokens needs as many target and reference tokens; "
@@ -262,26 +282,45 @@ class MMDiT(nn.Module):
             )
         shared = (self.config, self.dtype, self.param_dtype)
         vec = TimeTextEmbed(*shared, name="time_text_embed")(sigma, condition)
-        image = Linear(width, self.dtype, self.param_dtype, name="x_embedder")(
-            jnp.concatenate([x, condition.reference.astype(x.dtype)], axis=-2)
-        )
+        angles = rope.angles(rope.kontext_ids(num_text, grid), self.config.axes_dims_rope, self.config.rope_theta)
+        tokens, layout = _image_tokens(x, condition.reference.astype(x.dtype)), None
+        if own is not None:
+            layout = _group_layout(own, len(x), num_text)
+            packed = slice(num_text, None)  # text is the first candidate's
+            tokens = tokens[layout.candidate[packed], layout.position[packed] - num_text]
+            angles = angles[layout.position]
+        image = Linear(width, self.dtype, self.param_dtype, name="x_embedder")(tokens)
         text = Linear(width, self.dtype, self.param_dtype, name="context_embedder")(condition.text)
-        ids = rope.kontext_ids(text.shape[-2], grid)
-        angles = rope.angles(ids, self.config.axes_dims_rope, self.config.rope_theta)
 
         doubles, singles = self.config.num_layers, self.config.num_single_layers
-        conditions = (vec, angles, region)
+        around = Surroundings(vec, angles, region, layout)
         if doubles:
             blocks = self._stack(DoubleBlock, doubles, "transformer_blocks")
-            (text, image), _ = blocks((text, image), jnp.arange(doubles), *conditions)
+            (text, image), _ = blocks((text, image), jnp.arange(doubles), around)
         stream = jnp.concatenate([text, image], axis=-2)
         if singles:
             blocks = self._stack(SingleBlock, singles, "single_transformer_blocks")
-            stream, _ = blocks(stream, doubles + jnp.arange(singles), *conditions)
-        target = stream[..., text.shape[-2] : text.shape[-2] + num_img, :]
+            stream, _ = blocks(stream, doubles + jnp.arange(singles), around)
+        target = slice(num_text, num_text + num_img)
+        if layout is None:
+            stream = stream[..., target, :]
         scale, shift = Modulation(*shared, 2, name="norm_out")(vec)
-        out = modulate(target, shift, scale)
-        return Linear(self.config.in_channels, self.dtype, self.param_dtype, name="proj_out")(out).astype(jnp.float32)
+        out = modulate(stream, shift, scale)
+        out = Linear(self.config.in_channels, self.dtype, self.param_dtype, name="proj_out")(out)
+        if layout is not None:
+            out = sharing.unpack(out, layout)[:, target]
+        return out.astype(jnp.float32)
+
+
+def _image_tokens(x: Float[Array, "*b N C"], reference: Float[Array, "*c N C"]) -> Float[Array, "*b 2N C"]:
+    """Target and reference; a group has one reference."""
+    return jnp.concatenate([x, jnp.broadcast_to(reference, x.shape)], axis=-2)
+
+
+def _group_layout(own: Own, group: int, num_text: int) -> sharing.Layout:
+    """That of [text, target, reference]."""
+    text = jnp.zeros(num_text, bool)
+    return sharing.layout(jnp.concatenate([text, own.target, own.reference]), group, own.size)
 
 
 def sown_masses(intermediates: dict, name: str, acd_layers: int) -> Array:

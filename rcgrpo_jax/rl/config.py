@@ -17,8 +17,9 @@ from rcgrpo_jax.method.gaussian import LOG_PROBS
 from rcgrpo_jax.options import read_options
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES, mesh_shape
 from rcgrpo_jax.rewards import known_rewards
-from rcgrpo_jax.rl.options import Options
+from rcgrpo_jax.rl.options import Options, RolloutOptions
 from rcgrpo_jax.rl.policy import POLICIES
+from rcgrpo_jax.rl.policy.base import SHARING
 from rcgrpo_jax.rl.policy.noise import EXPLORERS
 from rcgrpo_jax.rl.reward_fields import ACD, FREE, names_in, reward_problems, weight_problems
 from rcgrpo_jax.runs.fields import (
@@ -60,6 +61,7 @@ _CHOICES = {
     "policy": POLICIES.keys(),  # a view: later entries count
     "explore.kind": tuple(EXPLORERS),
     "rollout.solver": tuple(SOLVERS),
+    "rollout.share": ("none", "region"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),
@@ -79,6 +81,7 @@ _RANGES = {
     "explore.mask_threshold": (0, 1), "explore.mask_dilation": (0, 128),
     "rollout.prompts": (1, COUNT), "rollout.group_size": (2, COUNT), "rollout.num_steps": (1, STEPS),
     "rollout.micro_batch": (0, COUNT), "rollout.decode_micro_batch": (0, COUNT),
+    "rollout.share_grow": (0, 128), "rollout.share_grow_reference": (-1, 128), "rollout.share_full_steps": (0, STEPS),
     "surrogate.tau_edit": (1e-6, LARGE), "surrogate.tau_base": (1e-6, LARGE), "surrogate.anchors": (1, COUNT),
     "surrogate.num_random_steps": (1, STEPS), "surrogate.target_entropy": (0, LARGE),
     "surrogate.micro_batch": (0, COUNT),
@@ -167,11 +170,36 @@ def _unread_problems(options: Options) -> list[str]:
     ]
 
 
+def _share_problems(options: Options) -> list[str]:
+    """What is wrong with `rollout.share`, for a policy that reads it."""
+    rollout, explore, default = options.rollout, options.explore, RolloutOptions()
+    if rollout.share == "none":
+        return [
+            f"{field}: {found} with rollout.share = none, which does not read it; {wanted} was wanted"
+            for field in SHARING
+            if (found := getattr(rollout, field.removeprefix("rollout.")))
+            != (wanted := getattr(default, field.removeprefix("rollout.")))
+        ]
+    problems = []
+    if explore.kind != "region" or explore.alpha_base:
+        problems.append(
+            f"rollout.share: {rollout.share} with explore.kind = {explore.kind} and explore.alpha_base = "
+            f"{explore.alpha_base}; region and 0 were wanted, so that candidates start equal outside the region"
+        )
+    if rollout.share_full_steps >= rollout.num_steps:
+        problems.append(
+            f"rollout.share_full_steps: {rollout.share_full_steps} of rollout.num_steps = {rollout.num_steps}; fewer "
+            "were wanted, or rollout.share = none"
+        )
+    return problems
+
+
 def _spread_problems(options: Options, num_devices: int) -> list[str]:
     policy, g = POLICIES[options.policy], options.rollout.group_size
     problems = _unread_problems(options) + policy.problems(options.step)
     if few := steps_problem(options.rollout.solver, options.rollout.num_steps, "rollout.solver"):
         problems.append(f"rollout.num_steps: {few}")
+    problems += _share_problems(options)
     if options.objective.quasi_norm and options.objective.advantage_std == "batch":
         problems.append(
             f"objective.advantage_std: batch with objective.quasi_norm = {options.objective.quasi_norm}, which divides "

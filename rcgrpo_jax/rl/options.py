@@ -33,6 +33,10 @@ class RolloutOptions:
     solver: str = "euler"  # euler (the paper's), heun (2K - 1 evaluations), dpmpp_2m (K)
     micro_batch: int = 0  # candidates rolled out and scored at a time, as many of each group; 0: all P x G
     decode_micro_batch: int = 0  # of these, images decoded at a time; 0: all
+    share: str = "none"  # none, or region: candidates have candidate 0's tokens outside the region, for less (ours)
+    share_grow: int = 1  # tokens by which the region grows then
+    share_grow_reference: int = 0  # the same on the source image; -1: none of its tokens are a candidate's own
+    share_full_steps: int = 0  # the first solver steps, in which nothing is shared
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ flattened to one axis that is vmapped and spread over the mesh in micro-batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -21,14 +21,15 @@ from jaxtyping import Array, Float
 
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
-from rcgrpo_jax.flow.solvers.base import Velocity
-from rcgrpo_jax.method import concentration, region
+from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
+from rcgrpo_jax.method import concentration, region, sharing
 from rcgrpo_jax.models.lora import scale_adapter
 from rcgrpo_jax.parallel.distributed import rows_to_mesh
 from rcgrpo_jax.parallel.mesh import SAMPLE_AXES
 from rcgrpo_jax.parallel.microbatch import accumulate, map_samples
 from rcgrpo_jax.parallel.sharding import replicated
 from rcgrpo_jax.rl.options import StepOptions
+from rcgrpo_jax.rl.parts import split_groups
 from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout, Velocities
 from rcgrpo_jax.runs.state import TrainState, apply_gradients
@@ -55,6 +56,8 @@ class Programs:
         self.gather_prompts = jax.jit(self._prompts, out_shardings=whole)
         self.explore = jax.jit(self.policy.explore, out_shardings=whole)
         self.rollout = jax.jit(self._rollout, out_shardings=whole)
+        self.rollout_shared = jax.jit(self._rollout_shared, static_argnames="size", out_shardings=whole)
+        self.count_own = jax.jit(self._count_own, out_shardings=whole)
         self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
         self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
         self.refresh = jax.jit(self.policy.refresh, out_shardings=whole, donate_argnums=0)
@@ -78,6 +81,23 @@ class Programs:
         """`v_theta(., ., c)` of one sample."""
         return lambda x, sigma: self.networks.velocity(params, lora, x, sigma, condition, self.grid)[0]
 
+    def roll_out(
+        self, params: dict, lora: dict, prompts: Prompts, exploration: Exploration, at_a_time: int
+    ) -> Iterator[Rollout]:
+        """Rolls out so many candidates of each group at a time, as `rollout.share` says.
+
+        What is shared waits for the masks: their largest region chooses the program.
+        """
+        parts, size = split_groups(exploration.candidates, at_a_time), 0
+        if self.options.rollout.share == "region":
+            size = sharing.choose_size(int(self.count_own(prompts)), math.prod(self.grid))
+        for part in parts:
+            if size:
+                first = exploration.candidates[:, :1]
+                yield self.rollout_shared(params, lora, prompts, part, first, size=size)
+            else:
+                yield self.rollout(params, lora, prompts, part)
+
     def _rollout(self, params: dict, lora: dict, prompts: Prompts, candidates: Any) -> Rollout:
         """Rolls out candidates of every group, `[P, g, ...]`, and takes R_acd (Eq. 18)."""
         lora = scale_adapter(lora, self.options.lora_scale)
@@ -85,19 +105,76 @@ class Programs:
 
         def one(index: Array, candidate: Any) -> tuple[Array, Array]:
             prompt = _row(prompts, index)
-            if not self.options.acd.weight:
-                velocity = self._velocity(params, lora, prompt.condition)
-                states, _ = self.policy.rollout(lambda x, sigma: (velocity(x, sigma), None), prompt, candidate)
-                return states, jnp.zeros(())
-            text_weights = prompt.text_weights if self.options.acd.text == "instruction" else None
-            where = (prompt.condition, self.grid, prompt.region, text_weights)
-            velocity = velocity_and_density(self.networks, params, lora, *where)
-            states, densities = self.policy.rollout(velocity, prompt, candidate)
-            return states, concentration.reward(densities)
+            states, densities = self.policy.rollout(self._rolling_velocity(params, lora, prompt), prompt, candidate)
+            return states, jnp.zeros(()) if densities is None else concentration.reward(densities)
 
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), candidates)
         states, acd = map_samples(one, (jnp.repeat(jnp.arange(num_prompts), group), flat), 0, self.mesh)
         return Rollout(states.reshape(num_prompts, group, *states.shape[1:]), acd.reshape(num_prompts, group))
+
+    def _rolling_velocity(
+        self, params: dict, lora: dict, prompt: Prompts, own: sharing.Own | None = None
+    ) -> VelocityWithAux:
+        """That of one sample, or of a group that shares tokens, beside its ACD where that is a reward."""
+        if not self.options.acd.weight:
+            where = (prompt.condition, self.grid, None, own)
+            return lambda x, sigma: (self.networks.velocity(params, lora, x, sigma, *where)[0], None)
+        text_weights = prompt.text_weights if self.options.acd.text == "instruction" else None
+        where = (prompt.condition, self.grid, prompt.region, text_weights, own)
+        return velocity_and_density(self.networks, params, lora, *where)
+
+    def _own_tokens(self, prompt: Prompts) -> tuple[Array, Array]:
+        settings = self.options.rollout
+        return sharing.own_tokens(prompt.explored, self.grid, settings.share_grow, settings.share_grow_reference)
+
+    def _count_own(self, prompts: Prompts) -> Array:
+        """Tokens of the largest set of the batch."""
+        target, reference = jax.vmap(self._own_tokens)(prompts)
+        return (target.sum(-1) + reference.sum(-1)).max()
+
+    def _rollout_shared(
+        self,
+        params: dict,
+        lora: dict,
+        prompts: Prompts,
+        candidates: Float[Array, "P g N C"],
+        first: Float[Array, "P 1 N C"],
+        size: int,
+    ) -> Rollout:
+        """As `_rollout`, with the first candidate's tokens outside the region (`method.sharing`).
+
+        A sample is a prompt with a part of its group: as few parts as spread over the mesh, each with a pass of the
+        first candidate. If a group is whole, that pass is candidate 0.
+
+        Args:
+            params, lora, prompts: As there.
+            candidates: Initial noises.
+            first: That of candidate 0.
+            size: R, room for a candidate's own tokens.
+        """
+        lora = scale_adapter(lora, self.options.lora_scale)
+        num_prompts, group = candidates.shape[:2]
+        devices = math.prod(self.mesh.shape[axis] for axis in SAMPLE_AXES)
+        num_parts = devices // math.gcd(devices, num_prompts)
+        is_whole = num_parts == 1 and group == self.options.rollout.group_size
+        if not is_whole:
+            candidates = jnp.concatenate(
+                [jnp.repeat(first, num_parts, 0), candidates.reshape(num_prompts * num_parts, -1, *first.shape[2:])], 1
+            )
+
+        def one(index: Array, noises: Float[Array, "g N C"]) -> tuple[Array, Array]:
+            prompt = _row(prompts, index)
+            own = sharing.Own(*self._own_tokens(prompt), size)
+            shared = self._rolling_velocity(params, lora, prompt, own)
+            full = jax.vmap(self._rolling_velocity(params, lora, prompt), (0, None), (0, -1))
+            velocity = in_full_first(full, shared, self.sigmas, self.options.rollout.share_full_steps)
+            states, densities = self.policy.rollout(velocity, prompt, noises)
+            acd = jnp.zeros(len(noises)) if densities is None else concentration.reward(jnp.moveaxis(densities, -1, 0))
+            return (states.swapaxes(0, 1), acd) if is_whole else (states.swapaxes(0, 1)[1:], acd[1:])
+
+        which = jnp.repeat(jnp.arange(num_prompts), num_parts)
+        states, acd = map_samples(one, (which, candidates), 0, self.mesh)
+        return Rollout(states.reshape(num_prompts, group, *states.shape[2:]), acd.reshape(num_prompts, group))
 
     def _decode(self, params: dict, tokens: Float[Array, "P g N C"]) -> Float[Array, "Pg H W 3"]:
         """Pictures of final states, in [0, 1] or NaN, each on the device that rolled it out."""
@@ -211,6 +288,15 @@ class ProgramsBySize:
         if size not in self._given:
             self._given[size] = shared_programs(replace(self._options, size=size), *self._where)
         return self._given[size]
+
+
+def in_full_first(
+    full: VelocityWithAux, shared: VelocityWithAux, sigmas: Float[Array, " K+1"], num_steps: int
+) -> VelocityWithAux:
+    """The one velocity in the first steps, and then the other; what is not chosen is not computed."""
+    if not num_steps:
+        return shared
+    return lambda x, sigma: jax.lax.cond(sigma > sigmas[num_steps], full, shared, x, sigma)
 
 
 def _is_largest(metric: str) -> bool:

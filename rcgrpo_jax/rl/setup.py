@@ -193,6 +193,11 @@ def check_model_fits(options: Options, model: Model) -> None:
         raise UsageError(
             f"config: acd.layers: {options.acd.layers}; the model has {sizes.num_blocks} blocks.", "Lower acd.layers."
         )
+    if options.rollout.share != "none" and not sizes.shares_tokens:
+        raise UsageError(
+            f"config: rollout.share: {options.rollout.share}; candidates of this model cannot share tokens.",
+            "Set rollout.share=none.",
+        )
     check_tokens(options.data, sizes.token_pixels)
     target_kernels(model.param_shapes, options.lora.targets)
 

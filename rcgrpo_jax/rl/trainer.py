@@ -25,7 +25,7 @@ from rcgrpo_jax.parallel.distributed import gather, local_row_range, local_rows,
 from rcgrpo_jax.rl import config as schema
 from rcgrpo_jax.rl.config import MAY_DIFFER, PATHS
 from rcgrpo_jax.rl.options import Options
-from rcgrpo_jax.rl.parts import join, split_groups
+from rcgrpo_jax.rl.parts import join
 from rcgrpo_jax.rl.policy.base import Exploration, Prompts, Rollout
 from rcgrpo_jax.rl.programs import Programs, ProgramsBySize
 from rcgrpo_jax.rl.reward_fields import ACD, Schedule, unlearned
@@ -287,9 +287,9 @@ class Trainer:
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts, state.step)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
         rollouts, pictures = [], []
-        for candidates in split_groups(exploration.candidates, at_a_time):
-            rollouts.append(programs.rollout(self.params, state.rolling_out, prompts, candidates))
-            pictures.append(self.local_pictures(programs.decode(self.decoder, rollouts[-1].states[:, :, -1])))
+        for part in programs.roll_out(self.params, state.rolling_out, prompts, exploration, at_a_time):
+            rollouts.append(part)
+            pictures.append(self.local_pictures(programs.decode(self.decoder, part.states[:, :, -1])))
         with raise_together():  # all is dispatched: the devices roll out the next part while one is scored
             started = []
             for images in pictures:

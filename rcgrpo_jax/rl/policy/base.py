@@ -11,6 +11,9 @@ from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.runs.state import TrainState
 
+# Fields of policies whose rollout takes a group at once, and whose candidates start equal outside the region.
+SHARING = ("rollout.share", "rollout.share_grow", "rollout.share_grow_reference", "rollout.share_full_steps")
+
 
 class Prompts(NamedTuple):
     """What the device keeps of a batch, one row a prompt."""
@@ -88,6 +91,8 @@ class Policy(Protocol):
         self, velocity: VelocityWithAux, prompt: Prompts, candidate: Any
     ) -> tuple[Float[Array, "K+1 N C"], Any]:
         """The states of one candidate under the parameters that roll out, float32, and the aux of every step.
+
+        With `SHARING` among `OWN`, a candidate may be a group of them, and the states `[K+1, G, N, C]`.
 
         Args:
             velocity: Of these parameters.

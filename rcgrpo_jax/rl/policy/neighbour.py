@@ -17,7 +17,7 @@ from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
 from rcgrpo_jax.rl.policy import likelihood
-from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.rl.policy.base import SHARING, Prompts, Velocities
 from rcgrpo_jax.rl.policy.noise import initial_noise
 from rcgrpo_jax.runs.state import TrainState
 
@@ -49,7 +49,7 @@ class Neighbour:
     `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
     """
 
-    OWN = ("surrogate", "objective.source_advantage", "objective.clip")
+    OWN = ("surrogate", "objective.source_advantage", "objective.clip", *SHARING)
     keeps_old = False
 
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
@@ -122,9 +122,9 @@ class Neighbour:
         return steps
 
     def rollout(
-        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
-    ) -> tuple[Float[Array, "K+1 N C"], Any]:
-        """Integrates from the candidate's noise (Eq. 12)."""
+        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "*g N C"]
+    ) -> tuple[Float[Array, "K+1 *g N C"], Any]:
+        """Integrates from the candidate's noise, or those of a group that shares tokens (Eq. 12)."""
         return rollout.integrate_with_aux(velocity, candidate, self.sigmas, self.solver)
 
     def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:

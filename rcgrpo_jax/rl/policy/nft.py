@@ -16,7 +16,7 @@ from rcgrpo_jax.flow.solvers import SOLVERS
 from rcgrpo_jax.flow.solvers.base import VelocityWithAux
 from rcgrpo_jax.method import nft
 from rcgrpo_jax.rl.options import StepOptions
-from rcgrpo_jax.rl.policy.base import Prompts, Velocities
+from rcgrpo_jax.rl.policy.base import SHARING, Prompts, Velocities
 from rcgrpo_jax.rl.policy.noise import initial_noise
 from rcgrpo_jax.runs.state import TrainState
 
@@ -41,7 +41,7 @@ class NFT:
     old one, and those without a score have A = 0 too.
     """
 
-    OWN = ("nft",)
+    OWN = ("nft", *SHARING)
     keeps_old = True
 
     def __init__(self, options: StepOptions, networks: Networks, sigmas: Float[Array, " K+1"]):
@@ -88,9 +88,9 @@ class NFT:
         return Exploration(noise, times, jax.random.split(key_matched, times.shape))
 
     def rollout(
-        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "N C"]
-    ) -> tuple[Float[Array, "K+1 N C"], Any]:
-        """Integrates from the candidate's noise; the last state is the sample."""
+        self, velocity: VelocityWithAux, prompt: Prompts, candidate: Float[Array, "*g N C"]
+    ) -> tuple[Float[Array, "K+1 *g N C"], Any]:
+        """Integrates from the noise of a candidate, or of a group that shares tokens; the last state is the sample."""
         solver = SOLVERS[self.options.rollout.solver]
         return rollout.integrate_with_aux(velocity, candidate, self.sigmas, solver)
 

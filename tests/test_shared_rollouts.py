@@ -1,0 +1,158 @@
+"""Rollouts of candidates that share their tokens outside the region."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_run
+from test_config import make, problems
+
+from rcgrpo_jax.method import sharing
+from rcgrpo_jax.rl.parts import join
+from rcgrpo_jax.rl.policy.base import Rollout
+from rcgrpo_jax.rl.trainer import Trainer
+
+# Masks of few tokens of 16: the two share sixteen of thirty-two with the source image's.
+SHARE = {"rollout__share": "region", "rollout__share_grow": 0, "explore__alpha_base": 0.0}
+EXACT = {"explore__alpha_base": 0.0}
+NFT = {"policy": "nft", "surrogate__distance": "l2", "surrogate__anchors": 4, "surrogate__steps": "early"}
+BOXES = ((0, 20, 0, 20), (40, 60, 16, 32))  # 4 and 2 tokens
+
+
+def masks(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    mask = np.zeros((len(boxes), 64, 64), np.float32)
+    for of, (top, bottom, left, right) in zip(mask, boxes, strict=True):
+        of[top:bottom, left:right] = 1
+    return mask
+
+
+def trainer_of(mesh_shape: tuple[int, ...] = (1, 1, 1), **changes) -> Trainer:
+    return small_run.make_trainer(mesh_shape, **{**SHARE, **changes})
+
+
+def rolled_out(trainer: Trainer, boxes=BOXES, at_a_time: int = 4) -> tuple[Rollout, jax.Array]:
+    """Groups of the first two prompts with other masks, and their perturbed tokens."""
+    programs = trainer.programs
+    with jax.set_mesh(programs.mesh):
+        batch = small_run.make_batch(small_run.make_trainer())
+        prompts = programs.prompts(batch._replace(mask=masks(*boxes)))
+        exploration = programs.explore(jax.random.key(1), prompts, 0)
+        adapter = small_run.make_state(trainer).params
+        parts = programs.roll_out(trainer.params, adapter, prompts, exploration, at_a_time)
+        return jax.tree.map(np.asarray, join(*parts)), np.asarray(prompts.explored) > 0
+
+
+@cache
+def whole_group() -> tuple[Rollout, np.ndarray]:
+    return rolled_out(trainer_of())
+
+
+@cache
+def exact() -> Rollout:
+    return rolled_out(small_run.make_trainer(**EXACT))[0]
+
+
+def test_candidates_have_the_background_of_the_first_and_an_edit_of_their_own():
+    rollout, explored = whole_group()
+    for states, region in zip(rollout.states, explored, strict=True):
+        others, first = states[1:], states[:1]
+        np.testing.assert_allclose(
+            others[:, :, ~region], np.broadcast_to(first, others.shape)[:, :, ~region], atol=1e-6
+        )
+        assert (np.abs(others - first)[:, 1:, region].max((-1, -2)) > 0.1).all()
+    np.testing.assert_allclose(rollout.states[:, 0], exact().states[:, 0], atol=1e-5)
+    np.testing.assert_allclose(rollout.acd[:, 0], exact().acd[:, 0], rtol=1e-5)
+
+
+def test_shared_rollouts_are_near_to_exact_ones():
+    rollout, explored = whole_group()
+    for shared, full, region in zip(rollout.states, exact().states, explored, strict=True):
+        moved = full[1:, :, region] - full[:1, :, region]
+        error = shared[1:, :, region] - full[1:, :, region]
+        assert 0 < np.square(error).mean() < 0.02 * np.square(moved).mean()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_parts_of_a_group_are_those_of_the_whole(at_a_time):
+    found, _ = rolled_out(trainer_of(), at_a_time=at_a_time)
+    for wanted, array in zip(whole_group()[0], found, strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 4, 2)])
+def test_meshes_give_the_same_groups(mesh_shape):
+    found, _ = rolled_out(trainer_of(mesh_shape))
+    for wanted, array in zip(whole_group()[0], found, strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-4)
+
+
+def test_masks_too_large_to_share_give_the_exact_rollout():
+    full = ((0, 64, 0, 64), (0, 16, 0, 16))
+    shared, _ = rolled_out(trainer_of(), full)
+    wanted, _ = rolled_out(small_run.make_trainer(**EXACT), full)
+    for one, other in zip(shared, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_first_steps_may_be_computed_in_full():
+    found, _ = rolled_out(trainer_of(rollout__share_full_steps=2))
+    np.testing.assert_allclose(found.states[:, :, :3], exact().states[:, :, :3], atol=1e-5)
+    later = np.abs(found.states - exact().states)[:, 1:, 3:].max()
+    assert 1e-3 < later < np.abs(whole_group()[0].states - exact().states)[:, 1:, 3:].max()
+
+
+@pytest.mark.parametrize("own", [{}, NFT], ids=["neighbour", "nft"])
+def test_a_training_step_with_shared_rollouts(own):
+    trainer = trainer_of(**own)
+    batch = small_run.make_batch(trainer)._replace(mask=masks(*BOXES))
+    state = small_run.make_state(trainer)
+    state = state.replace(old=state.params) if own else state
+    after, metrics, _ = small_run.take_step(trainer, state, batch)
+    assert metrics["grad_norm"] > 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, state.params)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_a_set_grows_on_both_pictures():
+    region = jnp.zeros((5, 5)).at[2, 2].set(0.3).reshape(-1)
+    counts = {
+        grown: tuple(int(x.sum()) for x in sharing.own_tokens(region, (5, 5), *grown))
+        for grown in ((0, -1), (0, 0), (1, 0), (1, 2))
+    }
+    assert counts == {(0, -1): (1, 0), (0, 0): (1, 1), (1, 0): (9, 1), (1, 2): (9, 25)}
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "size"), [(0, 64, 16), (16, 64, 16), (17, 64, 32), (64, 64, 64), (65, 64, 0), (1, 3, 1)]
+)
+def test_the_size_of_a_program_holds_the_largest_set(count, tokens, size):
+    assert sharing.choose_size(count, tokens) == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (
+            {"explore__alpha_base": 0.1},
+            "rollout.share: region with explore.kind = region and explore.alpha_base",
+        ),
+        ({"explore__kind": "global"}, "rollout.share: region with explore.kind = global"),
+        ({"rollout__share_full_steps": 8}, "rollout.share_full_steps: 8 of rollout.num_steps = 8; fewer were wanted"),
+        ({"policy": "gaussian"}, "rollout.share: 'region' with policy = gaussian, which does not read it"),
+        (
+            {"rollout__share": "none", "rollout__share_grow": 2},
+            "rollout.share_grow: 2 with rollout.share = none, which does not read it; 1 was wanted",
+        ),
+    ],
+)
+def test_sharing_is_refused_where_it_means_nothing(changes, wanted):
+    config = {"rollout__share": "region", "explore__alpha_base": 0.0} | changes
+    assert any(line.startswith(wanted) for line in problems(make(**config)))
+
+
+def test_sharing_is_accepted_with_the_papers_exploration():
+    assert not problems(make(rollout__share="region", explore__alpha_base=0.0))
