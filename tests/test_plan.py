@@ -87,6 +87,31 @@ def test_a_step_counts_its_solvers_evaluations(solver, whole, early):
         assert found["update"] == 4 * 4 * count * unit
 
 
+def test_shared_tokens_are_computed_once():
+    """By hand: every kernel of a block and both products of attention, for the first candidate and the others' own."""
+    base = Options()
+    sizes = (MMDiTConfig(), VAEConfig(), 512, 1024)
+    shared = with_changes(
+        base, {"rollout.share": "region", "rollout.share_grow": 1, "rollout.share_grow_reference": -1}
+    )
+    one = flops.mmdit(sizes[0], 512, 1024, base.lora, base.acd)
+    assert flops.size_of_region(shared, 1024, 0.12) == 256  # 14 x 14 tokens
+    none, all_own = (flops.shared_forward(sizes[0], 512, 1024, base.lora, others, 2048) for others in (0, 1))
+    assert none == pytest.approx(one.forward, rel=1e-3)  # but for the last layer, which takes all tokens
+    assert 1.7 < all_own / one.forward < 2  # text tokens are the first candidate's
+    exact, found = flops.step(base, *sizes), flops.step(shared, *sizes, region=0.12)
+    assert 0.15 < found["rollout"] / exact["rollout"] < 0.2
+    assert found["update"] == exact["update"]
+    split = flops.step(shared, *sizes, region=0.12, devices=16)  # four prompts: groups in four parts
+    passes = 16 * flops.shared_forward(sizes[0], 512, 1024, base.lora, 3, 256)
+    assert split["rollout"] == pytest.approx(8 * (passes + 16 * 4 * one.concentration))
+    parts = flops.step(with_changes(shared, {"rollout.micro_batch": 12}), *sizes, region=0.12, devices=4)
+    assert parts["rollout"] == split["rollout"]
+    full = flops.step(with_changes(shared, {"rollout.share_full_steps": 4}), *sizes, region=0.12)
+    assert full["rollout"] == pytest.approx((exact["rollout"] + found["rollout"]) / 2)
+    assert flops.step(shared, *sizes, region=0.7) == exact
+
+
 # Programs
 
 
@@ -110,6 +135,16 @@ def test_compiled_flops_agree_with_the_formula(changes):
     assert ratios.pop("decode", 1.0) == pytest.approx(1, rel=0.05)
     # Three blocks show more of the first one, through whose inputs no gradient runs, than FLUX's 57.
     assert 0.85 < ratios["update"] < 1.05
+
+
+@pytest.mark.slow
+def test_compiled_flops_of_shared_rollouts_agree_with_the_formula():
+    share = {"rollout__share": "region", "rollout__share_grow": 0, "explore__alpha_base": 0.0}
+    planned = workload(**share)
+    assert planned.own_tokens
+    plan = planned.compile("rollout")
+    assert plan.cost.flops / plan.analytic == pytest.approx(1, rel=0.05)
+    assert plan.cost.flops < 0.7 * workload().compile("rollout").cost.flops
 
 
 @pytest.mark.slow

@@ -127,7 +127,8 @@ def test_a_set_grows_on_both_pictures():
 
 
 @pytest.mark.parametrize(
-    ("count", "tokens", "size"), [(0, 64, 16), (16, 64, 16), (17, 64, 32), (64, 64, 64), (65, 64, 0), (1, 3, 1)]
+    ("count", "tokens", "size"),
+    [(0, 64, 8), (8, 64, 8), (9, 64, 16), (33, 64, 48), (48, 64, 48), (49, 64, 0), (1, 3, 1)],
 )
 def test_the_size_of_a_program_holds_the_largest_set(count, tokens, size):
     assert sharing.choose_size(count, tokens) == size

@@ -18,6 +18,7 @@ from rcgrpo_jax.errors import UserError
 from rcgrpo_jax.options import read_options, with_changes
 from rcgrpo_jax.parallel.mesh import AXES, make_mesh
 from rcgrpo_jax.plan.chips import GIB
+from rcgrpo_jax.plan.flops import REGION
 from rcgrpo_jax.plan.gpu import cudnn_errors
 from rcgrpo_jax.plan.programs import FLUX_KONTEXT, NAMES, Plan, Workload, at_largest, open_flux
 from rcgrpo_jax.plan.search import MICRO_BATCH, Search, describe, summary
@@ -43,6 +44,10 @@ def _flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "efficiency", 0.5, "share of the roofline that the step is taken to reach", 0.01, 1.0, flag_values=values
     )
+    flags.DEFINE_float(
+        "region", REGION, "with rollout.share: share of the picture of a batch's largest region", 0.0, 1.0,
+        flag_values=values,
+    )  # fmt: skip
     path_flag("json", "file to write the plan to", values)
 
 
@@ -83,7 +88,7 @@ def _plan(config: ConfigDict, model: FluxKontext, topology: Topology, values: fl
     validate(config, len(topology.devices))
     options = _read(config, model)
     check_mesh(options, make_mesh(vars(options.mesh), topology.devices), model.sizes.num_heads)
-    workload = Workload(options, model, topology)
+    workload = Workload(options, model, topology, values.region)
     plans = []
     for name in NAMES:
         plans.append(workload.compile(name))
@@ -95,7 +100,7 @@ def _plan(config: ConfigDict, model: FluxKontext, topology: Topology, values: fl
     if not failed:
         _write(values.json, report)
         return
-    search = Search(options, model, topology, values.limit, _say)
+    search = Search(options, model, topology, values.limit, _say, values.region)
     fix = search.nearest(failed, tuple(workload.mesh.shape[axis] for axis in AXES))
     changes = fix[0] if fix else next((found.changes for found in search.run()), None)
     _write(values.json, report | {"fix": changes})
@@ -109,7 +114,7 @@ def _search(config: ConfigDict, model: FluxKontext, topology: Topology, values: 
     validate(config, len(topology.devices))
     options = _read(config, model)
     check_mesh(options, make_mesh({"data": -1}, topology.devices), model.sizes.num_heads)
-    search = Search(options, model, topology, values.limit, _say)
+    search = Search(options, model, topology, values.limit, _say, values.region)
     found = search.run()
     if not found:
         _write(values.json, {"topology": topology.name, "found": []})
@@ -119,7 +124,7 @@ def _search(config: ConfigDict, model: FluxKontext, topology: Topology, values: 
     for item in found:
         chosen = with_changes(options, item.changes)
         step = step_estimate(chosen, item.plans, topology, values.efficiency, values.price)
-        workload = Workload(chosen, model, topology)
+        workload = Workload(chosen, model, topology, values.region)
         if not reports:
             print(table(workload, item.plans, step))
         reports.append({"changes": item.changes, **as_dict(workload, item.plans, step)})

@@ -6,13 +6,14 @@ others at a set of tokens around the region. Their other tokens, background, tex
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
 from rcgrpo_jax.method.region import dilate
 
-EIGHTHS = range(1, 5)  # of all image tokens: sizes R that programs are compiled for. With more, sharing saves little.
+SIXTEENTHS = 1, 2, 3, 4, 6  # of all image tokens: sizes R that programs are compiled for; more would save little
 
 
 class Own(NamedTuple):
@@ -39,12 +40,17 @@ def own_tokens(
     return target, reference & (grow_reference >= 0)
 
 
+def parts_of_group(num_prompts: int, num_devices: int) -> int:
+    """Into how many parts a group is split, at least, so that P groups spread over the devices."""
+    return num_devices // math.gcd(num_prompts, num_devices)
+
+
 def choose_size(count: int, num_tokens: int) -> int:
-    """R for so many tokens of N; 0 where none of `EIGHTHS` holds them, and candidates are computed in full.
+    """R for so many tokens of N; 0 where none of `SIXTEENTHS` holds them, and candidates are computed in full.
 
     Args:
         count: Of the largest set of a batch, target's and reference's together.
         num_tokens: N, of one picture.
     """
-    sizes = (-(-2 * num_tokens * eighth // 8) for eighth in EIGHTHS)
+    sizes = (math.ceil(2 * num_tokens * part / 16) for part in SIXTEENTHS)
     return next((size for size in sizes if size >= count), 0)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from flax.traverse_util import flatten_dict
 
 from rcgrpo_jax.flow.solvers import num_evaluations
+from rcgrpo_jax.method.sharing import choose_size, parts_of_group
 from rcgrpo_jax.models.config import MMDiTConfig, VAEConfig
 from rcgrpo_jax.models.lora import LoRAConfig, target_kernels
 from rcgrpo_jax.rl.options import ACDOptions, Options
 from rcgrpo_jax.rl.policy import POLICIES
 from rcgrpo_jax.weights.networks import abstract_params
 
+REGION = 0.12  # of the picture, where nothing else is said
 # Path of a kernel -> the tokens that pass through it; the first match counts.
 _TOKENS = (
     (r"transformer_blocks/(attn/(add_\w_proj|to_add_out)|ff_context/.*)", "text"),
@@ -62,6 +65,21 @@ def mmdit(
             scores and computes them again in the backward pass.
     """
     tokens = {"text": text, "image": 2 * target, "all": text + 2 * target, "target": target, "one": 1}
+    forward, backward, block_linears = _linears(config, tokens, lora)
+    scores = tokens["all"] ** 2 * config.width * config.num_blocks
+    again = 0.0 if attention == "xla" else 2 * scores
+    selected = min(acd.layers, config.num_blocks) if acd.weight else 0
+    keys = target * (2 if acd.reference_keys else 1)
+    return Pass(
+        forward + 4 * scores,
+        backward + 8 * scores,
+        {"none": again, "dots": 4 * scores + again, "full": block_linears + 4 * scores + again},
+        2 * selected * text * keys * config.width,
+    )
+
+
+def _linears(config: MMDiTConfig, tokens: Mapping[str, int], lora: LoRAConfig) -> tuple[float, float, float]:
+    """FLOPs of the linear layers: forward, backward, and of those in blocks whose outputs a backward pass needs."""
     params = transformer_shapes(config)
     adapted = target_kernels(params, lora.targets)
     forward = backward = block_linears = 0.0
@@ -80,16 +98,21 @@ def mmdit(
         backward += base + 2 * update
         if stack and not re.fullmatch(_LAST, name):  # a block's last product is not needed again
             block_linears += base + update
-    scores = tokens["all"] ** 2 * config.width * config.num_blocks
-    again = 0.0 if attention == "xla" else 2 * scores
-    selected = min(acd.layers, config.num_blocks) if acd.weight else 0
-    keys = target * (2 if acd.reference_keys else 1)
-    return Pass(
-        forward + 4 * scores,
-        backward + 8 * scores,
-        {"none": again, "dots": 4 * scores + again, "full": block_linears + 4 * scores + again},
-        2 * selected * text * keys * config.width,
-    )
+    return forward, backward, block_linears
+
+
+def shared_forward(config: MMDiTConfig, text: int, target: int, lora: LoRAConfig, others: int, size: int) -> float:
+    """FLOPs of a forward pass of one candidate and others that share its tokens (`models.sharing`).
+
+    Args:
+        config, text, target, lora: As for `mmdit`.
+        others: Candidates beside the first.
+        size: R, tokens that each of them computes.
+    """
+    whole, own = text + 2 * target, others * size
+    tokens = {"text": text, "image": 2 * target + own, "all": whole + own, "target": whole + own, "one": 1}
+    scores = (whole + own) * whole * config.width * config.num_blocks
+    return _linears(config, tokens, lora)[0] + 4 * scores
 
 
 def vae_decoder(config: VAEConfig, cells: int) -> float:
@@ -117,10 +140,58 @@ def vae_decoder(config: VAEConfig, cells: int) -> float:
     return total + conv(cells, last, config.out_channels)
 
 
+def size_of_region(options: Options, target: int, region: float) -> int:
+    """R for a square region in a square picture; 0 if nothing is shared.
+
+    Args:
+        options: The run's.
+        target: N_img.
+        region: Share of the picture, of a batch's largest region.
+    """
+    if options.rollout.share == "none":
+        return 0
+
+    def grown(by: int) -> int:
+        return min(math.ceil(math.sqrt(region * target) + 2 * by) ** 2, target) if by >= 0 else 0
+
+    return choose_size(grown(options.rollout.share_grow) + grown(options.rollout.share_grow_reference), target)
+
+
+def _shared_rollout(
+    options: Options, transformer: MMDiTConfig, text: int, target: int, one: Pass, size: int, devices: int
+) -> float:
+    """FLOPs of all rollouts of a step whose candidates share tokens."""
+    rollout = options.rollout
+    at_a_time = (rollout.micro_batch or rollout.prompts * rollout.group_size) // rollout.prompts
+    parts = parts_of_group(rollout.prompts, devices)
+    is_whole = parts == 1 and at_a_time == rollout.group_size
+    others = rollout.group_size - 1 if is_whole else at_a_time // parts
+    passes = rollout.prompts * parts * (rollout.group_size // at_a_time)
+    every, full = num_evaluations(rollout.solver, rollout.num_steps), rollout.share_full_steps
+    shared = shared_forward(transformer, text, target, options.lora, others, size)
+    forward = full * (1 + others) * one.forward + (every - full) * shared
+    return passes * (forward + rollout.num_steps * (1 + others) * one.concentration)
+
+
 def step(
-    options: Options, transformer: MMDiTConfig, vae: VAEConfig, text: int, target: int, attention: str = "xla"
+    options: Options,
+    transformer: MMDiTConfig,
+    vae: VAEConfig,
+    text: int,
+    target: int,
+    attention: str = "xla",
+    region: float = REGION,
+    devices: int = 1,
 ) -> dict[str, float]:
-    """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`."""
+    """FLOPs of the three programs over the whole mesh; an update is one of `objective.updates`.
+
+    Args:
+        options: The run's.
+        transformer, vae: Sizes.
+        text, target, attention: As for `mmdit`.
+        region: Share of the picture of a batch's largest region, where candidates share tokens outside of it.
+        devices: Along `data` and `fsdp`; groups that share tokens may be split over them.
+    """
     one = mmdit(transformer, text, target, options.lora, options.acd, attention)
     samples, num_steps = options.rollout.prompts * options.rollout.group_size, options.rollout.num_steps
     evaluations = num_evaluations(options.rollout.solver, num_steps)
@@ -128,8 +199,11 @@ def step(
     if options.surrogate.anchor_mode == "integrate":
         differentiated += one.forward  # each velocity is a checkpoint by itself
     policy = POLICIES[options.policy]
+    rolled = samples * (evaluations * one.forward + num_steps * one.concentration)
+    if size := size_of_region(options, target, region):
+        rolled = _shared_rollout(options, transformer, text, target, one, size, devices)
     return {
-        "rollout": samples * (evaluations * one.forward + num_steps * one.concentration),
+        "rollout": rolled,
         "decode": samples * vae_decoder(vae, 4 * target),
         "update": policy.num_evaluations(options.step) * differentiated
         + policy.num_forwards(options.step) * one.forward,

@@ -114,10 +114,12 @@ class Workload:
         options: The run's, validated for as many devices and for the model.
         model: Shapes of the model.
         topology: Devices.
+        region: Share of the picture of a batch's largest region, where candidates share tokens outside of it.
     """
 
-    def __init__(self, options: Options, model: FluxKontext, topology: Topology):
-        self.options, self.mesh = options, make_mesh(vars(options.mesh), topology.devices)
+    def __init__(self, options: Options, model: FluxKontext, topology: Topology, region: float = flops.REGION):
+        self.options, self.region = options, region
+        self.mesh = make_mesh(vars(options.mesh), topology.devices)
         self.topology = topology._replace(devices=tuple(self.mesh.devices.flat))  # as the compiler numbers them
         editor = load_editor(options.model, model, self.mesh, options.acd.layers, options.acd.reference_keys)
         self.editor = editor
@@ -129,7 +131,10 @@ class Workload:
         self.model, self.rewards = model, reward_networks(options)
         target = math.prod(self.programs.grid)
         sizes = editor.transformer.config, editor.vae.config
-        total = flops.step(options, *sizes, editor.options.max_text_tokens, target, self.attention)
+        devices = math.prod(self.mesh.shape[axis] for axis in SAMPLE_AXES)
+        text = editor.options.max_text_tokens
+        total = flops.step(options, *sizes, text, target, self.attention, region, devices)
+        self.own_tokens = flops.size_of_region(options, target, region)  # R; 0 if nothing is shared
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
@@ -139,16 +144,27 @@ class Workload:
         rewards = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=replicated(self.mesh)), known
         )
-        return _trees(self.options, self.programs, self.editor, self.model) | {"rewards": rewards}
+        trees = _trees(self.options, self.programs, self.editor, self.model)
+        first = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[2:]), x.dtype, sharding=replicated(self.mesh)),
+            trees["candidates"],
+        )
+        return trees | {"rewards": rewards, "shared": (first, self.own_tokens) if self.own_tokens else ()}
 
     def arguments(self, name: str) -> tuple:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
         return {
-            "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates),
+            "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates, *t.shared),
             "decode": (t.decoder, t.images),
             "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
         }[name]
+
+    def program(self, name: str) -> Any:
+        """What `rl.trainer.Trainer` calls."""
+        if name == "rollout" and self.own_tokens:
+            return self.programs.rollout_shared
+        return getattr(self.programs, name)
 
     def held(self, name: str) -> int:
         """Bytes a device of what lives while a program runs and is not among its arguments."""
@@ -168,7 +184,7 @@ class Workload:
         common = {"name": name, "micro_batch": self.micro_batches[name], "analytic": self.analytic[name]}
         try:
             with jax.set_mesh(self.mesh):
-                compiled = getattr(self.programs, name).lower(*self.arguments(name)).compile()
+                compiled = self.program(name).lower(*self.arguments(name)).compile()
         except jax.errors.JaxRuntimeError as error:
             if not (refusal := parse_refusal(str(error))):
                 raise

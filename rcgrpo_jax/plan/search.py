@@ -74,6 +74,7 @@ class Search:
         topology: Devices.
         limit: Programs to compile at most.
         say: Called with a line after each.
+        region: As for `Workload`.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Search:
         topology: Topology,
         limit: int,
         say: Callable[[str], None] = lambda _: None,
+        region: float = flops.REGION,
     ):
         self.options, self.model, self.topology, self.limit, self.say = options, model, topology, limit, say
-        self.sizes = model.config("transformer")
+        self.sizes, self.region = model.config("transformer"), region
         self.base = flops.transformer_shapes(self.sizes)
         height, width = options.data.size
         self.target = height * width // model.sizes.token_pixels**2
@@ -159,7 +161,10 @@ class Search:
         """
         options = with_changes(self.options, {"model.remat": remat})
         sizes = self.sizes, self.model.config("vae")
-        work = flops.step(options, *sizes, self.text, self.target, self.attention)[name]
+        if name == "rollout":
+            options = with_changes(options, {MICRO_BATCH[name]: counts(options)[0] // chunks})
+        spread = self.region, shape[0] * shape[1]
+        work = flops.step(options, *sizes, self.text, self.target, self.attention, *spread)[name]
         if name == "decode":
             return Time(work / len(self.topology.devices) / self.chip.flops, 0.0, 0.0)
         rolled = num_evaluations(options.rollout.solver, options.rollout.num_steps)
@@ -191,7 +196,7 @@ class Search:
             if any(self._hopeless(setting, *other) for other in refused):
                 continue
             self.limit -= 1
-            workload = Workload(with_changes(options, setting.changes), self.model, self.topology)
+            workload = Workload(with_changes(options, setting.changes), self.model, self.topology, self.region)
             plan = workload.compile(name)
             self.say(f"{describe(setting.changes)}: {summary(plan)}")
             if plan.fits:

@@ -91,7 +91,7 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     parts = [
         f"model     {model.path}, {model.dtype}, quantization {model.quantization}, "
         f"attention {workload.attention}, remat {model.remat}, {tokens} tokens a sample\n"
-        f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}" + "".join(_rewards(workload)),
+        f"devices   {topology.name}: {topology.chips} chips, mesh {mesh}{room}" + "".join(_notes(workload)),
         _memory(plans),
         _work(plans, workload),
     ]
@@ -104,8 +104,14 @@ def table(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | No
     return "\n\n".join(parts)
 
 
-def _rewards(workload: Workload) -> Iterator[str]:
-    """A line for each network of a reward."""
+def _notes(workload: Workload) -> Iterator[str]:
+    """A line for what candidates share, and one for each network of a reward."""
+    rollout, own = workload.options.rollout, workload.own_tokens
+    if rollout.share != "none":
+        what = f"all but {own} tokens of a candidate" if own else "nothing"
+        yield f"\nshared    {what}, with a region of {workload.region:.0%} of the picture (--region)"
+    if own and rollout.share_full_steps:
+        yield "\n          what is compiled is counted as if all steps were in full, not the formula"
     for path, size in reward_bytes(workload).items():
         if size is None:
             yield f"\nrewards   not counted: {' '.join(workload.rewards[path].problem.split())}"

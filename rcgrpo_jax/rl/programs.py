@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rcgrpo_jax.editors.base import Networks, velocity_and_density
 from rcgrpo_jax.encoding.batches import EditBatch
@@ -123,13 +123,14 @@ class Programs:
         where = (prompt.condition, self.grid, prompt.region, text_weights, own)
         return velocity_and_density(self.networks, params, lora, *where)
 
-    def _own_tokens(self, prompt: Prompts) -> tuple[Array, Array]:
+    def own_tokens(self, prompt: Prompts) -> tuple[Bool[Array, " N"], Bool[Array, " N"]]:
+        """Those of target and source image, of one row."""
         settings = self.options.rollout
         return sharing.own_tokens(prompt.explored, self.grid, settings.share_grow, settings.share_grow_reference)
 
     def _count_own(self, prompts: Prompts) -> Array:
         """Tokens of the largest set of the batch."""
-        target, reference = jax.vmap(self._own_tokens)(prompts)
+        target, reference = jax.vmap(self.own_tokens)(prompts)
         return (target.sum(-1) + reference.sum(-1)).max()
 
     def _rollout_shared(
@@ -154,8 +155,7 @@ class Programs:
         """
         lora = scale_adapter(lora, self.options.lora_scale)
         num_prompts, group = candidates.shape[:2]
-        devices = math.prod(self.mesh.shape[axis] for axis in SAMPLE_AXES)
-        num_parts = devices // math.gcd(devices, num_prompts)
+        num_parts = sharing.parts_of_group(num_prompts, math.prod(self.mesh.shape[axis] for axis in SAMPLE_AXES))
         is_whole = num_parts == 1 and group == self.options.rollout.group_size
         if not is_whole:
             candidates = jnp.concatenate(
@@ -164,7 +164,7 @@ class Programs:
 
         def one(index: Array, noises: Float[Array, "g N C"]) -> tuple[Array, Array]:
             prompt = _row(prompts, index)
-            own = sharing.Own(*self._own_tokens(prompt), size)
+            own = sharing.Own(*self.own_tokens(prompt), size)
             shared = self._rolling_velocity(params, lora, prompt, own)
             full = jax.vmap(self._rolling_velocity(params, lora, prompt), (0, None), (0, -1))
             velocity = in_full_first(full, shared, self.sigmas, self.options.rollout.share_full_steps)
