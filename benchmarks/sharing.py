@@ -73,7 +73,8 @@ def roll_out(trainer: Trainer, programs: Programs, state: TrainState, batch: Pre
     exploration = programs.explore(jax.random.fold_in(state.key, state.step), batch.prompts, state.step)
     group = programs.options.rollout.group_size
     started = time.monotonic()
-    rollout = join(*programs.roll_out(trainer.params, state.rolling_out, batch.prompts, exploration, group))
+    room = programs.room(batch.prompts)
+    rollout = join(*programs.roll_out(trainer.params, state.rolling_out, batch.prompts, exploration, group, room))
     states = np.asarray(rollout.states)
     seconds = time.monotonic() - started
     images = trainer.local_pictures(programs.decode(trainer.decoder, rollout.states[:, :, -1]))
@@ -135,7 +136,7 @@ def cost(trainer: Trainer, programs: Programs, text: int, num_tokens: int, size:
     options, rollout, sizes = trainer.options, programs.options.rollout, programs.networks.transformer.config
     group, full = rollout.group_size, rollout.share_full_steps / num_evaluations(rollout.solver, rollout.num_steps)
     one = flops.mmdit(sizes, text, num_tokens, options.lora, options.acd).forward
-    shared = flops.shared_forward(sizes, text, num_tokens, options.lora, group - 1, size)
+    shared = flops.shared(sizes, text, num_tokens, options.lora, options.acd, group - 1, size).forward
     return full + (1 - full) * shared / (group * one)
 
 

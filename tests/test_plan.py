@@ -96,14 +96,18 @@ def test_shared_tokens_are_computed_once():
     )
     one = flops.mmdit(sizes[0], 512, 1024, base.lora, base.acd)
     assert flops.size_of_region(shared, 1024, 0.12) == 256  # 14 x 14 tokens
-    none, all_own = (flops.shared_forward(sizes[0], 512, 1024, base.lora, others, 2048) for others in (0, 1))
+
+    def of_group(others: int, size: int) -> float:
+        return flops.shared(sizes[0], 512, 1024, base.lora, base.acd, others, size).forward
+
+    none, all_own = of_group(0, 2048), of_group(1, 2048)
     assert none == pytest.approx(one.forward, rel=1e-3)  # but for the last layer, which takes all tokens
     assert 1.7 < all_own / one.forward < 2  # text tokens are the first candidate's
     exact, found = flops.step(base, *sizes), flops.step(shared, *sizes, region=0.12)
     assert 0.15 < found["rollout"] / exact["rollout"] < 0.2
     assert found["update"] == exact["update"]
     split = flops.step(shared, *sizes, region=0.12, devices=16)  # four prompts: groups in four parts
-    passes = 16 * flops.shared_forward(sizes[0], 512, 1024, base.lora, 3, 256)
+    passes = 16 * of_group(3, 256)
     assert split["rollout"] == pytest.approx(8 * (passes + 16 * 4 * one.concentration))
     parts = flops.step(with_changes(shared, {"rollout.micro_batch": 12}), *sizes, region=0.12, devices=4)
     assert parts["rollout"] == split["rollout"]

@@ -7,6 +7,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small_run
 from test_config import make, problems
@@ -42,7 +43,7 @@ def rolled_out(trainer: Trainer, boxes=BOXES, at_a_time: int = 4) -> tuple[Rollo
         prompts = programs.prompts(batch._replace(mask=masks(*boxes)))
         exploration = programs.explore(jax.random.key(1), prompts, 0)
         adapter = small_run.make_state(trainer).params
-        parts = programs.roll_out(trainer.params, adapter, prompts, exploration, at_a_time)
+        parts = programs.roll_out(trainer.params, adapter, prompts, exploration, at_a_time, programs.room(prompts))
         return jax.tree.map(np.asarray, join(*parts)), np.asarray(prompts.explored) > 0
 
 
@@ -117,6 +118,55 @@ def test_a_training_step_with_shared_rollouts(own):
     assert max(jax.tree.leaves(moved)) > 0
 
 
+# The update
+
+UPDATE = {"surrogate__share": "region", "objective__source_advantage": 0.5, "optimizer__max_grad_norm": 1e9}
+EXACT_UPDATE = {**UPDATE, "surrogate__share": "none"}
+
+
+def updated(trainer: Trainer, boxes=BOXES) -> tuple[np.ndarray, dict[str, float]]:
+    """The first moments of an update on the groups of `rolled_out`, side by side, and its metrics."""
+    programs = trainer.programs
+    rollout, _ = rolled_out(trainer_of(), boxes)
+    with jax.set_mesh(programs.mesh):
+        prompts = programs.prompts(small_run.make_batch(small_run.make_trainer())._replace(mask=masks(*boxes)))
+        exploration = programs.explore(jax.random.key(1), prompts, 0)
+        rewards = np.random.default_rng(2).standard_normal(rollout.acd.shape).astype(np.float32)
+        advantages = jnp.asarray((rewards - rewards.mean(-1, keepdims=True)) / rewards.std(-1, keepdims=True))
+        kept = jnp.zeros(programs.policy.kept_shape())
+        data = prompts, exploration, jax.tree.map(jnp.asarray, rollout), advantages, kept
+        room = programs.room(prompts) if trainer.options.surrogate.share != "none" else 0
+        state = jax.tree.map(jnp.copy, small_run.make_state(trainer))
+        state, _, metrics = programs.update(trainer.params, state, *data, jnp.asarray(True), size=room)
+    moments = jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+    return np.concatenate([np.ravel(x) for x in moments]), {name: float(x) for name, x in metrics.items()}
+
+
+def test_a_shared_update_is_near_to_the_exact_one():
+    (shared, metrics), (exact_one, _) = updated(trainer_of(**UPDATE)), updated(trainer_of(**EXACT_UPDATE))
+    cosine = shared @ exact_one / np.linalg.norm(shared) / np.linalg.norm(exact_one)
+    assert 0.9 < cosine < 0.99999
+    assert metrics["ratio_deviation"] == 0
+    assert metrics["ratio_mean"] == 1
+
+
+def test_an_update_with_masks_too_large_to_share_is_the_exact_one():
+    full = ((0, 64, 0, 64), (0, 16, 0, 16))
+    (shared, metrics), (exact_one, wanted) = (
+        updated(trainer_of(**UPDATE), full),
+        updated(trainer_of(**EXACT_UPDATE), full),
+    )
+    np.testing.assert_allclose(shared, exact_one, atol=1e-5 * np.abs(exact_one).max())
+    assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
+def test_meshes_give_the_same_shared_update(mesh_shape):
+    wanted, _ = updated(trainer_of(**UPDATE))
+    found, _ = updated(trainer_of(mesh_shape, **UPDATE))
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
 def test_a_set_grows_on_both_pictures():
     region = jnp.zeros((5, 5)).at[2, 2].set(0.3).reshape(-1)
     counts = {
@@ -143,6 +193,10 @@ def test_the_size_of_a_program_holds_the_largest_set(count, tokens, size):
         ),
         ({"explore__kind": "global"}, "rollout.share: region with explore.kind = global"),
         ({"rollout__share_full_steps": 8}, "rollout.share_full_steps: 8 of rollout.num_steps = 8; fewer were wanted"),
+        (
+            {"surrogate__share": "region", "rollout__share": "none"},
+            "surrogate.share: region with rollout.share = none and surrogate.anchor_mode = replay",
+        ),
         ({"policy": "gaussian"}, "rollout.share: 'region' with policy = gaussian, which does not read it"),
         (
             {"rollout__share": "none", "rollout__share_grow": 2},

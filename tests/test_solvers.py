@@ -16,10 +16,12 @@ from rcgrpo_jax.errors import UsageError
 from rcgrpo_jax.evaluation.edit import _edit_latents
 from rcgrpo_jax.flow import rollout, schedule
 from rcgrpo_jax.flow.solvers import SOLVERS, choose_solver, num_evaluations
+from rcgrpo_jax.flow.solvers.base import Velocity
 from rcgrpo_jax.flow.solvers.dpmpp_2m import multistep_weights
 from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.parallel.mesh import make_mesh
 from rcgrpo_jax.rl.config import validate
+from rcgrpo_jax.rl.policy.base import Velocities
 from rcgrpo_jax.rl.policy.neighbour import Neighbour
 
 HIGHER = ["heun", "dpmpp_2m"]
@@ -194,6 +196,12 @@ def neighbour(sigmas: np.ndarray, **changes) -> Neighbour:
     return Neighbour(options, None, sigmas)
 
 
+def replayed(policy: Neighbour, theta: Velocity, paths: jax.Array, anchor: int, steps: jax.Array) -> tuple:
+    """What an anchor's states under theta come from."""
+    stored = policy.read(paths[None], (0, jnp.full_like(steps, anchor), steps))
+    return Velocities(theta, None, None, None), stored, steps
+
+
 @pytest.mark.parametrize("steps", ["all", "early"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_integrated_anchors_differentiate_the_solvers_own_path(float64, solver, steps):
@@ -209,7 +217,7 @@ def test_integrated_anchors_differentiate_the_solvers_own_path(float64, solver, 
         def moved(x, sigma):
             return curved(x, sigma) + x @ (t * direction)
 
-        before, after = policy._anchor_states(moved, path, compared)
+        before, after = policy._anchor_states(*replayed(policy, moved, path[None], 0, compared))
         return jnp.sum(pull * after), (before, after)
 
     (_, (before, after)), gradient = jax.value_and_grad(loss, has_aux=True)(0.0)
@@ -234,7 +242,7 @@ def test_a_replayed_anchor_is_one_step_of_eulers_from_the_stored_state(float64, 
     paths = jnp.stack(
         [policy.rollout(lambda x, sigma: (velocity(x, sigma), None), None, x)[0] for x in jnp.asarray(starts)]
     )
-    before, after = policy._anchor_states(velocity, paths[2], jnp.array([step]))
+    before, after = policy._anchor_states(*replayed(policy, velocity, paths, 2, jnp.array([step])))
     np.testing.assert_array_equal(before[0], paths[2, step - 1])
     np.testing.assert_array_equal(after[0], euler_step(velocity, before[0], *jnp.asarray(sigmas[step - 1 : step + 1])))
     np.testing.assert_allclose(jnp.square(paths[:, step] - after).sum((1, 2)), wanted, atol=5e-9)

@@ -64,17 +64,45 @@ def mmdit(
         attention: A name of `models.attention.IMPLEMENTATIONS`; all but `xla` are flash attention, which keeps no
             scores and computes them again in the backward pass.
     """
-    tokens = {"text": text, "image": 2 * target, "all": text + 2 * target, "target": target, "one": 1}
-    forward, backward, block_linears = _linears(config, tokens, lora)
-    scores = tokens["all"] ** 2 * config.width * config.num_blocks
-    again = 0.0 if attention == "xla" else 2 * scores
+    whole = text + 2 * target
+    tokens = {"text": text, "image": 2 * target, "all": whole, "target": target, "one": 1}
+    return _pass(config, tokens, whole**2, lora, attention, _concentration(config, text, target, acd))
+
+
+def shared(
+    config: MMDiTConfig, text: int, target: int, lora: LoRAConfig, acd: ACDOptions, others: int, size: int,
+    attention: str = "xla",
+) -> Pass:  # fmt: skip
+    """FLOPs of one pass of a candidate and others that share its tokens (`models.sharing`).
+
+    Args:
+        config, text, target, lora, acd, attention: As for `mmdit`.
+        others: Candidates beside the first.
+        size: R, tokens that each of them computes.
+    """
+    whole, own = text + 2 * target, others * size
+    tokens = {"text": text, "image": 2 * target + own, "all": whole + own, "target": whole + own, "one": 1}
+    concentration = (1 + others) * _concentration(config, text, target, acd)
+    return _pass(config, tokens, (whole + own) * whole, lora, attention, concentration)
+
+
+def _concentration(config: MMDiTConfig, text: int, target: int, acd: ACDOptions) -> float:
     selected = min(acd.layers, config.num_blocks) if acd.weight else 0
-    keys = target * (2 if acd.reference_keys else 1)
+    return 2 * selected * text * target * (2 if acd.reference_keys else 1) * config.width
+
+
+def _pass(
+    config: MMDiTConfig, tokens: Mapping[str, int], pairs: int, lora: LoRAConfig, attention: str, concentration: float
+) -> Pass:
+    """Of so many tokens of each kind, and of pairs of a query and a key that attend."""
+    forward, backward, block_linears = _linears(config, tokens, lora)
+    scores = pairs * config.width * config.num_blocks
+    again = 0.0 if attention == "xla" else 2 * scores
     return Pass(
         forward + 4 * scores,
         backward + 8 * scores,
         {"none": again, "dots": 4 * scores + again, "full": block_linears + 4 * scores + again},
-        2 * selected * text * keys * config.width,
+        concentration,
     )
 
 
@@ -99,20 +127,6 @@ def _linears(config: MMDiTConfig, tokens: Mapping[str, int], lora: LoRAConfig) -
         if stack and not re.fullmatch(_LAST, name):  # a block's last product is not needed again
             block_linears += base + update
     return forward, backward, block_linears
-
-
-def shared_forward(config: MMDiTConfig, text: int, target: int, lora: LoRAConfig, others: int, size: int) -> float:
-    """FLOPs of a forward pass of one candidate and others that share its tokens (`models.sharing`).
-
-    Args:
-        config, text, target, lora: As for `mmdit`.
-        others: Candidates beside the first.
-        size: R, tokens that each of them computes.
-    """
-    whole, own = text + 2 * target, others * size
-    tokens = {"text": text, "image": 2 * target + own, "all": whole + own, "target": whole + own, "one": 1}
-    scores = (whole + own) * whole * config.width * config.num_blocks
-    return _linears(config, tokens, lora)[0] + 4 * scores
 
 
 def vae_decoder(config: VAEConfig, cells: int) -> float:
@@ -168,9 +182,9 @@ def _shared_rollout(
     others = rollout.group_size - 1 if is_whole else at_a_time // parts
     passes = rollout.prompts * parts * (rollout.group_size // at_a_time)
     every, full = num_evaluations(rollout.solver, rollout.num_steps), rollout.share_full_steps
-    shared = shared_forward(transformer, text, target, options.lora, others, size)
-    forward = full * (1 + others) * one.forward + (every - full) * shared
-    return passes * (forward + rollout.num_steps * (1 + others) * one.concentration)
+    of_group = shared(transformer, text, target, options.lora, options.acd, others, size)
+    forward = full * (1 + others) * one.forward + (every - full) * of_group.forward
+    return passes * (forward + rollout.num_steps * of_group.concentration)
 
 
 def step(
@@ -195,16 +209,23 @@ def step(
     one = mmdit(transformer, text, target, options.lora, options.acd, attention)
     samples, num_steps = options.rollout.prompts * options.rollout.group_size, options.rollout.num_steps
     evaluations = num_evaluations(options.rollout.solver, num_steps)
-    differentiated = one.forward + one.recomputed[options.model.remat] + one.backward
-    if options.surrogate.anchor_mode == "integrate":
-        differentiated += one.forward  # each velocity is a checkpoint by itself
-    policy = POLICIES[options.policy]
+    policy, size = POLICIES[options.policy], size_of_region(options, target, region)
+
+    def differentiated(of: Pass) -> float:
+        again = of.forward if options.surrogate.anchor_mode == "integrate" else 0.0  # each is a checkpoint by itself
+        return of.forward + of.recomputed[options.model.remat] + of.backward + again
+
     rolled = samples * (evaluations * one.forward + num_steps * one.concentration)
-    if size := size_of_region(options, target, region):
+    if size:
         rolled = _shared_rollout(options, transformer, text, target, one, size, devices)
+    updated = policy.num_evaluations(options.step) * differentiated(one)
+    if options.surrogate.share != "none":
+        anchors = options.surrogate.anchors
+        of_group = shared(transformer, text, target, options.lora, options.acd, anchors, size, attention)
+        with_reference = (1 + anchors) * differentiated(one)
+        updated = policy.num_units(options.step) * (differentiated(of_group) if size else with_reference)
     return {
         "rollout": rolled,
         "decode": samples * vae_decoder(vae, 4 * target),
-        "update": policy.num_evaluations(options.step) * differentiated
-        + policy.num_forwards(options.step) * one.forward,
+        "update": updated + policy.num_forwards(options.step) * one.forward,
     }

@@ -135,6 +135,7 @@ class Workload:
         text = editor.options.max_text_tokens
         total = flops.step(options, *sizes, text, target, self.attention, region, devices)
         self.own_tokens = flops.size_of_region(options, target, region)  # R; 0 if nothing is shared
+        self.updated_tokens = self.own_tokens if options.surrogate.share != "none" else 0
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
@@ -157,7 +158,7 @@ class Workload:
         return {
             "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates, *t.shared),
             "decode": (t.decoder, t.images),
-            "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective),
+            "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective, self.updated_tokens),
         }[name]
 
     def program(self, name: str) -> Any:

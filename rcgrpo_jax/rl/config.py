@@ -62,6 +62,7 @@ _CHOICES = {
     "explore.kind": tuple(EXPLORERS),
     "rollout.solver": tuple(SOLVERS),
     "rollout.share": ("none", "region"),
+    "surrogate.share": ("none", "region"),
     "surrogate.distance": ("region", "tau", "l2", "mean"),
     "surrogate.anchor_mode": ("replay", "integrate"),
     "surrogate.steps": ("all", "early", "random"),

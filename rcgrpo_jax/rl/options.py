@@ -52,7 +52,9 @@ class SurrogateOptions:
     num_random_steps: int = 4  # how many for steps=random
     weighting: str = "uniform"  # expectation over candidates: uniform (Eq. 5), or policy (under pi_old)
     target_entropy: float = 1.0  # nats, for weighting=policy: the temperature is calibrated to it
-    micro_batch: int = 0  # anchors (replay: anchor-steps) differentiated at a time over the mesh; 0: all
+    # anchors (replay: anchor-steps, with shared tokens prompt-steps) differentiated at a time over the mesh; 0: all
+    micro_batch: int = 0
+    share: str = "none"  # none, or region: anchors share candidate 0's tokens, as rollout.share has them (ours)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Programs:
         self.rollout_shared = jax.jit(self._rollout_shared, static_argnames="size", out_shardings=whole)
         self.count_own = jax.jit(self._count_own, out_shardings=whole)
         self.decode = jax.jit(self._decode, out_shardings=NamedSharding(mesh, PartitionSpec(SAMPLE_AXES)))
-        self.update = jax.jit(self._update, out_shardings=whole, donate_argnums=1)
+        self.update = jax.jit(self._update, static_argnames="size", out_shardings=whole, donate_argnums=1)
         self.refresh = jax.jit(self.policy.refresh, out_shardings=whole, donate_argnums=0)
 
     def prompts(self, batch: EditBatch) -> Prompts:
@@ -81,17 +81,17 @@ class Programs:
         """`v_theta(., ., c)` of one sample."""
         return lambda x, sigma: self.networks.velocity(params, lora, x, sigma, condition, self.grid)[0]
 
-    def roll_out(
-        self, params: dict, lora: dict, prompts: Prompts, exploration: Exploration, at_a_time: int
-    ) -> Iterator[Rollout]:
-        """Rolls out so many candidates of each group at a time, as `rollout.share` says.
+    def room(self, prompts: Prompts) -> int:
+        """R, for the tokens that candidates have of their own; 0 if all are. It waits for the masks."""
+        if self.options.rollout.share == "none":
+            return 0
+        return sharing.choose_size(int(self.count_own(prompts)), math.prod(self.grid))
 
-        What is shared waits for the masks: their largest region chooses the program.
-        """
-        parts, size = split_groups(exploration.candidates, at_a_time), 0
-        if self.options.rollout.share == "region":
-            size = sharing.choose_size(int(self.count_own(prompts)), math.prod(self.grid))
-        for part in parts:
+    def roll_out(
+        self, params: dict, lora: dict, prompts: Prompts, exploration: Exploration, at_a_time: int, size: int
+    ) -> Iterator[Rollout]:
+        """Rolls out so many candidates of each group at a time, with `room` for their own tokens."""
+        for part in split_groups(exploration.candidates, at_a_time):
             if size:
                 first = exploration.candidates[:, :1]
                 yield self.rollout_shared(params, lora, prompts, part, first, size=size)
@@ -197,6 +197,7 @@ class Programs:
         unit: tuple[Array, ...],
         kept: Array,
         first: Array,
+        size: int,
     ) -> tuple[Array, tuple[Array, dict]]:
         """What the policy minimises in one unit, 0 if its group teaches nothing; what is kept of it, and metrics."""
         of_group = advantages[unit[0]]
@@ -210,7 +211,15 @@ class Programs:
             return self._velocity(params, scale_adapter(adapter, self.options.lora_scale), prompt.condition)
 
         prompt, stored = jax.tree.map(finite, (_row(prompts, unit[0]), self.policy.read(states, unit)))
-        velocities = Velocities(velocity(lora), None if old is None else velocity(old), velocity({}))
+
+        def group(x: Float[Array, "g N C"], sigma: Array) -> Array:
+            if not size:
+                return jax.vmap(velocity(lora), (0, None))(x, sigma)
+            scaled = scale_adapter(lora, self.options.lora_scale)
+            own = sharing.Own(*self.own_tokens(prompt), size)
+            return self.networks.velocity(params, scaled, x, sigma, prompt.condition, self.grid, None, own)[0]
+
+        velocities = Velocities(velocity(lora), None if old is None else velocity(old), velocity({}), group)
         loss, kept, metrics = self.policy.loss(velocities, prompt, stored, unit, of_group, kept, first)
         return jnp.where(teaches, loss, 0.0), (kept, metrics)
 
@@ -224,6 +233,7 @@ class Programs:
         advantages: Float[Array, "P G"],
         kept: Float[Array, "U ..."],
         first: Array,
+        size: int = 0,
     ) -> tuple[TrainState, Float[Array, "U ..."], dict]:
         """One optimizer update on a rollout.
 
@@ -234,6 +244,7 @@ class Programs:
             advantages: `[P, G]`.
             kept: What the first update kept, such as its log-policy; ignored in the first.
             first: Whether this is the first update after the rollout.
+            size: R, room for a candidate's own tokens, where the update shares others; 0: all are its own.
 
         Returns:
             The new state, what this update keeps, and metrics.
@@ -243,7 +254,7 @@ class Programs:
             def one(*row: Array) -> tuple[Array, tuple]:
                 *unit, kept = row
                 groups = (params, prompts, rollout.states, advantages)
-                return self._unit_loss(lora, state.old, *groups, tuple(unit), kept, first)
+                return self._unit_loss(lora, state.old, *groups, tuple(unit), kept, first, size)
 
             losses, aux = jax.vmap(one, spmd_axis_name=SAMPLE_AXES)(*chunk)
             return losses.mean(), (losses, *aux)

@@ -175,6 +175,7 @@ class Sample(NamedTuple):
     scores: dict[str, Float[np.ndarray, "P G"]]
     rolled_out: float  # when the pictures were there, seconds of `time.monotonic`
     programs: Programs  # for their size
+    room: int  # R, for tokens of a candidate's own; 0: all are
 
 
 class Trainer:
@@ -287,7 +288,8 @@ class Trainer:
         exploration = programs.explore(jax.random.fold_in(state.key, state.step), prompts, state.step)
         at_a_time = options.micro_batch // options.prompts or options.group_size  # candidates of each group
         rollouts, pictures = [], []
-        for part in programs.roll_out(self.params, state.rolling_out, prompts, exploration, at_a_time):
+        size = programs.room(prompts)
+        for part in programs.roll_out(self.params, state.rolling_out, prompts, exploration, at_a_time, size):
             rollouts.append(part)
             pictures.append(self.local_pictures(programs.decode(self.decoder, part.states[:, :, -1])))
         with raise_together():  # all is dispatched: the devices roll out the next part while one is scored
@@ -305,7 +307,7 @@ class Trainer:
             scores[ACD] = np.asarray(rollout.acd)
         with jax.set_mesh(self.local_mesh):
             images = join(*pictures)
-        return Sample(prompts, exploration, rollout, images, scores, rolled_out, programs)
+        return Sample(prompts, exploration, rollout, images, scores, rolled_out, programs, size)
 
     def learn(
         self, state: TrainState, sample: Sample, advantages: Float[Array, "P G"]
@@ -313,10 +315,11 @@ class Trainer:
         """The updates on a sample; the state is donated. Does not wait for them."""
         programs = sample.programs
         advantages = to_mesh(advantages, self.mesh)
+        room = sample.room if self.options.surrogate.share != "none" else 0
         kept = jnp.zeros(programs.policy.kept_shape(), jnp.float32)
         for update in range(self.options.objective.updates):
             data = sample.prompts, sample.exploration, sample.rollout, advantages, kept
-            state, of_this, metrics = programs.update(self.params, state, *data, jnp.asarray(update == 0))
+            state, of_this, metrics = programs.update(self.params, state, *data, jnp.asarray(update == 0), size=room)
             kept = of_this if update == 0 else kept
         return state if state.old is None else programs.refresh(state), metrics
 

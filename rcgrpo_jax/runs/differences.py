@@ -18,6 +18,7 @@ ADDED = {
     "objective.advantage_std": "group", "objective.least_scored": 1.0,
     "optimizer.eps": 1e-8, "policy": "neighbour", "rollout.solver": "euler",
     "rollout.share": "none", "rollout.share_grow": 1, "rollout.share_grow_reference": 0, "rollout.share_full_steps": 0,
+    "surrogate.share": "none",
     "sde.kind": "flow_grpo", "sde.level": 0.7, "sde.window": 0, "sde.place": "progressive", "sde.interval": 25,
     "sde.stride": 1, "sde.range_start": 0, "sde.range_end": 0, "sde.noise": "independent", "sde.log_prob": "density",
     "train.best": "", "train.patience": 0, "train.samples": "", "train.sample_every": 20,

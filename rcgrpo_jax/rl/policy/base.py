@@ -45,6 +45,7 @@ class Velocities(NamedTuple):
     theta: Velocity  # the one that is trained, with gradient
     old: Velocity | None  # `TrainState.old`, where it is kept
     base: Velocity  # none
+    group: Velocity  # theta again, of `[1 + g, N, C]`: candidate 0 and others, which may share its tokens
 
 
 class Policy(Protocol):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solvers import SOLVERS
-from rcgrpo_jax.flow.solvers.base import Velocity, VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import VelocityWithAux
 from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
@@ -36,17 +36,21 @@ class Exploration(NamedTuple):
 
 
 class StoredStates(NamedTuple):
-    """What a unit reads of the rollout."""
+    """What a unit reads of the rollout, at its T pairs of an anchor and a solver step."""
 
-    path: Float[Array, "K+1 N C"]  # the anchor's states
-    group: Float[Array, "T G N C"]  # all candidates after the compared steps
+    before: Float[Array, "T N C"]  # the anchor's state before the step
+    after: Float[Array, "T N C"]  # and after it
+    group: Float[Array, "T G N C"]  # all candidates after the step
+    start: Float[Array, "N C"]  # the first anchor's noise
+    reference: Float[Array, "N C"]  # candidate 0 before the first step
 
 
 class Neighbour:
     """Candidates are compared by their distance to an anchor's state under theta (Eq. 13-15).
 
-    A unit is (prompt, anchor, the solver steps that are compared): with `integrate` an anchor's whole path, with
-    `replay` one solver step of an anchor. Members are the group, and the source last if it has an advantage (ours).
+    A unit is a prompt with T pairs of an anchor and a solver step: with `integrate` the compared steps of an anchor's
+    whole path, with `replay` one step of one anchor, or where tokens are shared, of all. Members are the group, and the
+    source last if it has an advantage (ours).
     """
 
     OWN = ("surrogate", "objective.source_advantage", "objective.clip", *SHARING)
@@ -79,19 +83,23 @@ class Neighbour:
                 f"objective.kl_weight: {options.objective.kl_weight} with objective.updates = 1; the first update is "
                 "at the policy of the rollout, so that two or more were wanted"
             )
+        if compared.share == "region" and (options.rollout.share == "none" or compared.anchor_mode != "replay"):
+            problems.append(
+                f"surrogate.share: region with rollout.share = {options.rollout.share} and surrogate.anchor_mode = "
+                f"{compared.anchor_mode}; region and replay were wanted"
+            )
         return problems
 
     @staticmethod
     def num_units(options: StepOptions) -> int:
-        """P B, and with `replay` as many for each compared step."""
-        anchors = options.rollout.prompts * options.surrogate.anchors
-        return anchors * (num_compared_steps(options) if options.surrogate.anchor_mode == "replay" else 1)
+        """With `integrate` P B; for each compared step P B with `replay`, and P where tokens are shared."""
+        return _num_pairs(options) // pairs_of_unit(options)
 
     @staticmethod
     def num_evaluations(options: StepOptions) -> int:
-        """With `replay` one a unit, with `integrate` the solver's, on the part of the path that is needed."""
+        """With `replay` one a pair, with `integrate` the solver's, on the part of the path that is needed."""
         if options.surrogate.anchor_mode == "replay":
-            return Neighbour.num_units(options)
+            return _num_pairs(options)
         path = SOLVERS[options.rollout.solver].evaluations(options.rollout.num_steps)
         needed = num_compared_steps(options) if options.surrogate.steps == "early" else len(path)
         return Neighbour.num_units(options) * sum(path[:needed])
@@ -127,23 +135,29 @@ class Neighbour:
         """Integrates from the candidate's noise, or those of a group that shares tokens (Eq. 12)."""
         return rollout.integrate_with_aux(velocity, candidate, self.sigmas, self.solver)
 
-    def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, " U"], Int[Array, "U T"]]:
-        """Prompt, anchor and compared steps of each unit."""
-        num_prompts, num_anchors = exploration.anchors.shape
-        steps = exploration.steps[None] if self._integrates else exploration.steps[:, None]
-        prompt = jnp.repeat(jnp.arange(num_prompts), num_anchors * len(steps))
-        anchor = jnp.repeat(exploration.anchors.reshape(-1), len(steps))
-        return prompt, anchor, jnp.tile(steps, (num_prompts * num_anchors, 1))
+    def units(self, exploration: Exploration) -> tuple[Int[Array, " U"], Int[Array, "U T"], Int[Array, "U T"]]:
+        """Prompt of each unit, and anchor and step of each pair."""
+        pairs = jnp.broadcast_arrays(exploration.anchors[:, :, None], exploration.steps[None, None])  # [P, B, S]
+        if self._shares:
+            pairs = [x.swapaxes(1, 2) for x in pairs]
+        anchor, steps = (x.reshape(-1, pairs_of_unit(self.options)) for x in pairs)
+        num_prompts = len(exploration.anchors)
+        return jnp.repeat(jnp.arange(num_prompts), len(anchor) // num_prompts), anchor, steps
 
     def kept_shape(self) -> tuple[int, int, int]:
-        """Of `log pi_old`: (units, steps of a unit, G or with the source G + 1)."""
-        steps = num_compared_steps(self.options) if self._integrates else 1
-        return self.num_units(self.options), steps, _num_members(self.options)
+        """Of `log pi_old`: (units, pairs of a unit, G or with the source G + 1)."""
+        return self.num_units(self.options), pairs_of_unit(self.options), _num_members(self.options)
 
     def read(self, states: Float[Array, "P G K+1 N C"], unit: tuple[Array, Array, Array]) -> StoredStates:
-        """The anchor's path, and the group after the compared steps."""
+        """The states around the steps of the pairs."""
         prompt, anchor, steps = unit
-        return StoredStates(states[prompt, anchor], states[prompt, :, steps])
+        return StoredStates(
+            before=states[prompt, anchor, steps - 1],
+            after=states[prompt, anchor, steps],
+            group=states[prompt, :, steps],
+            start=states[prompt, anchor[0], 0],
+            reference=states[prompt, 0, steps[0] - 1],
+        )
 
     def loss(
         self,
@@ -157,7 +171,7 @@ class Neighbour:
     ) -> tuple[Float[Array, ""], Float[Array, "T M"], dict[str, Array]]:
         """`-J` of one unit (Eq. 5, 14, 15), its log-policy and metrics."""
         objective = self.options.objective
-        log_pi, measured = self.log_policy(velocities.theta, prompt, stored, unit)
+        log_pi, measured = self.log_policy(velocities, prompt, stored, unit)
         log_ratio, log_old = likelihood.log_ratio(log_pi, log_old, first)
         advantages = self._advantages(advantages)[None]
         gain = grpo.clipped_objective(log_ratio, advantages, objective.clip, self._weights(log_old))
@@ -167,17 +181,17 @@ class Neighbour:
         return objective.kl_weight * kl - gain, log_pi, measured
 
     def log_policy(
-        self, velocity: Velocity, prompt: Prompts, stored: StoredStates, unit: tuple[Array, Array, Array]
+        self, velocities: Velocities, prompt: Prompts, stored: StoredStates, unit: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "T M"], dict[str, Array]]:
         """`log pi_theta`: the softmax over members by their distance to the anchor under theta (Eq. 14); metrics."""
         settings, steps = self.options.surrogate, unit[2]
-        before, anchor = self._anchor_states(velocity, stored.path, steps)
+        before, anchor = self._anchor_states(velocities, stored, steps)
         members = self._members(prompt, stored.group, before, anchor, steps)
         distance = surrogate.distance_function(settings.distance, prompt.region, settings.tau_edit, settings.tau_base)
         temperature = 1.0
         if settings.weighting == "policy":
-            old = self._members(prompt, stored.group, stored.path[steps - 1], stored.path[steps], steps)
-            distances = distance(old, stored.path[steps][:, None])
+            old = self._members(prompt, stored.group, stored.before, stored.after, steps)
+            distances = distance(old, stored.after[:, None])
             temperature = surrogate.calibrated_temperature(distances, settings.target_entropy)
         log_pi = surrogate.anchor_log_policy(anchor, members, distance, temperature)
         if not self.options.objective.source_advantage:
@@ -185,7 +199,7 @@ class Neighbour:
         return log_pi, {"source_distance": distance(anchor, members[:, -1]).mean()}
 
     def _anchor_states(
-        self, velocity: Velocity, path: Float[Array, "K+1 N C"], steps: Int[Array, " T"]
+        self, velocities: Velocities, stored: StoredStates, steps: Int[Array, " T"]
     ) -> tuple[Float[Array, "T N C"], Float[Array, "T N C"]]:
         """`xbar_s^(k)` under theta, the only path that carries gradient (Eq. 13), before and after the given steps.
 
@@ -195,11 +209,13 @@ class Neighbour:
         if self._integrates:
             early = self.options.surrogate.steps == "early"
             sigmas = self.sigmas[: len(steps) + 1] if early else self.sigmas  # the later half would be thrown away
-            states = rollout.integrate(jax.checkpoint(velocity), path[0], sigmas, self.solver)
+            states = rollout.integrate(jax.checkpoint(velocities.theta), stored.start, sigmas, self.solver)
             return states[steps - 1], states[steps]
         sigmas, k = jnp.asarray(self.sigmas), steps[0]
-        before = path[k - 1]
-        return before[None], euler_step(velocity, before, sigmas[k - 1], sigmas[k])[None]
+        if self._shares:
+            group = jnp.concatenate([stored.reference[None], stored.before])
+            return stored.before, euler_step(velocities.group, group, sigmas[k - 1], sigmas[k])[1:]
+        return stored.before, euler_step(velocities.theta, stored.before[0], sigmas[k - 1], sigmas[k])[None]
 
     def _members(
         self, prompt: Prompts, group: Float[Array, "T G N C"], before: Array, after: Array, steps: Int[Array, " T"]
@@ -237,6 +253,10 @@ class Neighbour:
     def _integrates(self) -> bool:
         return self.options.surrogate.anchor_mode == "integrate"
 
+    @property
+    def _shares(self) -> bool:
+        return self.options.surrogate.share != "none"
+
     def refresh(self, state: TrainState) -> TrainState:
         """As it is: the trained adapter rolls out."""
         return state
@@ -246,6 +266,17 @@ def num_compared_steps(options: StepOptions) -> int:
     """T, how many of the K solver steps carry the loss."""
     k = options.rollout.num_steps
     return {"all": k, "early": math.ceil(k / 2), "random": options.surrogate.num_random_steps}[options.surrogate.steps]
+
+
+def pairs_of_unit(options: StepOptions) -> int:
+    """T, how many pairs of an anchor and a solver step a unit has."""
+    if options.surrogate.anchor_mode == "integrate":
+        return num_compared_steps(options)
+    return 1 if options.surrogate.share == "none" else options.surrogate.anchors
+
+
+def _num_pairs(options: StepOptions) -> int:
+    return options.rollout.prompts * options.surrogate.anchors * num_compared_steps(options)
 
 
 def _first_perturbed(options: StepOptions) -> int:
