@@ -1,5 +1,6 @@
 """Runs on pictures of two shapes, each of which has a bucket: training, resuming, and encoding ahead."""
 
+import functools
 import json
 import re
 import shutil
@@ -81,6 +82,7 @@ def straight(settings, tmp_path_factory):
             sizes.append(batch.mask.shape[1:])
             return prepare(self, batch)
 
+        @functools.wraps(update)  # some arguments are static by name
         def traced(self, *given):
             traces.append(self.options.size)
             return update(self, *given)

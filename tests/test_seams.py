@@ -154,7 +154,7 @@ class Toy:
         mean = euler_step(velocities.theta, before, self.sigmas[k - 1], self.sigmas[k])
         log_pi = -jnp.square(after - mean).mean()[None, None] / (2 * STD**2)
         log_ratio, _ = likelihood.log_ratio(log_pi, log_old, first)
-        v, v_old, v_base = (velocity(before, self.sigmas[k - 1]) for velocity in velocities)
+        v, v_old, v_base = (velocity(before, self.sigmas[k - 1]) for velocity in velocities[:3])
         metrics = {"ratio_deviation": jnp.abs(jnp.expm1(log_ratio)).max(), "largest_deviation": jnp.abs(v).max()}
         metrics |= {"mean": jnp.abs(v).max(), "from_old": jnp.abs(v - v_old).max(), "base": jnp.abs(v_base).max()}
         return -grpo.clipped_objective(log_ratio, advantages[candidate][None, None], 0.2), log_pi, metrics

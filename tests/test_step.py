@@ -152,13 +152,14 @@ def test_the_old_policy_is_that_of_the_stored_states(combination):
             distance, prompts.region[prompt[unit]], options.tau_edit, options.tau_base
         )
         states = rollout.states[prompt[unit]][:, steps[unit]].swapaxes(0, 1)  # [T, G, N, C]
-        distances = measure(states, states[:, anchor[unit]][:, None])
+        distances = measure(states, states[np.arange(len(states)), anchor[unit]][:, None])
         temperature = 1.0
         if weighting == "policy":
             temperature = surrogate.calibrated_temperature(distances, options.target_entropy)
         wanted = surrogate.log_policy(distances, temperature)
         np.testing.assert_allclose(result.log_pi[unit], wanted, rtol=1e-4, atol=2e-3)
-        assert np.all(np.argmax(result.log_pi[unit], -1) == anchor[unit])  # nothing is nearer than the anchor itself
+        nearest = np.argmax(result.log_pi[unit], -1)
+        np.testing.assert_array_equal(nearest, anchor[unit])  # nothing is nearer than the anchor itself
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -135,7 +135,6 @@ class Workload:
         text = editor.options.max_text_tokens
         total = flops.step(options, *sizes, text, target, self.attention, region, devices)
         self.own_tokens = flops.size_of_region(options, target, region)  # R; 0 if nothing is shared
-        self.updated_tokens = self.own_tokens if options.surrogate.share != "none" else 0
         self.analytic = {name: value / self.mesh.size for name, value in total.items()}
 
     @cached_property
@@ -155,10 +154,11 @@ class Workload:
     def arguments(self, name: str) -> tuple:
         """Shapes, dtypes and shardings of a program's arguments, as `rl.trainer.Trainer` gives them."""
         t = SimpleNamespace(**self.trees)
+        room = () if self.options.surrogate.share == "none" else (self.own_tokens,)
         return {
             "rollout": (t.params, t.state.rolling_out, t.prompts, t.candidates, *t.shared),
             "decode": (t.decoder, t.images),
-            "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective, self.updated_tokens),
+            "update": (t.params, t.state, t.prompts, t.exploration, t.rollout, *t.objective, *room),
         }[name]
 
     def program(self, name: str) -> Any:

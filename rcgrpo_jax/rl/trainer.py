@@ -315,11 +315,11 @@ class Trainer:
         """The updates on a sample; the state is donated. Does not wait for them."""
         programs = sample.programs
         advantages = to_mesh(advantages, self.mesh)
-        room = sample.room if self.options.surrogate.share != "none" else 0
+        room = () if self.options.surrogate.share == "none" else (sample.room,)
         kept = jnp.zeros(programs.policy.kept_shape(), jnp.float32)
         for update in range(self.options.objective.updates):
             data = sample.prompts, sample.exploration, sample.rollout, advantages, kept
-            state, of_this, metrics = programs.update(self.params, state, *data, jnp.asarray(update == 0), size=room)
+            state, of_this, metrics = programs.update(self.params, state, *data, jnp.asarray(update == 0), *room)
             kept = of_this if update == 0 else kept
         return state if state.old is None else programs.refresh(state), metrics
 
