@@ -132,6 +132,7 @@ def test_another_way_of_fitting_is_another_run(straight, settings, tmp_path):
         train(small_run.make_config(**settings | {"data__buckets": "none", "train__num_steps": 6}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_is_encoded_ahead_is_not_encoded_again(capsys, settings, tmp_path, monkeypatch):
     """Without the transformer's weights, and by a configuration whose mesh this machine lacks."""
     model = tmp_path / "model"
@@ -174,6 +175,7 @@ def test_a_value_that_is_no_kind_of_buckets_is_refused(settings, tmp_path):
         train(small_run.make_config(**settings | {"data__buckets": "all"}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lora_learns_from_triples_of_both_shapes(data, tmp_path, monkeypatch):
     shapes, grid = set(), FluxKontextEditor.grid
 

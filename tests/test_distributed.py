@@ -127,6 +127,7 @@ def assert_same_adapter(workdir: Path, alone: Path, out: Path) -> None:
     assert difference < 1e-2 * size
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(alone, tmp_path):
     workdir = tmp_path / "run"
     body = OPENED.format(workdir=str(workdir), checkpoints=str(workdir / "checkpoints"))

@@ -93,7 +93,12 @@ def losses(stage: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("stage", "share"), [("vae", 0.5), pytest.param("flow", 0.7, marks=pytest.mark.slow), ("lora", 0.85)]
+    ("stage", "share"),
+    [
+        pytest.param("vae", 0.5, marks=pytest.mark.slow),
+        pytest.param("flow", 0.7, marks=pytest.mark.slow),
+        ("lora", 0.85),
+    ],
 )
 def test_the_loss_falls(stage, share):
     assert losses(stage)[-4:].mean() < share * losses(stage)[:4].mean()

@@ -84,7 +84,7 @@ def test_parts_of_a_group_are_those_of_the_whole(at_a_time):
         np.testing.assert_allclose(array, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("mesh_shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 4, 2)])
 def test_meshes_give_the_same_groups(mesh_shape):
     found, _ = rolled_out(trainer_of(mesh_shape))
     for wanted, array in zip(whole_group()[0], found, strict=True):
@@ -160,7 +160,7 @@ def test_an_update_with_masks_too_large_to_share_is_the_exact_one():
     assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_meshes_give_the_same_shared_update(mesh_shape):
     wanted, _ = updated(trainer_of(**UPDATE))
     found, _ = updated(trainer_of(mesh_shape, **UPDATE))

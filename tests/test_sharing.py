@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ def adapted(name: str) -> dict:
     return {"params": params, "lora": lora}
 
 
+@partial(jax.jit, static_argnums=0)
 def plain_definition(name: str, x: jax.Array, condition: Condition, own: Own, region: jax.Array) -> tuple:
     """Every candidate in full; at the start and after each block its other tokens become the first candidate's."""
     config, variables = CONFIGS[name], adapted(name)
