@@ -114,6 +114,10 @@ def test_shared_tokens_are_computed_once():
     full = flops.step(with_changes(shared, {"rollout.share_full_steps": 4}), *sizes, region=0.12)
     assert full["rollout"] == pytest.approx((exact["rollout"] + found["rollout"]) / 2)
     assert flops.step(shared, *sizes, region=0.7) == exact
+    both = flops.step(with_changes(shared, {"surrogate.share": "region"}), *sizes, region=0.12)
+    assert both["rollout"] == found["rollout"]
+    assert 0.3 < both["update"] / exact["update"] < 0.4  # four anchors and the reference beside four anchors
+    assert flops.step(with_changes(shared, {"surrogate.share": "region"}), *sizes, region=0.7) == exact
 
 
 # Programs

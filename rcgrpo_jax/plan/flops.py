@@ -219,11 +219,10 @@ def step(
     if size:
         rolled = _shared_rollout(options, transformer, text, target, one, size, devices)
     updated = policy.num_evaluations(options.step) * differentiated(one)
-    if options.surrogate.share != "none":
+    if size and options.surrogate.share != "none":
         anchors = options.surrogate.anchors
         of_group = shared(transformer, text, target, options.lora, options.acd, anchors, size, attention)
-        with_reference = (1 + anchors) * differentiated(one)
-        updated = policy.num_units(options.step) * (differentiated(of_group) if size else with_reference)
+        updated = policy.num_units(options.step) * differentiated(of_group)
     return {
         "rollout": rolled,
         "decode": samples * vae_decoder(vae, 4 * target),

@@ -212,14 +212,14 @@ class Programs:
 
         prompt, stored = jax.tree.map(finite, (_row(prompts, unit[0]), self.policy.read(states, unit)))
 
-        def group(x: Float[Array, "g N C"], sigma: Array) -> Array:
+        def shared(first: Float[Array, "N C"], others: Float[Array, "g N C"], sigma: Array) -> Array:
             if not size:
-                return jax.vmap(velocity(lora), (0, None))(x, sigma)
+                return jax.vmap(velocity(lora), (0, None))(others, sigma)
+            group, own = jnp.concatenate([first[None], others]), sharing.Own(*self.own_tokens(prompt), size)
             scaled = scale_adapter(lora, self.options.lora_scale)
-            own = sharing.Own(*self.own_tokens(prompt), size)
-            return self.networks.velocity(params, scaled, x, sigma, prompt.condition, self.grid, None, own)[0]
+            return self.networks.velocity(params, scaled, group, sigma, prompt.condition, self.grid, None, own)[0][1:]
 
-        velocities = Velocities(velocity(lora), None if old is None else velocity(old), velocity({}), group)
+        velocities = Velocities(velocity(lora), None if old is None else velocity(old), velocity({}), shared)
         loss, kept, metrics = self.policy.loss(velocities, prompt, stored, unit, of_group, kept, first)
         return jnp.where(teaches, loss, 0.0), (kept, metrics)
 

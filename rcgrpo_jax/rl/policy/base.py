@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -45,7 +46,9 @@ class Velocities(NamedTuple):
     theta: Velocity  # the one that is trained, with gradient
     old: Velocity | None  # `TrainState.old`, where it is kept
     base: Velocity  # none
-    group: Velocity  # theta again, of `[1 + g, N, C]`: candidate 0 and others, which may share its tokens
+    shared: Callable[
+        [Array, Array, Array], Array
+    ]  # theta again: (candidate 0, others [g, N, C], sigma) -> of the others
 
 
 class Policy(Protocol):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from rcgrpo_jax.editors.base import Networks
 from rcgrpo_jax.flow import rollout
 from rcgrpo_jax.flow.solvers import SOLVERS
-from rcgrpo_jax.flow.solvers.base import VelocityWithAux
+from rcgrpo_jax.flow.solvers.base import VelocityWithAux, move
 from rcgrpo_jax.flow.solvers.euler import euler_step
 from rcgrpo_jax.method import explore, grpo, surrogate
 from rcgrpo_jax.rl.options import StepOptions
@@ -213,8 +213,8 @@ class Neighbour:
             return states[steps - 1], states[steps]
         sigmas, k = jnp.asarray(self.sigmas), steps[0]
         if self._shares:
-            group = jnp.concatenate([stored.reference[None], stored.before])
-            return stored.before, euler_step(velocities.group, group, sigmas[k - 1], sigmas[k])[1:]
+            v = velocities.shared(stored.reference, stored.before, sigmas[k - 1])
+            return stored.before, move(stored.before, v, sigmas[k - 1], sigmas[k])
         return stored.before, euler_step(velocities.theta, stored.before[0], sigmas[k - 1], sigmas[k])[None]
 
     def _members(
