@@ -95,6 +95,7 @@ def straight(settings, tmp_path_factory):
     return state, workdir, sizes, made, traces
 
 
+@pytest.mark.slow
 def test_steps_of_both_shapes_learn(straight):
     state, workdir, sizes, *_ = straight
     assert int(state.step) == len(sizes) == 4
@@ -109,6 +110,7 @@ def test_steps_of_both_shapes_learn(straight):
         assert np.isfinite([lines[-1][f"samples/{name}"], lines[-1][f"samples_base/{name}"]]).all()
 
 
+@pytest.mark.slow
 def test_each_bucket_is_traced_once(straight):
     """Also those whose token counts are equal, which differ in nothing but the grid."""
     *_, made, traces = straight
@@ -118,6 +120,7 @@ def test_each_bucket_is_traced_once(straight):
         assert one.grid == (size[0] // 16, size[1] // 16)
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_are_four(straight, settings, tmp_path):
     train(small_run.make_config(**settings, train__num_steps=2), tmp_path)
     state = train(small_run.make_config(**settings), tmp_path)
@@ -126,6 +129,7 @@ def test_two_and_two_steps_are_four(straight, settings, tmp_path):
     assert small_run.metrics_without_times(tmp_path) == small_run.metrics_without_times(straight[1])
 
 
+@pytest.mark.slow
 def test_another_way_of_fitting_is_another_run(straight, settings, tmp_path):
     shutil.copytree(straight[1], tmp_path / "run")
     with pytest.raises(UserError, match="buckets"):
@@ -160,6 +164,7 @@ def test_what_is_encoded_ahead_is_not_encoded_again(capsys, settings, tmp_path, 
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("*.safetensors")} == written
 
 
+@pytest.mark.slow
 def test_one_cache_serves_both_ways_of_fitting(data, straight, cache):
     editor = FluxKontextEditor(FluxKontext(small_run.model_folder()), EditorOptions("float32", 16))
     sources = [EncodedSource(EditFolder(data), editor, (64, 64), cache, buckets=kind) for kind in ("kontext", "none")]

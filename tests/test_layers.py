@@ -70,6 +70,7 @@ def drawn(effects=(0, 0, 0), examples=40, seeds=6) -> Rollouts:
 # Rollouts
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_rollout_are_those_of_its_reward():
     """The mean over the last L blocks is R_acd as `rcgrpo evaluate` and training have it, of the same noise."""
     found = make()

@@ -160,7 +160,8 @@ def test_an_update_with_masks_too_large_to_share_is_the_exact_one():
     assert metrics["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_shape", [(8, 1, 1), (2, 2, 2)])
 def test_meshes_give_the_same_shared_update(mesh_shape):
     wanted, _ = updated(trainer_of(**UPDATE))
     found, _ = updated(trainer_of(mesh_shape, **UPDATE))

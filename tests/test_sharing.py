@@ -107,7 +107,7 @@ def plain_definition(name: str, x: jax.Array, condition: Condition, own: Own, re
         ("guided", (4, 5, 9), (), 6),  # with room to spare
         pytest.param("double", (0, 14), (1, 2, 3), 5, marks=pytest.mark.slow),
         pytest.param("single", (7,), (7,), 4, marks=pytest.mark.slow),
-        ("unguided", (), (), 1),  # nothing of its own
+        pytest.param("unguided", (), (), 1, marks=pytest.mark.slow),  # nothing of its own
     ],
 )
 def test_shared_candidates_are_those_of_the_plain_definition(name, target, reference, size):
