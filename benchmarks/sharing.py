@@ -27,7 +27,7 @@ from rcgrpo_jax.evaluation.statistics import mean_interval
 from rcgrpo_jax.evaluation.tables import Table, markdown
 from rcgrpo_jax.experiments.ablation import untrained_run
 from rcgrpo_jax.flow.solvers import num_evaluations
-from rcgrpo_jax.method import grpo, sharing
+from rcgrpo_jax.method import grpo
 from rcgrpo_jax.plan import flops
 from rcgrpo_jax.rl.parts import join
 from rcgrpo_jax.rl.programs import Programs
@@ -43,6 +43,12 @@ class Setting(NamedTuple):
     grow: int
     grow_reference: int
     full_steps: int
+
+    @classmethod
+    def read(cls, text: str) -> Setting:
+        """From `GROW,GROW_REFERENCE,FULL_STEPS`; ValueError for anything else."""
+        grow, grow_reference, full_steps = map(int, text.split(","))
+        return cls(grow, grow_reference, full_steps)
 
     @property
     def name(self) -> str:
@@ -117,7 +123,7 @@ def measure(trainer: Trainer, programs: Programs, exact: Groups, found: Groups, 
     """Compares a batch with its exact rollout."""
     target, reference = jax.vmap(programs.own_tokens)(batch.prompts)
     counts, num_tokens = np.asarray(target.sum(-1) + reference.sum(-1)), target.shape[-1]
-    size = sharing.choose_size(int(counts.max()), num_tokens)
+    size = programs.room(batch.prompts)
     error = np.square(found.images - exact.images).mean((1, 2, 3, 4))
     with np.errstate(divide="ignore"):
         psnr = -10 * np.log10(error)
@@ -165,11 +171,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--alpha_edit", type=float, default=0.5, help="strength of the perturbation")
     parser.add_argument("--seed", type=int, default=0, help="of the noises and the order of the scenes")
     parser.add_argument(
-        "--setting", action="append", default=[], metavar="GROW,GROW_REFERENCE,FULL_STEPS",
+        "--setting", type=Setting.read, action="append", default=[], metavar="GROW,GROW_REFERENCE,FULL_STEPS",
         help="rollout.share_grow, share_grow_reference and share_full_steps; may be repeated",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    settings = [Setting(*map(int, text.split(","))) for text in arguments.setting] or SETTINGS
+    if arguments.prompts < 1 or arguments.groups < 1 or arguments.groups % arguments.prompts:
+        parser.error(f"--groups: {arguments.groups} found; a multiple of --prompts = {arguments.prompts} was wanted")
+    settings = arguments.setting or SETTINGS
     config = small_editor()
     config.seed, config.data.path = arguments.seed, f"scenes:validation:{max(arguments.groups, 200)}"
     config.explore.alpha_edit, config.explore.alpha_base = arguments.alpha_edit, 0.0

@@ -121,7 +121,7 @@ def assert_same_adapter(workdir: Path, alone: Path, out: Path) -> None:
     assert found.keys() == wanted.keys()
     learned = [name for name in wanted if "lora_B" in name]  # which starts at zero
     difference, size = (
-        np.sqrt(sum(np.square(x[name]).sum() for name in learned))
+        np.sqrt(sum(np.square(x[name].astype(np.float32)).sum() for name in learned))
         for x in ({name: found[name] - wanted[name] for name in learned}, wanted)
     )
     assert difference < 1e-2 * size

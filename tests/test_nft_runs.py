@@ -6,16 +6,13 @@ import subprocess
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 import small_run
-from safetensors.numpy import load_file
-from test_distributed import finish, start
+from test_distributed import assert_same_adapter, finish, start
 from test_nft import UNREAD
 from test_plan import total_bytes, workload
 from test_resume import assert_bit_equal
 
-from rcgrpo_jax.experiments.export import export
 from rcgrpo_jax.rl.trainer import train
 from rcgrpo_jax.runs.state import TrainState
 
@@ -67,13 +64,7 @@ def test_two_processes_are_one_run(tmp_path):
     found, wanted = (small_run.metrics_without_times(path) for path in (workdir, alone))
     for line, expected in zip(found, wanted, strict=True):
         assert line == pytest.approx(expected, rel=2e-3, abs=2e-6)
-    adapters = [load_file(export(run, tmp_path / name)) for name, run in (("found", workdir), ("wanted", alone))]
-    learned = [name for name in adapters[1] if "lora_B" in name]  # which starts at zero
-    difference, size = (
-        np.sqrt(sum(np.square(x[name].astype(np.float32)).sum() for name in learned))
-        for x in ({name: adapters[0][name] - adapters[1][name] for name in learned}, adapters[1])
-    )
-    assert difference < 1e-2 * size
+    assert_same_adapter(workdir, alone, tmp_path)
 
 
 def test_it_is_reported_exported_and_evaluated(straight, tmp_path, capsys):

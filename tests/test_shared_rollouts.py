@@ -113,6 +113,7 @@ def test_a_training_step_with_shared_rollouts(own):
     state = small_run.make_state(trainer)
     state = state.replace(old=state.params) if own else state
     after, metrics, _ = small_run.take_step(trainer, state, batch)
+    assert metrics["room"] == 8
     assert metrics["grad_norm"] > 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, state.params)
     assert max(jax.tree.leaves(moved)) > 0

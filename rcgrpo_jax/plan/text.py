@@ -65,6 +65,7 @@ def as_dict(workload: Workload, plans: Sequence[Plan], step: dict[str, float] | 
         "topology": topology.name,
         "chips": topology.chips,
         "mesh": dict(workload.mesh.shape),
+        **({} if options.rollout.share == "none" else {"region": workload.region, "own_tokens": workload.own_tokens}),
         "fits": all(plan.fits for plan in plans),
         "programs": programs,
         "rewards": reward_bytes(workload),

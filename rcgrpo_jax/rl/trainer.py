@@ -257,6 +257,8 @@ class Trainer:
             measured |= drift_metrics(prepared_batch.reward_inputs(edited=sample.images))
             measured |= {f"reward_weight/{name}": weights[name] for name in self.schedules}
         measured |= judge_metrics(self.rewards)
+        if self.options.rollout.share != "none":
+            measured["room"] = sample.room
         sample = sample._replace(images=None)  # at full size these are gigabytes, and the update needs the room
         times.append(time.monotonic())
 
