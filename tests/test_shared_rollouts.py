@@ -12,7 +12,7 @@ import pytest
 import small_run
 from test_config import make, problems
 
-from rcgrpo_jax.method import sharing
+from rcgrpo_jax.method import sharing, surrogate
 from rcgrpo_jax.rl.parts import join
 from rcgrpo_jax.rl.policy.base import Rollout
 from rcgrpo_jax.rl.trainer import Trainer
@@ -149,6 +149,26 @@ def test_a_shared_update_is_near_to_the_exact_one():
     assert 0.9 < cosine < 0.99999
     assert metrics["ratio_deviation"] == 0
     assert metrics["ratio_mean"] == 1
+
+
+def test_shared_anchors_end_at_the_states_that_a_shared_rollout_stored():
+    """Eq. 14 from the rollout's own states."""
+    trainer = trainer_of(surrogate__share="region")
+    programs, options = trainer.programs, trainer.options.surrogate
+    rollout, _ = whole_group()
+    with jax.set_mesh(programs.mesh):
+        prompts = programs.prompts(small_run.make_batch(small_run.make_trainer())._replace(mask=masks(*BOXES)))
+        exploration = programs.explore(jax.random.key(1), prompts, 0)
+        data = prompts, exploration, jax.tree.map(jnp.asarray, rollout), jnp.asarray([[1.0, -1, 1, -1]] * 2)
+        state, kept = jax.tree.map(jnp.copy, small_run.make_state(trainer)), jnp.zeros(programs.policy.kept_shape())
+        _, log_pi, _ = programs.update(trainer.params, state, *data, kept, jnp.asarray(True), programs.room(prompts))
+    for prompt, anchors, steps, found in zip(*map(np.asarray, programs.policy.units(exploration)), log_pi, strict=True):
+        distance = surrogate.distance_function("region", prompts.region[prompt], options.tau_edit, options.tau_base)
+        stored = programs.policy.read(rollout.states, (prompt, anchors, steps))
+        np.testing.assert_array_equal(stored.reference, rollout.states[prompt, 0, steps[0] - 1])
+        states = rollout.states[prompt][:, steps].swapaxes(0, 1)  # [B, G, N, C]
+        distances = distance(states, states[np.arange(len(anchors)), anchors][:, None])
+        np.testing.assert_allclose(found, surrogate.log_policy(distances), rtol=1e-4, atol=1e-4)
 
 
 def test_an_update_with_masks_too_large_to_share_is_the_exact_one():
